@@ -1,0 +1,1 @@
+"""Looped (recurrent-depth) transformer language models inside TransformerLens."""

@@ -1,0 +1,1 @@
+"""Measurements on tensors: pure functions that know no model."""
