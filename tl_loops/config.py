@@ -1,0 +1,339 @@
+"""The architecture of a looped transformer as data."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+
+from tl_loops.errors import ConfigError
+from tl_loops.layout import LoopLayout
+from tl_loops.upstream import SUPPORTED_ACTIVATIONS, BaseConfig
+
+BlockNorm = Literal["pre", "sandwich", "post_residual", "post_branch"]
+InitialState = Literal["embed", "normal", "zeros", "learned"]
+Injection = Literal["concat", "concat_injection_first", "add", "gated_diagonal"]
+RotaryLayout = Literal["half", "interleaved"]
+QueryKeyNorm = Literal["full", "head"]
+
+_TOLERATED = ("RMS", "RMSPre", "LN", "LNPre")
+_UNSUPPORTED: dict[str, Any] = {
+    "attn_only": False,
+    "parallel_attn_mlp": False,
+    "use_local_attn": False,
+    "num_experts": None,
+    "experts_per_token": None,
+    "post_embedding_ln": False,
+    "scale_attn_by_inverse_layer_idx": False,
+    "use_yarn_rope": False,
+    "use_dynamic_ntk_rope": False,
+    "use_logn_attn": False,
+    "clip_qkv": None,
+    "use_attention_sinks": False,
+    "rotary_base_local": None,
+    "use_normalization_before_and_after": False,
+    "use_qk_norm": False,
+    "load_in_4bit": False,
+    "final_rms": False,
+    "rotary_adjacent_pairs": False,
+    "n_devices": 1,
+}
+"""Fields of the TransformerLens config that no looped architecture here has, at their off value."""
+
+_INSTEAD = {
+    "use_normalization_before_and_after": "block_norm='sandwich'",
+    "use_qk_norm": "qk_norm='full' or 'head'",
+    "rotary_adjacent_pairs": "rotary_layout='interleaved'",
+    "final_rms": "normalization_type='RMS'",
+}
+
+
+@dataclass(repr=False)
+class LoopedTransformerConfig(BaseConfig):
+    """A :class:`HookedTransformerConfig` with the fields that describe the loop.
+
+    All fields of the TransformerLens config keep their meaning; ``n_layers`` (the unrolled depth)
+    follows from the sizes and need not be given. Defaults describe a Llama-style block (RMSNorm,
+    rotary positions, gated SiLU MLP).
+
+    Attributes:
+        n_prelude: Blocks before the loop.
+        n_core: Blocks in one iteration of the loop.
+        n_coda: Blocks after the loop.
+        n_iterations: Passes through the core.
+        block_norm: Where a block normalises. ``"pre"``: the branch inputs (Llama).
+            ``"sandwich"``: pre-norm, plus a norm on each branch's output before the add (Ouro).
+            ``"post_residual"``: pre-norm, plus a norm on the sum after each add (Huginn).
+            ``"post_branch"``: only the branch outputs (OLMo-2).
+        initial_state: The state before iteration 0. ``"embed"``: what the prelude, or else the
+            embedding, gives. ``"normal"``: normal with ``initial_state_std``, truncated at three
+            standard deviations. ``"zeros"``. ``"learned"``: one trained vector.
+        initial_state_std: Standard deviation (before truncation) of ``"normal"``.
+        state_seed: Seed of the ``"normal"`` draw, which is a function of the seed and the absolute
+            position alone; ``None`` draws afresh from torch's default generator at each call.
+        injection: How the prelude output e enters each iteration with the state s. ``None``: not.
+            ``"concat"``: linear map of [s, e]. ``"concat_injection_first"``: of [e, s]. ``"add"``:
+            s + e. ``"gated_diagonal"``: s·exp(-Δ·exp(A)) + Δ·(e Bᵀ), Δ = softplus(dt) (Parcae).
+        norm_between_iterations: The final norm is applied to the state after every iteration
+            (Ouro). Without a coda the last of these is the final norm itself.
+        norm_before_coda: The final norm is also applied once between core and coda (Huginn).
+        exit_gate: A linear halting gate reads the state after each iteration (Ouro).
+        exit_threshold: The exit of :meth:`LoopedTransformer.forward` when none is asked for: the
+            first iteration whose cumulative exit probability reaches it; ``None``: the last.
+        rotary_layout: ``"half"`` pairs dimension i with i + d/2, ``"interleaved"`` 2i with 2i + 1.
+        qk_norm: Norm of queries and keys. ``"full"``: over the whole projection with a weight,
+            before heads are split and rotated (OLMo-2). ``"head"``: weightless per head, after
+            the rotation (Parcae).
+        qk_bias: Queries and keys have a bias (``b_Q``, ``b_K``), added before the rotation.
+        attn_bias: Queries, keys, values and the attention output have biases.
+        mlp_bias: The MLP has biases (``b_in``, ``b_out``).
+        unembed_bias: The unembedding has a bias (``b_U``).
+        embed_scale: Factor on the token embedding.
+        padded_vocab: Token ids from this one on are padding of the vocabulary; ``None``: none are.
+
+    Raises:
+        ConfigError: A field is missing, out of range, contradicts another one, or asks for
+            something that is not supported; the message names it and what to use instead.
+    """
+
+    n_layers: int = field(default=-1, kw_only=True)
+    n_prelude: int = field(default=0, kw_only=True)
+    n_core: int = field(default=1, kw_only=True)
+    n_coda: int = field(default=0, kw_only=True)
+    n_iterations: int = field(default=1, kw_only=True)
+    block_norm: BlockNorm = field(default="pre", kw_only=True)
+    initial_state: InitialState = field(default="embed", kw_only=True)
+    initial_state_std: float = field(default=0.02, kw_only=True)
+    state_seed: int | None = field(default=0, kw_only=True)
+    injection: Injection | None = field(default=None, kw_only=True)
+    norm_between_iterations: bool = field(default=False, kw_only=True)
+    norm_before_coda: bool = field(default=False, kw_only=True)
+    exit_gate: bool = field(default=False, kw_only=True)
+    exit_threshold: float | None = field(default=None, kw_only=True)
+    rotary_layout: RotaryLayout = field(default="half", kw_only=True)
+    qk_norm: QueryKeyNorm | None = field(default=None, kw_only=True)
+    qk_bias: bool = field(default=False, kw_only=True)
+    attn_bias: bool = field(default=False, kw_only=True)
+    mlp_bias: bool = field(default=False, kw_only=True)
+    unembed_bias: bool = field(default=False, kw_only=True)
+    embed_scale: float = field(default=1.0, kw_only=True)
+    padded_vocab: int | None = field(default=None, kw_only=True)
+    # Llama-style values for fields that TransformerLens defaults to GPT-2's.
+    act_fn: str = "silu"
+    gated_mlp: bool = True
+    normalization_type: str | None = "RMS"
+    positional_embedding_type: str = "rotary"
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        self._check_values()
+        try:
+            layout = self.layout
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if self.n_layers not in (-1, layout.n_layers):
+            raise ConfigError(
+                f"n_layers={self.n_layers} contradicts n_prelude + n_iterations * n_core + n_coda "
+                f"= {layout.n_layers}; leave n_layers out"
+            )
+        self.n_layers = layout.n_layers
+        if self.n_key_value_heads == self.n_heads:
+            self.n_key_value_heads = None
+        super().__post_init__()
+        self.n_params = self.count_parameters()
+
+    def _check_values(self) -> None:
+        for name, allowed, optional in (
+            ("block_norm", get_args(BlockNorm), False),
+            ("initial_state", get_args(InitialState), False),
+            ("injection", get_args(Injection), True),
+            ("rotary_layout", get_args(RotaryLayout), False),
+            ("qk_norm", get_args(QueryKeyNorm), True),
+            ("positional_embedding_type", ("rotary", "standard"), False),
+            ("normalization_type", _TOLERATED, False),
+            ("attention_dir", ("causal", "bidirectional"), False),
+            ("act_fn", tuple(SUPPORTED_ACTIVATIONS), False),
+        ):
+            value = getattr(self, name)
+            if value not in allowed and not (optional and value is None):
+                choices = ", ".join(map(repr, allowed)) + (" or None" if optional else "")
+                raise ConfigError(f"{name} must be one of {choices}, got {value!r}")
+        for name, off in _UNSUPPORTED.items():
+            if hasattr(self, name) and getattr(self, name) != off:
+                instead = f"; use {_INSTEAD[name]}" if name in _INSTEAD else ""
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} is not supported by looped models{instead}"
+                )
+        if self.initial_state == "normal" and not self.initial_state_std >= 0:
+            raise ConfigError(
+                f"initial_state_std must be at least 0, got {self.initial_state_std}"
+            )
+        if self.norm_before_coda and self.norm_between_iterations:
+            raise ConfigError("norm_before_coda and norm_between_iterations exclude each other")
+        if self.exit_threshold is not None and not self.exit_gate:
+            raise ConfigError("exit_threshold needs exit_gate=True")
+        if self.normalization_type not in ("RMS", "RMSPre") and self.block_norm != "pre":
+            raise ConfigError(
+                f"block_norm={self.block_norm!r} needs an RMS norm, "
+                f"got normalization_type={self.normalization_type!r}"
+            )
+        for name in ("rotary_dim", "n_key_value_heads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        if self.rotary_dim is not None and self.rotary_dim % 2:
+            raise ConfigError(f"rotary_dim must be even, got {self.rotary_dim}")
+        if self.n_key_value_heads is not None and self.n_heads % self.n_key_value_heads:
+            raise ConfigError(
+                f"n_heads={self.n_heads} must be a multiple of "
+                f"n_key_value_heads={self.n_key_value_heads}"
+            )
+
+    @property
+    def layout(self) -> LoopLayout:
+        """Coordinates and names of the unrolled blocks."""
+        return LoopLayout(self.n_prelude, self.n_core, self.n_coda, self.n_iterations)
+
+    @property
+    def notation(self) -> str:
+        """The paper's notation, e.g. ``"(2, 4⊗8, 2)_I"`` (2604.11791, section 3)."""
+        return self.layout.notation(injected=self.injection is not None)
+
+    @property
+    def n_physical_layers(self) -> int:
+        """Number of distinct sets of block weights; does not grow with the iterations."""
+        return self.layout.n_physical_layers
+
+    @property
+    def norm_has_weight(self) -> bool:
+        """Whether norms carry a trained gain (``"RMS"``, ``"LN"``) or not (``"...Pre"``)."""
+        return self.normalization_type in ("RMS", "LN")
+
+    def set_iterations(self, n_iterations: int) -> None:
+        """Set ``n_iterations`` and with it ``n_layers``.
+
+        Raises:
+            ConfigError: ``n_iterations`` is not an integer of at least 1.
+        """
+        if isinstance(n_iterations, bool) or not isinstance(n_iterations, int) or n_iterations < 1:
+            raise ConfigError(f"n_iterations must be an integer of at least 1, got {n_iterations}")
+        layout = self.layout.with_iterations(n_iterations)
+        self.n_iterations, self.n_layers = n_iterations, layout.n_layers
+
+    def count_parameters(self) -> int:
+        """Number of trained scalars, each physical weight counted once."""
+        d, heads, kv = self.d_model, self.n_heads, self.n_key_value_heads or self.n_heads
+        norm = d * (self.norm_has_weight + (self.normalization_type == "LN"))
+        mlp_width = self.d_mlp or 0
+        attention = (2 * heads + 2 * kv) * self.d_head * d
+        if self.qk_bias or self.attn_bias:
+            attention += (heads + kv) * self.d_head
+        if self.attn_bias:
+            attention += kv * self.d_head + d
+        if self.qk_norm == "full":
+            attention += (heads + kv) * self.d_head
+        mlp = d * mlp_width * (2 + self.gated_mlp) + (mlp_width + d) * self.mlp_bias
+        norms = norm * {"pre": 2, "sandwich": 4, "post_residual": 4, "post_branch": 2}[
+            self.block_norm
+        ]
+        total = self.n_physical_layers * (attention + mlp + norms)
+        total += self.d_vocab * d + norm
+        if self.positional_embedding_type == "standard":
+            total += self.n_ctx * d
+        d_vocab_out = self.d_vocab if self.d_vocab_out == -1 else self.d_vocab_out
+        total += 0 if self.tie_word_embeddings else d * d_vocab_out
+        total += d_vocab_out * self.unembed_bias
+        total += {None: 0, "add": 0, "gated_diagonal": d * d + 2 * d}.get(self.injection, 2 * d * d)
+        total += d * (self.initial_state == "learned") + (d + 1) * self.exit_gate
+        return total
+
+    def describe(self) -> str:
+        """The data flow of one forward pass in a few lines."""
+        block = {
+            "pre": "x += attn(ln1(x)); x += mlp(ln2(x))",
+            "sandwich": "x += ln1_post(attn(ln1(x))); x += ln2_post(mlp(ln2(x)))",
+            "post_residual": "x = ln1_post(x + attn(ln1(x))); x = ln2_post(x + mlp(ln2(x)))",
+            "post_branch": "x += ln1_post(attn(x)); x += ln2_post(mlp(x))",
+        }[self.block_norm]
+        start = {
+            "embed": "s = e",
+            "normal": f"s ~ N(0, {self.initial_state_std:.4g}²), truncated at 3σ, "
+            + (f"seed {self.state_seed}" if self.state_seed is not None else "drawn afresh"),
+            "zeros": "s = 0",
+            "learned": "s = learned vector",
+        }[self.initial_state]
+        inject = {
+            None: "x = s",
+            "concat": "x = [s, e] W",
+            "concat_injection_first": "x = [e, s] W",
+            "add": "x = s + e",
+            "gated_diagonal": "x = s·exp(-Δ·exp(A)) + Δ·(e Bᵀ)",
+        }[self.injection]
+        after = "s = ln_final(x)" if self.norm_between_iterations else "s = x"
+        gate = "; gate(s)" if self.exit_gate else ""
+        scale = f" · {self.embed_scale:.4g}" if self.embed_scale != 1.0 else ""
+        lines = [
+            f"{self.model_name} {self.notation}, {self.n_params:,} parameters",
+            f"embed    x = W_E[tokens]{scale}",
+        ]
+        if self.n_prelude:
+            lines.append(f"prelude  {self.n_prelude} x block; e = x; {start}")
+        else:
+            lines.append(f"start    e = x; {start}")
+        lines.append(
+            f"core     {self.n_iterations} x [ {inject}; {self.n_core} x block; {after}{gate} ]"
+        )
+        if self.n_coda:
+            before = "x = ln_final(s); " if self.norm_before_coda else "x = s; "
+            lines.append(f"coda     {before}{self.n_coda} x block")
+        elif self.norm_before_coda:
+            lines.append("coda     x = ln_final(s)")
+        final = (
+            "s W_U" if self.norm_between_iterations and not self.n_coda else "ln_final(x) W_U"
+        )
+        lines += [f"readout  logits = {final}", f"block    {block}"]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a new dictionary; ``from_dict(to_dict())`` gives an equal config."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any]) -> "LoopedTransformerConfig":
+        """Build a config from a dictionary of fields.
+
+        Raises:
+            ConfigError: A key is not a field (near matches are suggested) or a required one is
+                missing.
+        """
+        import difflib
+
+        names = [f.name for f in dataclasses.fields(cls)]
+        for key in config_dict:
+            if key not in names:
+                near = difflib.get_close_matches(key, names, n=3)
+                hint = f"; did you mean {', '.join(near)}?" if near else ""
+                raise ConfigError(f"unknown config field {key!r}{hint}")
+        required = [
+            f.name
+            for f in dataclasses.fields(cls)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
+        missing = [name for name in required if name not in config_dict]
+        if missing:
+            raise ConfigError(f"config lacks the required field(s) {', '.join(missing)}")
+        return cls(**config_dict)
+
+    def __repr__(self) -> str:
+        return f"LoopedTransformerConfig:\n{self.describe()}"
+
+
+def truncated_normal_std(d_model: int) -> float:
+    """Huginn's standard deviation sqrt(2 / (5 d)) before its embedding scale is applied."""
+    return math.sqrt(2.0 / (5.0 * d_model))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"float32"`` for ``torch.float32``: the form that JSON can hold."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,147 @@
+"""The only place that touches TransformerLens internals.
+
+Everything that the library takes from TransformerLens comes through here, so that a new release of
+it concerns one file. Written for the 3.9 line.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+with warnings.catch_warnings():
+    # HookedTransformer announces its removal in 4.0 at import and at each call; the pin in the
+    # package metadata is the answer to that, not a warning in every notebook.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from transformer_lens import (
+        ActivationCache,
+        FactoredMatrix,
+        HookedRootModule,
+        HookedTransformer,
+        HookedTransformerConfig,
+    )
+    from transformer_lens.cache.key_value_cache import (
+        TransformerLensKeyValueCache as KeyValueCache,
+    )
+    from transformer_lens.cache.key_value_cache_entry import (
+        TransformerLensKeyValueCacheEntry as KeyValueCacheEntry,
+    )
+    from transformer_lens.hook_points import HookPoint
+    from transformer_lens.HookedTransformer import Output
+    from transformer_lens.utilities import (
+        SUPPORTED_ACTIVATIONS,
+        USE_DEFAULT_VALUE,
+        LocallyOverridenDefaults,
+        apply_softcap,
+        composition_scores,
+        get_attention_mask,
+        lm_cross_entropy_loss,
+    )
+
+BaseConfig = HookedTransformerConfig
+TransformerBase = HookedTransformer
+"""Base of LoopedTransformer: gives tokenisation, generation, loss and the caching wrappers."""
+
+__all__ = [
+    "SUPPORTED_ACTIVATIONS",
+    "USE_DEFAULT_VALUE",
+    "ActivationCache",
+    "BaseConfig",
+    "FactoredMatrix",
+    "HookPoint",
+    "HookedRootModule",
+    "HookedTransformer",
+    "KeyValueCache",
+    "KeyValueCacheEntry",
+    "LocallyOverridenDefaults",
+    "Output",
+    "TransformerBase",
+    "apply_softcap",
+    "composition_scores",
+    "get_attention_mask",
+    "has_hooks",
+    "init_root",
+    "install_from_pretrained",
+    "lm_cross_entropy_loss",
+    "quiet",
+    "uninstall_from_pretrained",
+]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence TransformerLens 3.9's announcement that HookedTransformer ends with 4.0."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="HookedTransformer", category=DeprecationWarning)
+        yield
+
+
+def init_root(model: HookedRootModule) -> None:
+    """Initialise hook bookkeeping without HookedTransformer's own constructor.
+
+    That constructor would allocate every unrolled block with weights of its own.
+    """
+    HookedRootModule.__init__(model)
+
+
+def has_hooks(point: HookPoint) -> bool:
+    """Whether anything listens at a hook point, be it added by TransformerLens or by torch."""
+    return bool(point._forward_hooks or point._forward_pre_hooks or point._backward_hooks)
+
+
+Loader = Callable[..., Any]
+_ORIGINALS: dict[str, Any] = {}
+
+
+def install_from_pretrained(is_looped: Callable[[str], bool], loader: Loader) -> None:
+    """Let ``HookedTransformer.from_pretrained`` hand looped names to ``loader``.
+
+    Calls on a subclass, and all other names, reach TransformerLens unchanged. Installing twice
+    is the same as once.
+
+    Args:
+        is_looped: Tells from the first argument whether it names a looped model.
+        loader: Called with all arguments for those that do; for ``from_pretrained_no_processing``
+            with the folding and centring flags set to ``False``.
+    """
+    if _ORIGINALS:
+        return
+    for name, preset in (
+        ("from_pretrained", {}),
+        (
+            "from_pretrained_no_processing",
+            {
+                "fold_ln": False,
+                "center_writing_weights": False,
+                "center_unembed": False,
+                "fold_value_biases": False,
+                "refactor_factored_attn_matrices": False,
+            },
+        ),
+    ):
+        original = HookedTransformer.__dict__[name]
+        _ORIGINALS[name] = original
+        setattr(HookedTransformer, name, _dispatcher(original, is_looped, loader, preset))
+
+
+def uninstall_from_pretrained() -> None:
+    """Undo :func:`install_from_pretrained`; without it, do nothing."""
+    for name, original in _ORIGINALS.items():
+        setattr(HookedTransformer, name, original)
+    _ORIGINALS.clear()
+
+
+def _dispatcher(
+    original: Any, is_looped: Callable[[str], bool], loader: Loader, preset: dict[str, bool]
+) -> Any:
+    from functools import wraps
+
+    function = original.__func__
+
+    @wraps(function)
+    def from_pretrained(cls: type, model_name: str, *args: Any, **kwargs: Any) -> Any:
+        if cls is HookedTransformer and is_looped(model_name):
+            return loader(model_name, *args, **{**kwargs, **preset})
+        return function(cls, model_name, *args, **kwargs)
+
+    return classmethod(from_pretrained)
