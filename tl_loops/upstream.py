@@ -5,9 +5,11 @@ it concerns one file. Written for the 3.9 line.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
+
+from torch import Tensor
 
 with warnings.catch_warnings():
     # HookedTransformer announces its removal in 4.0 at import and at each call; the pin in the
@@ -36,6 +38,7 @@ with warnings.catch_warnings():
         composition_scores,
         get_attention_mask,
         lm_cross_entropy_loss,
+        sample_logits,
     )
 
 BaseConfig = HookedTransformerConfig
@@ -59,21 +62,16 @@ __all__ = [
     "apply_softcap",
     "composition_scores",
     "get_attention_mask",
+    "has_editing_hooks",
     "has_hooks",
     "init_root",
     "install_from_pretrained",
     "lm_cross_entropy_loss",
-    "quiet",
+    "sample_logits",
+    "set_tokenizer",
     "uninstall_from_pretrained",
+    "unshared",
 ]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence TransformerLens 3.9's announcement that HookedTransformer ends with 4.0."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="HookedTransformer", category=DeprecationWarning)
-        yield
 
 
 def init_root(model: HookedRootModule) -> None:
@@ -84,9 +82,45 @@ def init_root(model: HookedRootModule) -> None:
     HookedRootModule.__init__(model)
 
 
+def set_tokenizer(model: Any, tokenizer: Any, default_padding_side: str | None) -> None:
+    """Give a model its tokenizer, also one that was made in memory.
+
+    TransformerLens reloads a tokenizer from its path to make it prepend BOS. Without a path it is
+    taken as it is; BOS is then prepended as text, which TransformerLens does by itself.
+    """
+    known = dict(tokenizer.init_kwargs)
+    if not known.get("name_or_path"):
+        tokenizer.init_kwargs.update(name_or_path="", add_bos_token=True)
+    try:
+        model.set_tokenizer(tokenizer, default_padding_side=default_padding_side)
+    finally:
+        tokenizer.init_kwargs.clear()
+        tokenizer.init_kwargs.update(known)
+
+
 def has_hooks(point: HookPoint) -> bool:
     """Whether anything listens at a hook point, be it added by TransformerLens or by torch."""
     return bool(point._forward_hooks or point._forward_pre_hooks or point._backward_hooks)
+
+
+def has_editing_hooks(point: HookPoint) -> bool:
+    """Whether a hook that may change its tensor listens: any but TransformerLens's caching hooks."""
+    caching = sum(
+        getattr(getattr(handle, "user_hook", None), "func", None) is not None
+        and handle.user_hook.func.__qualname__.endswith(".save_hook")
+        for handle in point.fwd_hooks
+    )
+    return len(point._forward_hooks) > caching
+
+
+def unshared(x: Tensor, point: HookPoint) -> Tensor:
+    """``x``, or a copy of it where a hook on ``point`` could edit it in place.
+
+    Neighbouring hook points often hold one and the same tensor (``resid_post`` of a block is
+    ``resid_pre`` of the next). Caches keep references, so an edit in place would change what was
+    cached earlier. Where only caching hooks listen nothing is copied.
+    """
+    return x.clone() if has_editing_hooks(point) else x
 
 
 Loader = Callable[..., Any]
@@ -134,8 +168,6 @@ def uninstall_from_pretrained() -> None:
 def _dispatcher(
     original: Any, is_looped: Callable[[str], bool], loader: Loader, preset: dict[str, bool]
 ) -> Any:
-    from functools import wraps
-
     function = original.__func__
 
     @wraps(function)

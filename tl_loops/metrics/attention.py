@@ -2,13 +2,15 @@
 
 All functions share four arguments.
 
-- `mask` (Bool `[..., pos]`, True at real tokens, left or right padding, broadcasts over the batch axes): each row is sliced to
-  its real tokens before anything is computed, so that padding never changes a number. T below is the number of
-  real tokens, and position 0 the first of them.
-- `drop_bos=True` leaves out the first real token, as query and as key. T is then one less. The rows keep the
-  weight that is left; they are not rescaled.
-- `renormalize=True` divides each row by its sum after the slicing. A row without any weight becomes NaN.
-- `validate=False` skips the check of the rows (`check_pattern`), for patterns that were checked before.
+- `mask` (Bool `[..., pos]`, True at real tokens, left or right padding, broadcasts over the batch
+  axes): each row is sliced to its real tokens before anything is computed, so that padding never
+  changes a number. T below is the number of real tokens, and position 0 the first of them.
+- `drop_bos=True` leaves out the first real token, as query and as key. T is then one less. The
+  rows keep the weight that is left; they are not rescaled.
+- `renormalize=True` divides each row by its sum after the slicing. A row without any weight
+  becomes NaN.
+- `validate=False` skips the check of the rows (`check_pattern`), for patterns that were checked
+  before.
 
 Statistics are float32 (float64 for float64 patterns). Gradients flow, except through thresholds.
 """
@@ -37,9 +39,10 @@ def sink_score(
 ) -> Float[Tensor, "*batch head"]:
     """Mean attention that one position receives, per head.
 
-    score_k = (1/T) sum_t A_tk, arXiv 2604.11791 Eq. 16. `norm="visible"` divides column k by the T - k queries that can
-    see it instead, as in arXiv 2410.10781; the two agree at k = 0. Short prompts look like sinks: uniform causal attention has
-    score_0 = H_T / T (harmonic number), above 0.3 for T <= 9.
+    score_k = (1/T) sum_t A_tk, arXiv 2604.11791 Eq. 16. `norm="visible"` divides column k by the T
+    - k queries that can see it instead, as in arXiv 2410.10781; the two agree at k = 0. Short
+    prompts look like sinks: uniform causal attention has score_0 = H_T / T (harmonic number),
+    above 0.3 for T <= 9.
 
     Args:
         pattern: attention weights, rows sum to 1.
@@ -55,8 +58,8 @@ def sink_score(
 
     Raises:
         TypeError: `pattern` is not floating point or `mask` is not Bool.
-        ValueError: unknown `norm`, `position` outside the real tokens of a row, a mask that does not fit, or a row
-            that does not sum to 1 or (`norm="visible"`) is not causal.
+        ValueError: unknown `norm`, `position` outside the real tokens of a row, a mask that does
+            not fit, or a row that does not sum to 1 or (`norm="visible"`) is not causal.
     """
     if norm not in ("T", "visible"):
         raise ValueError(f'got norm={norm!r}, expected "T" or "visible"')
@@ -98,8 +101,9 @@ def sink_rate(
 ) -> Float[Tensor, "*batch"]:
     """Fraction of heads whose sink score reaches a threshold.
 
-    rate_k = (1/H) sum_h 1[score_k >= threshold], arXiv 2604.11791 Eq. 17. The threshold is applied per sequence and head; average rates
-    over sequences, not scores. arXiv 2410.10781 uses `strict=True` and `norm="visible"`.
+    rate_k = (1/H) sum_h 1[score_k >= threshold], arXiv 2604.11791 Eq. 17. The threshold is applied
+    per sequence and head; average rates over sequences, not scores. arXiv 2410.10781 uses
+    `strict=True` and `norm="visible"`.
 
     Args:
         pattern: attention weights, rows sum to 1.
@@ -144,28 +148,32 @@ def mixing_score(
 ) -> Float[Tensor, "*batch head"]:
     """Mean entropy of the attention rows, per head.
 
-    (1/T) sum_i H(A_i), arXiv 2604.11791 Eq. 18, in nats. It cannot tell a sink from an identity head: both give 0.
+    (1/T) sum_i H(A_i), arXiv 2604.11791 Eq. 18, in nats. It cannot tell a sink from an identity
+    head: both give 0.
 
     Args:
         pattern: attention weights, rows sum to 1.
-        normalize: `"none"`: Eq. 18, at most log(T!)/T for causal patterns. `"log"`: divided by log T. `"length"`: divided by T; by
-            its range this is what the figures of arXiv 2604.11791 show (an inference), never compare it across
-            lengths. `"row"`: the entropy of the row that sees i keys is divided by log i and rows with one visible key are left
-            out; 1 for uniform causal attention of any length, requires a causal pattern.
+        normalize: `"none"`: Eq. 18, at most log(T!)/T for causal patterns. `"log"`: divided by log
+            T. `"length"`: divided by T; by its range this is what the figures of arXiv 2604.11791
+            show (an inference), never compare it across lengths. `"row"`: the entropy of the row
+            that sees i keys is divided by log i and rows with one visible key are left out; 1 for
+            uniform causal attention of any length, requires a causal pattern.
         mask: True at real tokens; see the module.
-        drop_bos: leave out the first real token; see the module. Without `renormalize` a row adds its part -sum p log p over
-            the keys that are left, which is not an entropy and not bounded by log T.
+        drop_bos: leave out the first real token; see the module. Without `renormalize` a row adds
+            its part -sum p log p over the keys that are left, which is not an entropy and not
+            bounded by log T.
         renormalize: rescale the rows that are left; see the module.
         validate: check the rows first.
 
     Returns:
-        `[..., head]`, non-negative; at most 1 for `"log"` and `"row"`. For T = 1, 0 with `"none"` and `"length"` (one row of
-        entropy 0) and NaN with `"log"` and `"row"` (0/0). NaN where no token is left.
+        `[..., head]`, non-negative; at most 1 for `"log"` and `"row"`. For T = 1, 0 with `"none"`
+        and `"length"` (one row of entropy 0) and NaN with `"log"` and `"row"` (0/0). NaN where no
+        token is left.
 
     Raises:
         TypeError: `pattern` is not floating point or `mask` is not Bool.
-        ValueError: unknown `normalize`, a mask that does not fit, or a row that does not sum to 1 or
-            (`normalize="row"`) is not causal.
+        ValueError: unknown `normalize`, a mask that does not fit, or a row that does not sum to 1
+            or (`normalize="row"`) is not causal.
     """
     if normalize not in ("none", "log", "length", "row"):
         raise ValueError(f'got normalize={normalize!r}, expected "none", "log", "length" or "row"')
@@ -176,9 +184,7 @@ def mixing_score(
             return _nan_per_head(span)
         row_entropy = shannon_entropy(span.to(statistic_dtype(span)))
         if normalize == "row":
-            n_visible = torch.arange(
-                2, n_tokens + 1, device=span.device, dtype=row_entropy.dtype
-            )
+            n_visible = torch.arange(2, n_tokens + 1, device=span.device, dtype=row_entropy.dtype)
             return (row_entropy[..., 1:] / n_visible.log()).mean(-1)
         mean = row_entropy.mean(-1)
         if normalize == "log":
@@ -206,20 +212,22 @@ def colsum_concentration(
 ) -> Float[Tensor, "*batch head"]:
     """How much the attention of all queries gathers on few keys, per head.
 
-    C = 1 + (1/log T) sum_j q_j log q_j with the share q_j = c_j / sum_j c_j of the column sums c_j = sum_i A_ij, arXiv
-    2604.11791 Sec. 2.2 (the shares there are c_j / T, which is the same where rows sum to 1). It does not depend on which
-    position is the sink. The causal mask alone gives C > 0: 0.097 for uniform causal attention at T = 64.
+    C = 1 + (1/log T) sum_j q_j log q_j with the share q_j = c_j / sum_j c_j of the column sums c_j
+    = sum_i A_ij, arXiv 2604.11791 Sec. 2.2 (the shares there are c_j / T, which is the same where
+    rows sum to 1). It does not depend on which position is the sink. The causal mask alone gives C
+    > 0: 0.097 for uniform causal attention at T = 64.
 
     Args:
         pattern: attention weights, rows sum to 1.
         mask: True at real tokens; see the module.
-        drop_bos: leave out the first real token; see the module. The shares are those of the weight that is left.
+        drop_bos: leave out the first real token; see the module. The shares are those of the
+            weight that is left.
         renormalize: rescale the rows that are left; see the module.
         validate: check the rows first.
 
     Returns:
-        `[..., head]` in [0, 1] up to rounding: 0 when all keys receive the same, 1 when one key receives everything. NaN for T = 1
-        and where no weight is left.
+        `[..., head]` in [0, 1] up to rounding: 0 when all keys receive the same, 1 when one key
+        receives everything. NaN for T = 1 and where no weight is left.
 
     Raises:
         TypeError: `pattern` is not floating point or `mask` is not Bool.
@@ -264,8 +272,8 @@ def diagonal_score(
         validate: check the rows first.
 
     Returns:
-        `[..., head]` in [0, 1]: 1 for an identity head, (H_T - 1)/(T - 1) for uniform causal attention, with the harmonic
-        number H_T. NaN for T = 1.
+        `[..., head]` in [0, 1]: 1 for an identity head, (H_T - 1)/(T - 1) for uniform causal
+        attention, with the harmonic number H_T. NaN for T = 1.
 
     Raises:
         TypeError: `pattern` is not floating point or `mask` is not Bool.
@@ -329,8 +337,9 @@ def sink_identity_index(
 ) -> Float[Tensor, "*batch head"]:
     """Where a head stands between a sink on the first token and an identity head.
 
-    (s - d)/(s + d) with s the mean of A_i0 and d the mean of A_ii over i >= 1. This index is defined here, not in a paper;
-    it puts a number on the phase in which heads switch from sinks to identity (arXiv 2510.06477).
+    (s - d)/(s + d) with s the mean of A_i0 and d the mean of A_ii over i >= 1. This index is
+    defined here, not in a paper; it puts a number on the phase in which heads switch from sinks to
+    identity (arXiv 2510.06477).
 
     Args:
         pattern: attention weights, rows sum to 1.
@@ -340,8 +349,8 @@ def sink_identity_index(
         validate: check the rows first.
 
     Returns:
-        `[..., head]` in [-1, 1]: 1 for a pure sink, -1 for identity, 0 for uniform causal attention. NaN for T = 1 and
-        where a head puts no weight on either.
+        `[..., head]` in [-1, 1]: 1 for a pure sink, -1 for identity, 0 for uniform causal
+        attention. NaN for T = 1 and where a head puts no weight on either.
 
     Raises:
         TypeError: `pattern` is not floating point or `mask` is not Bool.

@@ -1,25 +1,43 @@
 """How the state moves from one iteration to the next: steps, distances, angles, accelerations.
 
-`states` is `[iteration, ..., pos, d_model]`: the residual stream at one place of the loop, once per
-iteration of ONE trajectory. `[iteration, d_model]` is read as a single token. Cosines of zero vectors
-are NaN, never 0, because a direction is missing and not orthogonal.
+`states` is `[iteration, ..., pos, d_model]`: the residual stream at one place of the loop, once
+per iteration of ONE trajectory. `[iteration, d_model]` is read as a single token. Cosines of zero
+vectors are NaN, never 0, because a direction is missing and not orthogonal.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_loops.metrics.padding import map_spans, statistic_dtype
+
 Aggregation = Literal["token_mean", "fro", "none"]
 
 
-def at_least_float32(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Upcast bfloat16 and float16 to float32; leave float32 and float64 as they are."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def measured_states(states: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Upcast `states` to the dtype that statistics use and refuse what is no trajectory.
+
+    Args:
+        states: `[iteration, ..., d_model]`.
+
+    Returns:
+        The same values in float32, or float64 for float64 states.
+
+    Raises:
+        TypeError: If `states` is not floating point.
+        ValueError: If an axis is missing or there is no state at all.
+    """
+    if states.ndim < 2 or states.shape[0] == 0:
+        raise ValueError(
+            f"states has shape {list(states.shape)}, expected [iteration, ..., d_model] with at "
+            "least one iteration"
+        )
+    return states.to(statistic_dtype(states))
 
 
 def direction_cosine(
@@ -28,8 +46,8 @@ def direction_cosine(
     """Cosine of the angle between `a` and `b` along the last axis, in [-1, 1].
 
     Args:
-        a: Vectors `[..., d_model]`.
-        b: Vectors that broadcast against `a`.
+        a: vectors `[..., d_model]`.
+        b: vectors that broadcast against `a`.
 
     Returns:
         `[...]`, NaN where either vector is zero.
@@ -42,52 +60,56 @@ def successive_difference(
     agg: Aggregation = "token_mean",
     relative: bool = False,
     rms: bool = False,
-    mask: Bool[Tensor, "*positions"] | None = None,
+    mask: Bool[Tensor, "*#batch pos"] | None = None,
 ) -> Float[Tensor, "step ..."]:
     """Length of each step, ||X_t - X_{t-1}||, for t = 1 .. iteration-1.
 
-    arXiv 2604.11791 plots this per layer (section 4.1, Fig. 3) and does not say how tokens are pooled.
-    In bfloat16 the relative step cannot fall below about 4e-3: measure convergence in float32.
+    arXiv 2604.11791 plots this per layer (section 4.1, Fig. 3) and does not say how tokens are
+    pooled. In bfloat16 the relative step cannot fall below about 4e-3: measure convergence in
+    float32.
 
     Args:
         states: `[iteration, *batch, pos, d_model]`, or `[iteration, d_model]` for one token.
-        agg: `"token_mean"`: L2 norm per token, then the mean over tokens. `"fro"`: Frobenius norm of the
-            `[pos, d_model]` matrix. `"none"`: L2 norm per token.
-        relative: Divide by the norm of the later state, ||X_t|| (the latent difference of Huginn).
-        rms: Divide by sqrt(d_model), which makes models of different width comparable.
-        mask: `[*batch, pos]`, True for the tokens that count; not with `agg="none"`.
+        agg: `"token_mean"`: L2 norm per token, then the mean over tokens. `"fro"`: Frobenius norm
+            of the `[pos, d_model]` matrix. `"none"`: L2 norm per token.
+        relative: divide by the norm of the later state, ||X_t|| (the latent difference of Huginn).
+        rms: divide by sqrt(d_model), which makes models of different width comparable.
+        mask: True at real tokens, one run a row; broadcasts over the batch axes; not with
+            `agg="none"`.
 
     Returns:
-        `[iteration-1, *batch]` (`[iteration-1, *batch, pos]` for `"none"`); an empty first axis for one
-        state. With `relative`, a zero state gives inf, or NaN when the step is zero as well. A row
-        without a counted token is NaN.
+        `[iteration-1, *batch]` (`[iteration-1, *batch, pos]` for `"none"`); an empty first axis
+        for one state. With `relative`, a zero state gives inf, or NaN when the step is zero as
+        well.
 
     Raises:
         ValueError: If both `relative` and `rms` are set, or `mask` does not fit.
     """
-    x = at_least_float32(states)
+    x = measured_states(states)
     return _pooled_distance(x[1:], x[:-1], x[1:], agg, relative, rms, mask)
 
 
 def successive_cosine(
     states: Float[Tensor, "iteration *tokens d_model"],
     agg: Literal["token_mean", "none"] = "token_mean",
-    mask: Bool[Tensor, "*positions"] | None = None,
+    mask: Bool[Tensor, "*#batch pos"] | None = None,
 ) -> Float[Tensor, "step ..."]:
-    """Cosine between consecutive states, cos(X_t, X_{t-1}), per token and then averaged over tokens.
+    """Cosine between consecutive states, cos(X_t, X_{t-1}), averaged over tokens.
 
-    The cosine version of `successive_difference` (arXiv 2604.11791, Fig. 24). It does not see radial motion.
+    The cosine version of `successive_difference` (arXiv 2604.11791, Fig. 24). It does not see
+    radial motion.
 
     Args:
         states: `[iteration, *batch, pos, d_model]`, or `[iteration, d_model]` for one token.
         agg: `"token_mean"`, or `"none"` to keep the tokens.
-        mask: `[*batch, pos]`, True for the tokens that count; not with `agg="none"`.
+        mask: True at real tokens, one run a row; broadcasts over the batch axes; not with
+            `agg="none"`.
 
     Returns:
         `[iteration-1, *batch]` in [-1, 1]; NaN where a counted token is zero in either state.
     """
-    x = at_least_float32(states)
-    return _pool_tokens(direction_cosine(x[1:], x[:-1]), agg, mask)
+    x = measured_states(states)
+    return _mean_cosine(x[1:], x[:-1], agg, mask)
 
 
 def fixed_point_distance(
@@ -96,30 +118,32 @@ def fixed_point_distance(
     agg: Aggregation = "token_mean",
     relative: bool = False,
     rms: bool = False,
-    mask: Bool[Tensor, "*positions"] | None = None,
+    mask: Bool[Tensor, "*#batch pos"] | None = None,
 ) -> Float[Tensor, "iteration ..."]:
     """Distance of every state to an approximate fixed point, ||X_t - X*||.
 
-    arXiv 2604.11791 (section 4.1, Fig. 4) takes the state after 128 iterations as X*. The distance at the
-    reference itself is 0 by construction: leave that point out of a plot. Everything near the reference
-    looks convergent, a slow drift included, so check against a later reference (pass the tensor) or read
-    the rate from `fixed_point_slope`, which uses a window far from it.
+    arXiv 2604.11791 (section 4.1, Fig. 4) takes the state after 128 iterations as X*. The distance
+    at the reference itself is 0 by construction: leave that point out of a plot. Everything near
+    the reference looks convergent, a slow drift included, so check against a later reference (pass
+    the tensor) or read the rate from `fixed_point_slope`, which uses a window far from it.
 
     Args:
         states: `[iteration, *batch, pos, d_model]`, or `[iteration, d_model]` for one token.
-        reference: Which of the states is X*, or X* itself, `[*batch, pos, d_model]`.
-        agg: As in `successive_difference`.
-        relative: Divide by the norm of the reference, ||X*||, one constant for the whole curve.
-        rms: Divide by sqrt(d_model).
-        mask: `[*batch, pos]`, True for the tokens that count; not with `agg="none"`.
+        reference: which of the states is X*, or X* itself, `[*batch, pos, d_model]`.
+        agg: as in `successive_difference`.
+        relative: divide by the norm of the reference, ||X*||, one constant for the whole curve.
+        rms: divide by sqrt(d_model).
+        mask: True at real tokens, one run a row; broadcasts over the batch axes; not with
+            `agg="none"`.
 
     Returns:
         `[iteration, *batch]` (`[iteration, *batch, pos]` for `"none"`).
 
     Raises:
-        ValueError: If both `relative` and `rms` are set, `mask` does not fit, or `reference` is no iteration.
+        ValueError: If both `relative` and `rms` are set, `mask` does not fit, or `reference` is no
+            iteration.
     """
-    x = at_least_float32(states)
+    x = measured_states(states)
     fixed_point = _reference_state(x, reference)
     return _pooled_distance(x, fixed_point, fixed_point.expand_as(x), agg, relative, rms, mask)
 
@@ -128,17 +152,19 @@ def fixed_point_cosine(
     states: Float[Tensor, "iteration *tokens d_model"],
     reference: int | Float[Tensor, "*tokens d_model"] = -1,
     agg: Literal["token_mean", "none"] = "token_mean",
-    mask: Bool[Tensor, "*positions"] | None = None,
+    mask: Bool[Tensor, "*#batch pos"] | None = None,
 ) -> Float[Tensor, "iteration ..."]:
-    """Cosine of every state to an approximate fixed point, cos(X_t, X*), 1 at the reference by construction.
+    """Cosine of every state to an approximate fixed point, cos(X_t, X*).
 
-    The cosine version of `fixed_point_distance` (arXiv 2604.11791, Fig. 22).
+    The cosine version of `fixed_point_distance` (arXiv 2604.11791, Fig. 22); 1 at the reference by
+    construction.
 
     Args:
         states: `[iteration, *batch, pos, d_model]`, or `[iteration, d_model]` for one token.
-        reference: Which of the states is X*, or X* itself, `[*batch, pos, d_model]`.
+        reference: which of the states is X*, or X* itself, `[*batch, pos, d_model]`.
         agg: `"token_mean"`, or `"none"` to keep the tokens.
-        mask: `[*batch, pos]`, True for the tokens that count; not with `agg="none"`.
+        mask: True at real tokens, one run a row; broadcasts over the batch axes; not with
+            `agg="none"`.
 
     Returns:
         `[iteration, *batch]` in [-1, 1]; NaN where a counted token is zero.
@@ -146,8 +172,8 @@ def fixed_point_cosine(
     Raises:
         ValueError: If `reference` is no iteration.
     """
-    x = at_least_float32(states)
-    return _pool_tokens(direction_cosine(x, _reference_state(x, reference)), agg, mask)
+    x = measured_states(states)
+    return _mean_cosine(x, _reference_state(x, reference), agg, mask)
 
 
 def fixed_point_slope(
@@ -155,12 +181,12 @@ def fixed_point_slope(
 ) -> Float[Tensor, "*batch"]:
     """Least-squares slope of log(distance) over a window of iterations: the log contraction rate.
 
-    A geometric approach X* + rho^t V gives exactly log(rho); a slope near 0 is a drift that has not
-    converged, whatever the last distances look like.
+    A geometric approach X* + rho^t V gives exactly log(rho); a slope near 0 is a drift that has
+    not converged, whatever the last distances look like.
 
     Args:
         distance: `[iteration, ...]`, for instance from `fixed_point_distance`.
-        window: First and last iteration of the fit, both included.
+        window: first and last iteration of the fit, both included.
 
     Returns:
         `[...]`, per iteration, natural log. NaN where a distance inside the window is 0.
@@ -172,10 +198,10 @@ def fixed_point_slope(
     n_iterations = distance.shape[0]
     if not 0 <= first < last < n_iterations:
         raise ValueError(
-            f"window {window} needs 0 <= first < last < {n_iterations}, the number of iterations given; "
-            "pass a window that lies inside the trajectory"
+            f"window {window} needs 0 <= first < last < {n_iterations}, the number of iterations "
+            "given; pass a window that lies inside the trajectory"
         )
-    log_distance = at_least_float32(distance[first : last + 1]).log()
+    log_distance = distance[first : last + 1].to(statistic_dtype(distance)).log()
     t = torch.arange(last - first + 1, dtype=log_distance.dtype, device=log_distance.device)
     t = (t - t.mean()).reshape(-1, *[1] * (log_distance.ndim - 1))
     log_distance = torch.where(log_distance.isinf(), torch.nan, log_distance)
@@ -185,11 +211,11 @@ def fixed_point_slope(
 def degenerate_fixed_point(
     fixed_points: Float[Tensor, "layer *tokens d_model"],
 ) -> Float[Tensor, "*tokens"]:
-    """Lowest cosine between the first layer's fixed point and any other layer's, min_{l != 0} cos(X*_0, X*_l).
+    """Lowest cosine between the fixed point of the first layer and that of any other layer.
 
-    Near 1 the fixed point is degenerate: every layer leaves the state where it is. Clearly below 1 it is
-    cyclic: the layers carry the state around a cycle that closes once per iteration (arXiv 2604.11791,
-    section 4.2 and Fig. 6).
+    min_{l != 0} cos(X*_0, X*_l). Near 1 the fixed point is degenerate: every layer leaves the
+    state where it is. Clearly below 1 it is cyclic: the layers carry the state around a cycle that
+    closes once per iteration (arXiv 2604.11791, section 4.2 and Fig. 6).
 
     Args:
         fixed_points: `[layer, ..., d_model]`, the converged output of each layer of the core.
@@ -197,25 +223,29 @@ def degenerate_fixed_point(
     Returns:
         `[...]` in [-1, 1]; NaN with a single layer, or where a fixed point is zero.
     """
-    x = at_least_float32(fixed_points)
+    x = measured_states(fixed_points)
     if x.shape[0] < 2:
         return x.new_full(x.shape[1:-1], torch.nan)
     return direction_cosine(x[1:], x[:1]).amin(0)
 
 
-def step_angles(states: Float[Tensor, "iteration *tokens d_model"]) -> Float[Tensor, "step *tokens"]:
+def step_angles(
+    states: Float[Tensor, "iteration *tokens d_model"],
+) -> Float[Tensor, "step *tokens"]:
     """Angle between consecutive steps D^k = X^{k+1} - X^k, in radians, per token.
 
-    0 is straight motion (a slider, a contraction along a line), pi is bouncing back (period 2), and a rotation or
-    spiral by theta gives theta at any rate of contraction (two-scale dynamics, arXiv 2509.23314).
+    0 is straight motion (a slider, a contraction along a line), pi is bouncing back (period 2),
+    and a rotation or spiral by theta gives theta at any rate of contraction (two-scale dynamics,
+    arXiv 2509.23314).
 
     Args:
         states: `[iteration, ..., d_model]`.
 
     Returns:
-        `[iteration-2, ...]` in [0, pi]; empty for fewer than three states, NaN next to a zero step.
+        `[iteration-2, ...]` in [0, pi]; empty for fewer than three states, NaN next to a zero
+        step.
     """
-    steps = at_least_float32(states).diff(dim=0)
+    steps = measured_states(states).diff(dim=0)
     before, after = _unit(steps[:-1]), _unit(steps[1:])
     # atan2 keeps its precision near 0 and pi, where arccos loses half of the digits.
     sine, cosine = (after - before).norm(dim=-1), (after + before).norm(dim=-1)
@@ -228,19 +258,24 @@ def acceleration(
 ) -> Float[Tensor, "step *tokens"]:
     """Change of the step, a^k = ||D^k - D^{k-1}|| with D^k = X^{k+1} - X^k, per token.
 
-    The exit signal of two-scale dynamics (arXiv 2509.23314, Eq. 4). It never vanishes on an orbit, and it
-    vanishes at once on a slider, which keeps drifting. The paper's own normalised form was not available;
-    the two offered here are `"state"`, as in Huginn's generation code, and `"step"` (ours).
+    The exit signal of two-scale dynamics (arXiv 2509.23314, Eq. 4). It never vanishes on an orbit,
+    and it vanishes at once on a slider, which keeps drifting. The paper's own normalised form was
+    not available; the two offered here are `"state"`, as in Huginn's generation code, and `"step"`
+    (ours).
 
     Args:
         states: `[iteration, ..., d_model]`.
-        normalize: `"none"`; `"state"`: divided by ||X^{k+1}||; `"step"`: divided by ||D^k|| + ||D^{k-1}||,
-            in [0, 1], which is 0 for a slider, sin(theta/2) for a rotation and 1 for period 2.
+        normalize: `"none"`; `"state"`: divided by ||X^{k+1}||; `"step"`: divided by ||D^k|| +
+            ||D^{k-1}||, in [0, 1], which is 0 for a slider, sin(theta/2) for a rotation and 1 for
+            period 2.
 
     Returns:
-        `[iteration-2, ...]`; empty for fewer than three states, NaN where the divisor and a^k are zero.
+        `[iteration-2, ...]`; empty for fewer than three states, NaN where the divisor and a^k are
+        zero.
     """
-    x = at_least_float32(states)
+    if normalize not in ("none", "state", "step"):
+        raise ValueError(f'got normalize={normalize!r}, expected "none", "state" or "step"')
+    x = measured_states(states)
     steps = x.diff(dim=0)
     change = steps.diff(dim=0).norm(dim=-1)
     if normalize == "none":
@@ -254,30 +289,31 @@ def acceleration(
 def two_scale_ratio(
     groups: Sequence[Float[Tensor, "iteration *tokens d_model"]],
 ) -> Float[Tensor, "group *tokens"]:
-    """Drift between looped groups over the mean step inside a group: ||x_{g+1}^{(0)} - x_g^{(K_g)}|| / mean_k ||D_g^k||.
+    """Drift from one looped group to the next over the mean step inside the group.
 
-    The drift-to-loop ratio of two-scale dynamics (arXiv 2509.23314, Eq. 2). The numerator compares the first
-    recorded state of the NEXT group with the last of this one; the distance that a group covers itself,
-    ||x_g^{(K)} - x_g^{(0)}||, is another quantity. Where the next group starts on the very state that this
-    one ends on, the ratio is 0: record the next group from the output of its first pass.
+    ||x_{g+1}^{(0)} - x_g^{(K_g)}|| / mean_k ||D_g^k||: the drift-to-loop ratio of two-scale
+    dynamics (arXiv 2509.23314, Eq. 2). The numerator compares the first recorded state of the NEXT
+    group with the last of this one; the distance that a group covers itself, ||x_g^{(K)} -
+    x_g^{(0)}||, is another quantity. Where the next group starts on the very state that this one
+    ends on, the ratio is 0: record the next group from the output of its first pass.
 
     Args:
-        groups: For each looped group in depth order its states `[iteration, ..., d_model]`, x_g^{(0)} first.
-            The groups may have different numbers of iterations.
+        groups: for each looped group in depth order its states `[iteration, ..., d_model]`,
+            x_g^{(0)} first. The groups may have different numbers of iterations.
 
     Returns:
-        `[len(groups)-1, ...]`. NaN for a group with a single state (no step); inf where a group does
-        not move although the next one starts elsewhere.
+        `[len(groups)-1, ...]`. NaN for a group with a single state (no step); inf where a group
+        does not move although the next one starts elsewhere.
 
     Raises:
         ValueError: If there are fewer than two groups.
     """
     if len(groups) < 2:
         raise ValueError(
-            f"{len(groups)} group given; the ratio compares a group with the next, pass at least two"
+            f"{len(groups)} groups given; a group is compared with the next one, pass at least two"
         )
-    x = [at_least_float32(group) for group in groups]
-    drift = [(after[0] - before[-1]).norm(dim=-1) for before, after in zip(x, x[1:], strict=False)]
+    x = [measured_states(group) for group in groups]
+    drift = [(after[0] - before[-1]).norm(dim=-1) for before, after in pairwise(x)]
     loop = [before.diff(dim=0).norm(dim=-1).mean(0) for before in x[:-1]]
     return torch.stack(drift) / torch.stack(loop)
 
@@ -300,17 +336,19 @@ class PathIndependence:
 def path_independence(final_states: Float[Tensor, "seed *tokens d_model"]) -> PathIndependence:
     """Compare the states that one input reaches from several initial states.
 
-    Path independence after Anil et al. (arXiv 2211.09961); the pairwise latent distance is also used for the width of
-    GRAM (arXiv 2605.19376). Pass `[seed, iteration, ..., d_model]` to follow it over iterations.
+    Path independence after Anil et al. (arXiv 2211.09961); the pairwise latent distance is also
+    used for the width of GRAM (arXiv 2605.19376). Pass `[seed, iteration, ..., d_model]` to follow
+    it over iterations.
 
     Args:
-        final_states: `[seed, ..., d_model]`, the same place of the model for each seed of the initial state.
+        final_states: `[seed, ..., d_model]`, the same place of the model for each seed of the
+            initial state.
 
     Returns:
-        `PathIndependence` with tensors `[...]`; NaN for fewer than two seeds. The cosine is NaN where a
-        state is zero, the relative distance where all of them are.
+        `PathIndependence` with tensors `[...]`; NaN for fewer than two seeds. The cosine is NaN
+        where a state is zero, the relative distance where all of them are.
     """
-    x = at_least_float32(final_states)
+    x = measured_states(final_states)
     pairs = list(combinations(range(x.shape[0]), 2))
     cosine = x.new_zeros(x.shape[1:-1])
     distance = x.new_zeros(x.shape[1:-1])
@@ -323,15 +361,15 @@ def path_independence(final_states: Float[Tensor, "seed *tokens d_model"]) -> Pa
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    """Scale to length 1; the largest entry first, so that neither tiny nor huge vectors leave the range."""
-    scaled = at_least_float32(vectors)
+    """Scale to length 1; by the largest entry first, so that tiny vectors do not underflow."""
+    scaled = vectors.to(statistic_dtype(vectors))
     scaled = scaled / scaled.abs().amax(-1, keepdim=True)
     return scaled / scaled.norm(dim=-1, keepdim=True)
 
 
 def _reference_state(states: Tensor, reference: int | Tensor) -> Tensor:
     if isinstance(reference, Tensor):
-        return at_least_float32(reference)
+        return reference.to(statistic_dtype(reference))
     if not -states.shape[0] <= reference < states.shape[0]:
         raise ValueError(
             f"reference {reference} is not one of the {states.shape[0]} iterations given; "
@@ -340,25 +378,29 @@ def _reference_state(states: Tensor, reference: int | Tensor) -> Tensor:
     return states[reference]
 
 
-def _check_mask(mask: Tensor, agg: str, token_shape: torch.Size) -> None:
-    if agg == "none":
-        raise ValueError("mask selects the tokens of a mean; with agg='none' select from the result")
-    if mask.shape != token_shape:
+def _pool_tokens(
+    pool: Callable[..., Tensor], values: Sequence[Tensor], agg: str, mask: Tensor | None
+) -> Tensor:
+    """Reduce the token axis of `[iteration, *batch, pos]`; a bare `[iteration]` is one token."""
+    if mask is not None and (agg == "none" or values[0].ndim < 2):
         raise ValueError(
-            f"mask has shape {tuple(mask.shape)}; expected one entry per token, {tuple(token_shape)}"
+            f"mask needs a token axis to reduce, got agg={agg!r} and {values[0].ndim - 1} token "
+            "axes; select the tokens from the result or the states instead"
         )
+    if values[0].ndim < 2:
+        values = [value.unsqueeze(-1) for value in values]
+    # The iteration axis goes behind the tokens, because the mask has none.
+    last = [value.movedim(0, -1) for value in values]
+    return map_spans(pool, last, mask, core_ndim=2, position_dims=(-2,)).movedim(-1, 0)
 
 
-def _pool_tokens(values: Tensor, agg: str, mask: Tensor | None) -> Tensor:
-    """Mean over the token axis of `[iteration, *batch, pos]`; a bare `[iteration]` is one token."""
-    if mask is not None:
-        _check_mask(mask, agg, values.shape[1:])
-    if agg == "none" or values.ndim == 1:
-        return values
-    if mask is None:
-        return values.mean(-1)
-    # where, not a product: a padded position may hold NaN.
-    return torch.where(mask, values, 0.0).sum(-1) / mask.sum(-1)
+def _mean_cosine(a: Tensor, b: Tensor, agg: str, mask: Tensor | None) -> Tensor:
+    if agg not in ("token_mean", "none"):
+        raise ValueError(f'got agg={agg!r}, expected "token_mean" or "none"')
+    cosine = direction_cosine(a, b)
+    if agg == "none" and mask is None:
+        return cosine
+    return _pool_tokens(lambda c: c.mean(-2), [cosine], agg, mask)
 
 
 def _pooled_distance(
@@ -371,20 +413,25 @@ def _pooled_distance(
     mask: Tensor | None,
 ) -> Tensor:
     """||a - b|| under one of the aggregations, optionally over ||scale|| or sqrt(d_model)."""
+    if agg not in ("token_mean", "fro", "none"):
+        raise ValueError(f'got agg={agg!r}, expected "token_mean", "fro" or "none"')
     if relative and rms:
         raise ValueError("relative and rms are both set; each is a scale of its own, choose one")
-    difference = (a - b).norm(dim=-1)
-    divisor = scale.norm(dim=-1) if relative else torch.ones_like(difference)
+    distance = (a - b).norm(dim=-1)
+    if rms:
+        distance = distance / a.shape[-1] ** 0.5
+    norm = scale.norm(dim=-1) if relative else None
     if agg == "fro":
-        if mask is not None:
-            _check_mask(mask, agg, difference.shape[1:])
-            difference, divisor = (torch.where(mask, v, 0.0) for v in (difference, divisor))
-            difference = torch.where(mask.any(-1), difference.norm(dim=-1), torch.nan)
-        elif difference.ndim > 1:
-            difference = difference.norm(dim=-1)
-        if relative:
-            divisor = divisor.norm(dim=-1) if divisor.ndim > 1 else divisor
-            difference = difference / divisor
-    else:
-        difference = _pool_tokens(difference / divisor, agg, mask)
-    return difference / a.shape[-1] ** 0.5 if rms else difference
+        values = [distance] if norm is None else [distance, norm]
+        return _pool_tokens(_frobenius, values, agg, mask)
+    if norm is not None:
+        distance = distance / norm
+    if agg == "none" and mask is None:
+        return distance
+    return _pool_tokens(lambda d: d.mean(-2), [distance], agg, mask)
+
+
+def _frobenius(distance: Tensor, norm: Tensor | None = None) -> Tensor:
+    """Frobenius norm from the norms per token `[*batch, pos, iteration]`, over that of `norm`."""
+    total = distance.norm(dim=-2)
+    return total if norm is None else total / norm.norm(dim=-2)

@@ -1,7 +1,7 @@
 """The real tokens of a padded batch: every row is sliced to them before anything is computed.
 
-Masking inside a formula would have to be got right in each formula (in means, logarithms of T, thresholds);
-slicing makes padding invisible by construction, also when padded entries hold NaN.
+Masking inside a formula would have to be got right in each formula (in means, logarithms of T,
+thresholds); slicing makes padding invisible by construction, also when padded entries hold NaN.
 """
 
 from collections.abc import Callable, Sequence
@@ -93,11 +93,12 @@ def map_spans(
 ) -> Tensor:
     """Apply `function` to tensors that are sliced to the real tokens of each row.
 
-    Rows with the same span are computed together. Without a mask, `function` sees the tensors as they are.
+    Rows with the same span are computed together. Without a mask, `function` sees the tensors as
+    they are.
 
     Args:
-        function: takes tensors `[*batch, *core]` and returns `[*batch, ...]`; it acts on each row alone and
-            what it returns has no position axis.
+        function: takes tensors `[*batch, *core]` and returns `[*batch, ...]`; it acts on each row
+            alone and what it returns has no position axis.
         tensors: the measured tensors `[*batch, *core]`, with the same batch axes.
         mask: Bool, broadcasts to `[*batch, pos]`; None means that every token is real.
         core_ndim: number of trailing axes that are not batch axes.
@@ -133,4 +134,4 @@ def map_spans(
         order += rows
     stacked = torch.cat(results)
     in_row_order = stacked[torch.tensor(order, device=stacked.device).argsort()]
-    return in_row_order.reshape(*batch_shape, *stacked.shape[1:])
+    return in_row_order.reshape(batch_shape + stacked.shape[1:])

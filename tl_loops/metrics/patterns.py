@@ -1,4 +1,4 @@
-"""Attention patterns as measured: checked, sliced to the real tokens, optionally without the first one."""
+"""Attention patterns before they are measured: checked, and sliced to the real tokens."""
 
 from collections.abc import Callable, Sequence
 
@@ -19,28 +19,31 @@ def check_pattern(
 ) -> None:
     """Refuse a tensor that is not a post-softmax attention pattern.
 
-    Every row of a real query must be non-negative and sum to 1 over the real keys. The tolerance is 1e-3, plus the rounding of
-    the pattern's own dtype (half its epsilon: 4e-3 for bfloat16, where the row [1/3, 1/3, 1/3] sums to 1.002).
-    All rows are tested in one pass and with one device synchronisation. The metrics call this
-    unless `validate=False`; a caller that measures one pattern in many ways can call it once.
+    Every row of a real query must be non-negative and sum to 1 over the real keys. The tolerance
+    is 1e-3, plus the rounding of the pattern's own dtype (half its epsilon: 4e-3 for bfloat16,
+    where the row [1/3, 1/3, 1/3] sums to 1.002). All rows are tested together, with one device
+    synchronisation. The metrics call this unless `validate=False`; a caller that measures one
+    pattern in many ways can call it once.
 
     Args:
         pattern: attention weights, `[..., head, dest, src]`, dest and src the same positions.
-        mask: True at real tokens; broadcasts over the batch axes. Rows of padding are not looked at, and keys in
-            padding do not count.
+        mask: True at real tokens; broadcasts over the batch axes. Rows of padding are not looked
+            at, and keys in padding do not count.
         causal: also require that no weight lies above the diagonal.
-        renormalize: the rows will be divided by their sums, so only require that each sum is positive.
+        renormalize: the rows will be divided by their sums, so only require that each sum is
+            positive.
 
     Raises:
         TypeError: `pattern` is not floating point or `mask` is not Bool.
-        ValueError: dest and src differ in size, the mask does not fit, or a row is bad; the message names the first
-            bad row and what it sums to.
+        ValueError: dest and src differ in size, the mask does not fit, or a row is bad; the
+            message names the first bad row and what it sums to.
     """
     dtype = statistic_dtype(pattern)
     if pattern.ndim < 3 or pattern.shape[-1] != pattern.shape[-2]:
         raise ValueError(
-            f"pattern has shape {list(pattern.shape)}, expected [..., head, dest, src] with as many dest as src "
-            "positions; measure the pattern of a full forward pass, not of a step with a key-value cache"
+            f"pattern has shape {list(pattern.shape)}, expected [..., head, dest, src] with as "
+            "many dest as src positions; measure a full forward pass, not a step with a key-value "
+            "cache"
         )
     pattern = pattern.detach()
     real_query = None
@@ -82,8 +85,8 @@ def _refuse(
     if causal and sum_is_good:
         above = row[index[-1] + 1 :].sum().item()
         raise ValueError(
-            f"{where} sums to {total:.4g} but has {above:.4g} of it above the diagonal, expected 0; this "
-            "normalisation counts visible keys and is defined for causal patterns only"
+            f"{where} sums to {total:.4g} but has {above:.4g} of it above the diagonal, expected "
+            "0; this normalisation counts visible keys and is defined for causal patterns only"
         )
     expected = "a positive sum" if renormalize else f"1 within {tolerance:.2g}"
     advice = "pass the pattern after the softmax (hook_pattern), and mask= where tokens are padding"
@@ -109,8 +112,10 @@ def map_patterns(
         function: takes patterns `[*batch, ..., head, dest, src]` and returns `[*batch, ...]`.
         patterns: patterns with the same batch axes.
         mask: Bool, broadcasts to `[*batch, pos]`.
-        drop_bos: leave out the first real token, as query and as key. The rows keep the weight that is left.
-        renormalize: divide each row by its sum, after the slicing; a row without weight becomes NaN.
+        drop_bos: leave out the first real token, as query and as key. The rows keep the weight
+            that is left.
+        renormalize: divide each row by its sum, after the slicing; a row without weight becomes
+            NaN.
         validate: call `check_pattern` on each pattern.
         causal: passed to `check_pattern`.
         core_ndim: number of trailing axes that are not batch axes.
@@ -122,8 +127,6 @@ def map_patterns(
         TypeError: see `check_pattern`.
         ValueError: see `check_pattern` and `map_spans`.
     """
-    if mask is not None:
-        mask = mask.to(patterns[0].device)
     if validate:
         for pattern in patterns:
             check_pattern(pattern, mask, causal, renormalize)

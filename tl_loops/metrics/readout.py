@@ -1,7 +1,8 @@
-"""What a readout says at each iteration: ranks, probabilities, and how the answer changes over iterations.
+"""What a readout says at each iteration: ranks, probabilities, and how the answer changes.
 
-Inputs are logits of any lens (logit lens, coda lens, the exit that a model was trained with). Padding of the vocabulary is
-excluded with `vocab_size`: ids from there on are neither ranked nor given probability.
+Inputs are logits of any lens (logit lens, coda lens, the exit that a model was trained with).
+Padding of the vocabulary is excluded with `vocab_size`: ids from there on are neither ranked nor
+given probability.
 """
 
 from typing import Literal
@@ -22,8 +23,9 @@ def token_rank(
 ) -> Int[Tensor, "*batch"]:
     """Rank of a token: 1 + the number of ids with a larger logit.
 
-    The count rule is deterministic: tied tokens share the best rank, and uniform logits give rank 1. Average log ranks or
-    reciprocal ranks rather than ranks, whose tails are heavy (arXiv 2507.02199).
+    The count rule is deterministic: tied tokens share the best rank, and uniform logits give rank
+    1. Average log ranks or reciprocal ranks rather than ranks, whose tails are heavy (arXiv
+    2507.02199).
 
     Args:
         logits: `[..., d_vocab]`.
@@ -69,19 +71,21 @@ def token_margin(
 ) -> Float[Tensor, "*batch"]:
     """Logit of a token minus the largest logit of any other token, in nats of log odds.
 
-    Positive exactly where the token is the only top one; a constant added to all logits does not matter.
+    Positive exactly where the token is the only top one; a constant added to all logits does not
+    matter.
 
     Args:
         logits: `[..., d_vocab]`, at least two ids.
-        tokens: ids, one or a tensor that broadcasts over the leading axes of `logits`; None takes the predicted token, so
-            that the margin is top-1 minus top-2 and never negative.
+        tokens: ids, one or a tensor that broadcasts over the leading axes of `logits`; None takes
+            the predicted token, so that the margin is top-1 minus top-2 and never negative.
         vocab_size: ids from here on are padding; None counts all columns.
 
     Returns:
         `[...]`, float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: NaN logits, a bad `vocab_size`, fewer than two ids, or an id outside of the vocabulary.
+        ValueError: NaN logits, a bad `vocab_size`, fewer than two ids, or an id outside of the
+            vocabulary.
     """
     logits = _real_vocabulary(logits, vocab_size).to(statistic_dtype(logits))
     if logits.shape[-1] < 2:
@@ -162,7 +166,8 @@ def divergence_from_last(
 ) -> Float[Tensor, "iteration *batch"]:
     """How far the readout of each iteration is from the last one: KL(last || t), or JSD.
 
-    One iteration at a time is turned into probabilities, so that memory beyond `logits` does not grow with their number.
+    One iteration at a time is turned into probabilities, so that memory beyond `logits` does not
+    grow with their number.
 
     Args:
         logits: `[iteration, ..., d_vocab]`.
@@ -173,8 +178,9 @@ def divergence_from_last(
         `[iteration, ...]`; 0 at the last iteration by construction.
 
     Raises:
-        ValueError: NaN logits, a bad `vocab_size` or an unknown divergence.
+        ValueError: no iteration, NaN logits, a bad `vocab_size` or an unknown divergence.
     """
+    _require_iterations(logits)
     measure = _divergence(divergence)
     last = _log_probabilities(logits[-1], vocab_size)
     return torch.stack([measure(last, _log_probabilities(step, vocab_size)) for step in logits])
@@ -193,11 +199,13 @@ def successive_divergence(
         vocab_size: ids from here on are padding; None counts all columns.
 
     Returns:
-        `[iteration - 1, ...]`; entry t is the step from iteration t to t + 1. One iteration gives no entry.
+        `[iteration - 1, ...]`; entry t is the step from iteration t to t + 1. One iteration gives
+        no entry.
 
     Raises:
-        ValueError: NaN logits, a bad `vocab_size` or an unknown divergence.
+        ValueError: no iteration, NaN logits, a bad `vocab_size` or an unknown divergence.
     """
+    _require_iterations(logits)
     measure = _divergence(divergence)
     steps = []
     previous = _log_probabilities(logits[0], vocab_size)
@@ -243,7 +251,7 @@ def answer_flips(predictions: Int[Tensor, "iteration *batch"]) -> Int[Tensor, "*
 
 
 def saturation_iteration(predictions: Int[Tensor, "iteration *batch"]) -> Int[Tensor, "*batch"]:
-    """First iteration from which on the answer is the final one (a saturation event, arXiv 2203.14680).
+    """First iteration from which on the answer is the final one (saturation, arXiv 2203.14680).
 
     Args:
         predictions: `[iteration, ...]`, for example `predicted_tokens(logits)`.
@@ -259,7 +267,7 @@ def saturation_iteration(predictions: Int[Tensor, "iteration *batch"]) -> Int[Te
 
 
 def overthinking(correct: Bool[Tensor, "iteration *batch"]) -> Float[Tensor, "iteration"]:
-    """Fraction of examples that are right at iteration t and wrong at the last one (arXiv 2511.08577).
+    """Fraction of examples that are right at iteration t, wrong at the last (arXiv 2511.08577).
 
     Args:
         correct: `[iteration, ...]`, for example `predicted_tokens(logits) == targets`.
@@ -271,11 +279,11 @@ def overthinking(correct: Bool[Tensor, "iteration *batch"]) -> Float[Tensor, "it
         ValueError: no iteration.
     """
     _require_iterations(correct)
-    return (correct & ~correct[-1]).flatten(1).float().mean(1)
+    return (correct & ~correct[-1]).unsqueeze(-1).flatten(1).float().mean(1)
 
 
 def oracle_iteration(correct: Bool[Tensor, "iteration *batch"]) -> Int[Tensor, "*batch"]:
-    """The exit of an oracle: the first correct iteration, the last one where none is (arXiv 2607.20519).
+    """Exit of an oracle: the first correct iteration, else the last one (arXiv 2607.20519).
 
     Args:
         correct: `[iteration, ...]`, for example `predicted_tokens(logits) == targets`.
@@ -292,14 +300,14 @@ def oracle_iteration(correct: Bool[Tensor, "iteration *batch"]) -> Int[Tensor, "
 
 
 def oracle_headroom(correct: Bool[Tensor, "iteration *batch"]) -> Float[Tensor, ""]:
-    """What a perfect choice of the exit would add: accuracy at the best iteration minus at the last.
+    """What a perfect choice of the exit would add to the accuracy of the last iteration.
 
     Args:
         correct: `[iteration, ...]`, for example `predicted_tokens(logits) == targets`.
 
     Returns:
-        Scalar in [0, 1], the fraction of examples that are right at some iteration and wrong at the last. NaN without
-        examples.
+        Scalar in [0, 1], the fraction of examples that are right at some iteration and wrong at the
+        last. NaN without examples.
 
     Raises:
         ValueError: no iteration.
@@ -346,8 +354,8 @@ def _token_index(logits: Tensor, tokens: Tensor | int) -> Tensor:
         return index.expand(logits.shape[:-1]).unsqueeze(-1)
     except RuntimeError:
         raise ValueError(
-            f"tokens have shape {list(index.shape)}, expected one that broadcasts to the leading axes of "
-            f"logits, {list(logits.shape[:-1])}"
+            f"tokens have shape {list(index.shape)}, expected one that broadcasts to the leading "
+            f"axes of logits, {list(logits.shape[:-1])}"
         ) from None
 
 
@@ -356,9 +364,7 @@ def _logit_of(logits: Tensor, tokens: Tensor | int) -> Tensor:
 
 
 def _log_probabilities(logits: Tensor, vocab_size: int | None) -> Tensor:
-    return (
-        _real_vocabulary(logits, vocab_size).to(statistic_dtype(logits)).log_softmax(-1)
-    )
+    return _real_vocabulary(logits, vocab_size).to(statistic_dtype(logits)).log_softmax(-1)
 
 
 def _expectation(log_p: Tensor, values: Tensor) -> Tensor:

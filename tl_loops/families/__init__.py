@@ -1,0 +1,1 @@
+"""Model families: how released checkpoints map onto the architecture as data."""

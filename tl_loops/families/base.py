@@ -1,0 +1,254 @@
+"""What a family is: which checkpoints it recognises, and how their fields and tensors map."""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from tl_loops.config import LoopedTransformerConfig
+from tl_loops.errors import CheckpointError
+
+View = Callable[[Tensor], Tensor]
+Released = Mapping[str, Any]
+"""The content of a released ``config.json``."""
+
+_REQUIRED = object()
+
+COMMON_FLAGS: dict[str, tuple[Any, ...]] = {
+    "quantization_config": (),
+    "quantization": (),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "logit_softcap": (),
+    "partial_rotary_factor": (1.0,),
+    "clip_qkv": (),
+    "pretraining_tp": (1,),
+}
+"""Flags that change the mathematics in any family, with the values that are implemented."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """Where a field of :class:`LoopedTransformerConfig` stands in ``config.json``.
+
+    Attributes:
+        keys: Names it may have there; the first that is present and not null counts.
+        kind: ``int``, ``float``, ``bool`` or ``str``.
+        default: Its value where no key is present; without it the field is required.
+    """
+
+    keys: tuple[str, ...]
+    kind: type
+    default: Any = _REQUIRED
+
+
+def read(*keys: str, kind: type = int, default: Any = _REQUIRED) -> Field:
+    """A :class:`Field` under one or several names."""
+    return Field(keys, kind, default)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a stored tensor that become one physical weight.
+
+    Attributes:
+        name: Physical name, e.g. ``"core.0.attn.W_Q"``.
+        rows: How many rows of the stored tensor it takes, counted from the end of the part before.
+        view: Turns these rows into the physical weight without a copy.
+    """
+
+    name: str
+    rows: int
+    view: View
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor that a checkpoint must hold: its key, its shape, and what it becomes."""
+
+    key: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A checkpoint that loads by name.
+
+    Attributes:
+        name: Its repository on the Hugging Face hub, or the name of the packaged model.
+        aliases: Short names.
+        released: The fields of its ``config.json`` that matter, for listing it without network.
+            Loading reads the file itself.
+        unverified: Those of them that were not seen in the released file.
+        packaged: Its directory inside the package, where it ships with tl_loops.
+    """
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    released: Released = field(default_factory=dict)
+    unverified: tuple[str, ...] = ()
+    packaged: str | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the checkpoints of one model family are read.
+
+    Attributes:
+        name: Short name, e.g. ``"ouro"``.
+        paper: Where the architecture is described.
+        model_types: Values of ``model_type`` in ``config.json``.
+        architectures: Values in the list ``architectures`` there; the first is what
+            ``cfg.original_architecture`` says where the list is missing.
+        fields: Config fields that are read from ``config.json``.
+        fixed: Config fields that are the same for the whole family.
+        flags: Keys that may be absent or null, or have one of these values; others are refused.
+        derive: Further config fields from ``config.json``; raises CheckpointError.
+        tensors: What a checkpoint must hold for a config.
+        has_tensors: Tells from the keys of the stored tensors whether they are of this family,
+            for families that share a model type.
+        ignored: Keys of stored tensors that are no weights.
+        tied: Keys of the unembedding and of the embedding: where the config ties them, a
+            checkpoint may repeat the embedding under the first.
+        known: Checkpoints that load by name.
+    """
+
+    name: str
+    paper: str
+    model_types: tuple[str, ...]
+    architectures: tuple[str, ...]
+    fields: Mapping[str, Field]
+    fixed: Mapping[str, Any]
+    flags: Mapping[str, tuple[Any, ...]]
+    derive: Callable[[Released], dict[str, Any]]
+    tensors: Callable[[LoopedTransformerConfig], Iterable[TensorSpec]]
+    has_tensors: Callable[[Collection[str]], bool] | None = None
+    ignored: tuple[str, ...] = ()
+    tied: tuple[str, str] | None = None
+    known: tuple[KnownModel, ...] = ()
+
+    def matches(self, released: Released) -> bool:
+        """Whether ``config.json`` names this family by model type or architecture."""
+        architectures = released.get("architectures")
+        named = architectures if isinstance(architectures, list) else []
+        return released.get("model_type") in self.model_types or any(
+            architecture in self.architectures for architecture in named
+        )
+
+    def config_fields(self, released: Released, where: str) -> dict[str, Any]:
+        """The fields of :class:`LoopedTransformerConfig` that a ``config.json`` gives.
+
+        Args:
+            released: Content of the file.
+            where: The file, for messages.
+
+        Raises:
+            CheckpointError: Fields are missing, of the wrong type, or ask for mathematics that is
+                not implemented; all of them are named at once.
+        """
+        problems = [
+            _flag_problem(key, released[key], allowed)
+            for key, allowed in {**COMMON_FLAGS, **self.flags}.items()
+            if released.get(key) is not None and not _among(released[key], allowed)
+        ]
+        values: dict[str, Any] = {}
+        for target, source in self.fields.items():
+            try:
+                values[target] = _value(source, released)
+            except CheckpointError as problem:
+                problems.append(str(problem))
+        if not problems:
+            try:
+                return {**self.fixed, **values, **self.derive(released)}
+            except CheckpointError as problem:
+                problems.append(str(problem))
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise CheckpointError(f"{where} cannot be read as a config of family {self.name}:{lines}")
+
+
+def _value(source: Field, released: Released) -> Any:
+    key = next((key for key in source.keys if released.get(key) is not None), None)
+    if key is None:
+        if source.default is _REQUIRED:
+            raise CheckpointError(
+                f"the required field {' or '.join(map(repr, source.keys))} is missing"
+            )
+        return source.default
+    return checked(key, released[key], source.kind)
+
+
+def checked(key: str, value: Any, kind: type) -> Any:
+    """``value`` as ``kind``; an integer is accepted where a float is wanted.
+
+    Raises:
+        CheckpointError: It is of another type, negative, or not finite.
+    """
+    fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        fits, value = True, float(value)
+    if not fits:
+        raise CheckpointError(f"{key!r} must be of type {kind.__name__}, found {value!r}")
+    if kind in (int, float) and not (math.isfinite(value) and value >= 0):
+        raise CheckpointError(f"{key!r} must be a number of at least 0, found {value!r}")
+    return value
+
+
+def _among(value: Any, allowed: tuple[Any, ...]) -> bool:
+    return any(type(value) is type(a) and value == a for a in allowed) or (
+        # 0 and 0.0 are the same number, but 0 and False are not the same flag.
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and any(not isinstance(a, (bool, str)) and value == a for a in allowed)
+    )
+
+
+def _flag_problem(key: str, value: Any, allowed: tuple[Any, ...]) -> str:
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    expected = " or ".join(map(repr, allowed)) if allowed else "its absence"
+    return f"{key!r} is {shown}, which is not implemented; expected {expected}"
+
+
+def as_is(stored: Tensor) -> Tensor:
+    """The stored tensor itself: embeddings, norms, biases."""
+    return stored
+
+
+def transposed(stored: Tensor) -> Tensor:
+    """``[out, in]`` as ``[in, out]``."""
+    return stored.T
+
+
+def heads_in(d_head: int) -> View:
+    """View ``[head * d_head, d_model]`` as ``[head, d_model, d_head]`` (W_Q, W_K, W_V)."""
+    return lambda stored: stored.view(-1, d_head, stored.shape[1]).transpose(1, 2)
+
+
+def heads_out(d_head: int) -> View:
+    """View ``[d_model, head * d_head]`` as ``[head, d_head, d_model]`` (W_O)."""
+    return lambda stored: stored.T.unflatten(0, (-1, d_head))
+
+
+def head_bias(d_head: int) -> View:
+    """View ``[..., head, d_head]`` or ``[head * d_head]`` as ``[head, d_head]``."""
+    return lambda stored: stored.view(-1, d_head)
+
+
+def whole(key: str, shape: tuple[int, ...], name: str, view: View = as_is) -> TensorSpec:
+    """A stored tensor that is one physical weight."""
+    return TensorSpec(key, shape, (Part(name, shape[0], view),))
+
+
+def fused(key: str, n_in: int, *parts: Part) -> TensorSpec:
+    """A stored ``[out, n_in]`` matrix whose rows are those of several weights, in order."""
+    return TensorSpec(key, (sum(part.rows for part in parts), n_in), parts)
+
+
+def key_value_name(cfg: LoopedTransformerConfig, name: str) -> str:
+    """``W_K`` under grouped-query attention is ``_W_K``, as in TransformerLens."""
+    return name if cfg.n_key_value_heads is None else f"_{name}"

@@ -1,0 +1,112 @@
+"""Names, shapes and storage of the physical weights of a config."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from tl_loops.config import LoopedTransformerConfig
+from tl_loops.families.base import key_value_name
+
+Layout = Literal["plain", "transposed", "heads_in", "heads_out"]
+
+
+@dataclass(frozen=True)
+class PhysicalTensor:
+    """Shape of a physical weight, and how the model wants it stored.
+
+    Attributes:
+        shape: In TransformerLens's orientation, ``x @ W``.
+        layout: ``"plain"``: row-major. The others are views of a row-major ``[out, in]`` matrix,
+            so that ``F.linear`` takes the weight without a copy: ``"transposed"`` of ``[in, out]``,
+            ``"heads_in"`` of ``[head, d_model, d_head]``, ``"heads_out"`` of
+            ``[head, d_head, d_model]``.
+    """
+
+    shape: tuple[int, ...]
+    layout: Layout = "plain"
+
+
+def physical_tensors(cfg: LoopedTransformerConfig) -> dict[str, PhysicalTensor]:
+    """All weights of a config, each once, by physical name.
+
+    Returns:
+        From ``"embed.W_E"`` over ``"core.0.attn.W_Q"`` to ``"unembed.W_U"``; the numbers of
+        elements add up to ``cfg.n_params``.
+    """
+    d = cfg.d_model
+    d_vocab_out = cfg.d_vocab if cfg.d_vocab_out == -1 else cfg.d_vocab_out
+    found = {"embed.W_E": PhysicalTensor((cfg.d_vocab, d))}
+    if cfg.positional_embedding_type == "standard":
+        found["pos_embed.W_pos"] = PhysicalTensor((cfg.n_ctx, d))
+    for layer in cfg.layout.physical_names():
+        found |= {f"{layer}.{name}": tensor for name, tensor in _layer(cfg).items()}
+    if cfg.injection in ("concat", "concat_injection_first"):
+        found["injection.W"] = PhysicalTensor((2 * d, d), "transposed")
+    elif cfg.injection == "gated_diagonal":
+        found["injection.A_log"] = PhysicalTensor((d,))
+        found["injection.dt_bias"] = PhysicalTensor((d,))
+        found["injection.W_B"] = PhysicalTensor((d, d), "transposed")
+    found |= _norm(cfg, "ln_final", d)
+    if not cfg.tie_word_embeddings:
+        found["unembed.W_U"] = PhysicalTensor((d, d_vocab_out), "transposed")
+    if cfg.unembed_bias:
+        found["unembed.b_U"] = PhysicalTensor((d_vocab_out,))
+    if cfg.exit_gate:
+        found["exit_gate.W"] = PhysicalTensor((d, 1), "transposed")
+        found["exit_gate.b"] = PhysicalTensor((1,))
+    if cfg.initial_state == "learned":
+        found["initial_state.state"] = PhysicalTensor((d,))
+    return found
+
+
+def _layer(cfg: LoopedTransformerConfig) -> dict[str, PhysicalTensor]:
+    d, heads, d_head, d_mlp = cfg.d_model, cfg.n_heads, cfg.d_head, cfg.d_mlp or 0
+    kv_heads = cfg.n_key_value_heads or heads
+    found: dict[str, PhysicalTensor] = {}
+    if cfg.block_norm != "post_branch":
+        found |= _norm(cfg, "ln1", d) | _norm(cfg, "ln2", d)
+    if cfg.block_norm != "pre":
+        found |= _norm(cfg, "ln1_post", d) | _norm(cfg, "ln2_post", d)
+    W_K, W_V, b_K, b_V = (key_value_name(cfg, name) for name in ("W_K", "W_V", "b_K", "b_V"))
+    found["attn.W_Q"] = PhysicalTensor((heads, d, d_head), "heads_in")
+    found[f"attn.{W_K}"] = PhysicalTensor((kv_heads, d, d_head), "heads_in")
+    found[f"attn.{W_V}"] = PhysicalTensor((kv_heads, d, d_head), "heads_in")
+    found["attn.W_O"] = PhysicalTensor((heads, d_head, d), "heads_out")
+    if cfg.qk_bias or cfg.attn_bias:
+        found["attn.b_Q"] = PhysicalTensor((heads, d_head))
+        found[f"attn.{b_K}"] = PhysicalTensor((kv_heads, d_head))
+    if cfg.attn_bias:
+        found[f"attn.{b_V}"] = PhysicalTensor((kv_heads, d_head))
+        found["attn.b_O"] = PhysicalTensor((d,))
+    if cfg.qk_norm == "full":
+        found |= _norm(cfg, "attn.q_norm", heads * d_head)
+        found |= _norm(cfg, "attn.k_norm", kv_heads * d_head)
+    if cfg.gated_mlp:
+        found["mlp.W_gate"] = PhysicalTensor((d, d_mlp), "transposed")
+    found["mlp.W_in"] = PhysicalTensor((d, d_mlp), "transposed")
+    found["mlp.W_out"] = PhysicalTensor((d_mlp, d), "transposed")
+    if cfg.mlp_bias:
+        found["mlp.b_in"] = PhysicalTensor((d_mlp,))
+        found["mlp.b_out"] = PhysicalTensor((d,))
+    return found
+
+
+def _norm(cfg: LoopedTransformerConfig, name: str, length: int) -> dict[str, PhysicalTensor]:
+    if not cfg.norm_has_weight:
+        return {}
+    found = {f"{name}.w": PhysicalTensor((length,))}
+    if cfg.normalization_type == "LN":
+        found[f"{name}.b"] = PhysicalTensor((length,))
+    return found
+
+
+def stored_as(tensor: Tensor, layout: Layout) -> Tensor:
+    """The same values with the strides that ``layout`` asks for; a copy where they differ."""
+    if layout == "transposed":
+        return tensor.T.contiguous().T
+    if layout == "heads_in":
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "heads_out":
+        return tensor.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    return tensor.contiguous()

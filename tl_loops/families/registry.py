@@ -1,0 +1,123 @@
+"""All families, and the checkpoints that load by name.
+
+A new family is one new file and one entry of ``FAMILIES``.
+"""
+
+import difflib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from tl_loops.config import LoopedTransformerConfig
+from tl_loops.errors import CheckpointError
+from tl_loops.families.base import Family, KnownModel, Released
+from tl_loops.families.checkpoint import CONFIG_FILE, read_json
+from tl_loops.families.huginn import HUGINN
+from tl_loops.families.native import NATIVE
+from tl_loops.families.ouro import OURO
+from tl_loops.families.retrofitted import RETROFITTED_LLAMA, RETROFITTED_OLMO
+
+# Of families that share a model type, the first whose tensors are there is taken.
+FAMILIES: tuple[Family, ...] = (NATIVE, HUGINN, OURO, RETROFITTED_OLMO, RETROFITTED_LLAMA)
+
+
+@dataclass(frozen=True)
+class CatalogueEntry:
+    """A model that loads by name, with what is known of it without network."""
+
+    family: Family
+    known: KnownModel
+
+    @property
+    def name(self) -> str:
+        """The name to load it by."""
+        return self.known.name
+
+    @property
+    def source(self) -> str:
+        """Where its files come from."""
+        if self.known.packaged is not None:
+            return "packaged with tl_loops"
+        return f"https://huggingface.co/{self.known.name}"
+
+    def config(self) -> LoopedTransformerConfig:
+        """Its config, with notation and exact number of parameters.
+
+        Fields in ``known.unverified`` were not seen in the released file.
+        """
+        released, where = self.known.released, self.known.name
+        if self.known.packaged is not None:
+            path = packaged_directory(self.known.packaged) / CONFIG_FILE
+            released, where = read_json(path), str(path)
+        fields = self.family.config_fields(released, where)
+        short = self.known.name.split("/")[-1]
+        return LoopedTransformerConfig.from_dict({"model_name": short, **fields, "device": "cpu"})
+
+
+def catalogue() -> list[CatalogueEntry]:
+    """All models that load by name, the packaged one first."""
+    return [CatalogueEntry(family, known) for family in FAMILIES for known in family.known]
+
+
+def find_known(name: str) -> CatalogueEntry | None:
+    """The known model of a name or alias, in any case of letters; ``None`` if there is none."""
+    wanted = name.lower()
+    for entry in catalogue():
+        if wanted in (entry.name.lower(), *entry.known.aliases):
+            return entry
+    return None
+
+
+def near_names(name: str) -> list[str]:
+    """Names and aliases that resemble an unknown one."""
+    shown = {}
+    for entry in catalogue():
+        for known in (entry.name, *entry.known.aliases):
+            shown[known.lower()] = known
+    matches = difflib.get_close_matches(name.lower(), shown, n=3)
+    return [shown[match] for match in matches]
+
+
+def packaged_directory(name: str) -> Path:
+    """Directory of a checkpoint that ships inside the package."""
+    return Path(str(files("tl_loops").joinpath(name)))
+
+
+def is_looped_config(released: Released) -> bool:
+    """Whether a ``config.json`` names a looped family."""
+    return any(family.matches(released) for family in FAMILIES)
+
+
+def recognise(released: Released, where: str, stored_keys: Callable[[], Collection[str]]) -> Family:
+    """The family of a checkpoint.
+
+    Args:
+        released: Content of ``config.json``.
+        where: That file, for messages.
+        stored_keys: Gives the keys of the stored tensors; called only where several families
+            share the model type.
+
+    Raises:
+        CheckpointError: The config names no looped family, or the tensors fit none of those that
+            it may be.
+    """
+    candidates = [family for family in FAMILIES if family.matches(released)]
+    if not candidates:
+        known = sorted({kind for family in FAMILIES for kind in family.model_types})
+        raise CheckpointError(
+            f"{where} is of no known looped family: 'model_type' is "
+            f"{released.get('model_type')!r}, 'architectures' is "
+            f"{released.get('architectures')!r}; expected a model type among {', '.join(known)}"
+        )
+    if len(candidates) == 1:
+        return candidates[0]
+    keys = stored_keys()
+    for family in candidates:
+        if family.has_tensors is not None and family.has_tensors(keys):
+            return family
+    names = ", ".join(family.name for family in candidates)
+    raise CheckpointError(
+        f"{where} may be of the families {names}, which the keys of the stored tensors tell apart, "
+        f"but these fit none of them: {', '.join(sorted(keys)[:5]) or 'none could be read'}"
+    )

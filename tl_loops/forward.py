@@ -1,0 +1,285 @@
+"""The forward pass: TransformerLens's arguments on unrolled blocks, and those of the loop."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_loops.exits import ExitMode, exit_probabilities, select_state, threshold_iteration
+from tl_loops.hooking import CoordinateHooks
+from tl_loops.nn.context import make_context
+from tl_loops.nn.stack import StackRun
+from tl_loops.upstream import (
+    USE_DEFAULT_VALUE,
+    KeyValueCache,
+    LocallyOverridenDefaults,
+    Output,
+    apply_softcap,
+    get_attention_mask,
+)
+
+
+class LoopedForward(CoordinateHooks):
+    """Runs an unrolled stack from tokens, from a block or from an iteration."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input: str | list[str] | Int[Tensor, "*batch pos"] | Float[Tensor, "batch pos d_model"],
+        return_type: str | None = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = USE_DEFAULT_VALUE,
+        padding_side: str | None = USE_DEFAULT_VALUE,
+        start_at_layer: int | None = None,
+        tokens: Int[Tensor, "batch pos"] | None = None,
+        shortformer_pos_embed: None = None,
+        attention_mask: Int[Tensor, "batch key"] | Bool[Tensor, "batch key"] | None = None,
+        stop_at_layer: int | None = None,
+        past_kv_cache: KeyValueCache | None = None,
+        *,
+        n_iterations: int | None = None,
+        initial_state: Float[Tensor, "..."] | None = None,
+        injection: Float[Tensor, "..."] | None = None,
+        start_at_iteration: int | None = None,
+        exit_at: int | None = None,
+        exit_threshold: float | None = None,
+        weighted_exit: bool = False,
+    ) -> Any:
+        """Run the model.
+
+        The arguments up to ``past_kv_cache`` are TransformerLens's, on unrolled block indices.
+
+        Args:
+            input: Text, tokens, or (with a start) the residual stream.
+            return_type: ``"logits"``, ``"loss"``, ``"both"`` or ``None``.
+            loss_per_token: Whether the loss keeps its position axis.
+            prepend_bos: Overrides ``cfg.default_prepend_bos`` for text.
+            padding_side: Overrides the tokenizer's side for text.
+            start_at_layer: Start before this block, with its ``resid_pre`` (behind the injection)
+                as input. 0 means: behind the embedding.
+            tokens: Tokens for the loss, when the input is not tokens.
+            shortformer_pos_embed: Accepted for TransformerLens's generation loop; must be ``None``.
+            attention_mask: 1 for tokens, 0 for padding, over cached and new tokens.
+            stop_at_layer: Return what enters this block; with the unrolled depth, what leaves the
+                last one. ``model(model(x, stop_at_layer=i), start_at_layer=i, ...)`` is
+                ``model(x)``.
+            past_kv_cache: One entry an unrolled block.
+            n_iterations: Number of iterations for this call.
+            initial_state: [batch, pos, d_model], the state before iteration 0; ``None``: the
+                architecture's rule.
+            injection: [batch, pos, d_model], the prelude output e (``cache["hook_injection"]``),
+                needed when a start skips the prelude and later iterations inject it.
+            start_at_iteration: Start before this iteration, with its ``hook_state_in`` as input.
+            exit_at: Logits of the state after this iteration (models without a coda).
+            exit_threshold: Per position, logits of the first iteration whose cumulative exit
+                probability reaches this; default ``cfg.exit_threshold``.
+            weighted_exit: Logits of all iterations weighted by their exit probabilities.
+
+        Returns:
+            Logits [batch, pos, d_vocab], the loss, both, nothing, or with ``stop_at_layer`` the
+            residual stream [batch, pos, d_model].
+
+        Raises:
+            ValueError: Arguments of the wrong shape, out of range, or that contradict each other.
+            LoopedSemanticsError: The exit asked for has no meaning on this model.
+        """
+        if n_iterations is not None and n_iterations != self.cfg.n_iterations:
+            arguments = {k: v for k, v in locals().items() if k not in ("self", "n_iterations")}
+            with self.iterations(n_iterations):
+                return self.forward(**arguments)
+        if return_type not in ("logits", "loss", "both", None):
+            raise ValueError(
+                f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}"
+            )
+        mode = ExitMode(exit_at, exit_threshold, weighted_exit)
+        if not mode.early:
+            mode = ExitMode(threshold=self.cfg.exit_threshold)
+        with LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
+            run, x, tokens, start = self._prepare(
+                input, tokens, attention_mask, start_at_layer, start_at_iteration, past_kv_cache
+            )
+        stop = None if stop_at_layer is None else self._block_index(stop_at_layer, "stop_at_layer")
+        first_iteration = start_at_iteration or max(
+            0, -(-(start - self.cfg.n_prelude) // self.cfg.n_core)
+        )
+        mode.check(self.cfg, first_iteration)
+        run.keep_states = mode.early
+        self._check_state("initial_state", initial_state, x)
+        self._check_state("injection", injection, x)
+        run.initial_state = initial_state
+        run.injection = None if injection is None else injection.to(x)
+        self._need_injection(run, start, start_at_layer, start_at_iteration, stop)
+
+        trajectory = run.run(
+            x,
+            start,
+            stop,
+            enter_first=start_at_iteration is not None or start_at_layer in (None, 0),
+            state_given=start_at_iteration is not None,
+        )
+        if stop is not None:
+            return trajectory.resid
+        if mode.early:
+            logits = self._exit_logits(mode, trajectory.states, trajectory.gates)
+        else:
+            x = trajectory.resid
+            logits = None
+            if not trajectory.normed:
+                x = self.ln_final(x)
+            if return_type is not None:
+                logits = self._unembed(x)
+        return self._output(return_type, logits, tokens, attention_mask, loss_per_token)
+
+    def _prepare(
+        self,
+        input: Any,
+        tokens: Tensor | None,
+        attention_mask: Tensor | None,
+        start_at_layer: int | None,
+        start_at_iteration: int | None,
+        past: KeyValueCache | None,
+    ) -> tuple[StackRun, Tensor, Tensor | None, int]:
+        """Embed the input or take the residual stream; positions, masks and the first block."""
+        start = 0
+        if start_at_layer is not None and start_at_iteration is not None:
+            raise ValueError("give start_at_layer or start_at_iteration, not both")
+        if past is not None and len(past.entries) != self.cfg.n_layers:
+            raise ValueError(
+                f"the key-value cache has {len(past.entries)} entries, but the model has "
+                f"{self.cfg.n_layers} unrolled blocks: make it with the same n_iterations"
+            )
+        n_past = 0 if past is None else past[0].past_keys.shape[1]
+        if start_at_layer is None and start_at_iteration is None:
+            if isinstance(input, (str, list)):
+                input = self.to_tokens(input)
+            if not isinstance(input, Tensor) or input.is_floating_point():
+                raise ValueError(
+                    "input must be text or integer tokens [batch, pos]; to give a residual stream "
+                    "also give start_at_layer or start_at_iteration"
+                )
+            tokens = (input[None] if input.ndim == 1 else input).to(self.embed.W_E.device)
+            batch, n_new = tokens.shape
+            attention_mask = self._mask(tokens, attention_mask, past, n_past)
+        else:
+            if not isinstance(input, Tensor) or input.ndim != 3:
+                raise ValueError(
+                    "with start_at_layer or start_at_iteration the input must be the residual "
+                    f"stream [batch, pos, {self.cfg.d_model}]"
+                )
+            batch, n_new = input.shape[:2]
+            if past is not None and attention_mask is None:
+                attention_mask = past.append_attention_mask(
+                    torch.ones(batch, n_new, dtype=torch.int, device=input.device)
+                )
+            if start_at_iteration is not None:
+                start = self.layout.index(iteration=start_at_iteration, layer=0)
+            elif start_at_layer is not None:
+                start = self._block_index(start_at_layer, "start_at_layer")
+        context = make_context(
+            batch,
+            n_new,
+            n_past,
+            attention_mask,
+            self.cfg.attention_dir == "causal",
+            self._rotary,
+            self.embed.W_E.device,
+        )
+        if start_at_layer is None and start_at_iteration is None:
+            x = self.hook_embed(self.embed(tokens))
+            if self.cfg.positional_embedding_type == "standard":
+                x = x + self.hook_pos_embed(self.pos_embed(context.positions))
+        else:
+            x = input
+        return StackRun(self, self.layout, self.cfg, context, past=past), x, tokens, start
+
+    def _mask(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        past: KeyValueCache | None,
+        n_past: int,
+    ) -> Tensor | None:
+        """The mask over cached and new tokens; padding is found as TransformerLens finds it."""
+        padded_left = self.tokenizer is not None and self.tokenizer.padding_side == "left"
+        if attention_mask is None and padded_left:
+            attention_mask = get_attention_mask(
+                self.tokenizer, tokens, bool(self.cfg.default_prepend_bos)
+            )
+        if past is None:
+            return attention_mask
+        if attention_mask is None:
+            attention_mask = torch.ones_like(tokens)
+        if attention_mask.shape[1] == n_past + tokens.shape[1] and n_past:
+            return attention_mask
+        return past.append_attention_mask(attention_mask)
+
+    def _block_index(self, index: int, name: str) -> int:
+        depth = self.cfg.n_layers
+        if not -depth <= index <= depth:
+            raise ValueError(f"{name}={index} is out of range: there are {depth} unrolled blocks")
+        return index + depth if index < 0 else index
+
+    def _check_state(self, name: str, state: Tensor | None, x: Tensor) -> None:
+        if state is not None and state.shape != x.shape:
+            raise ValueError(
+                f"{name} must be [batch, pos, d_model] = {tuple(x.shape)}, got {tuple(state.shape)}"
+            )
+
+    def _need_injection(
+        self,
+        run: StackRun,
+        start: int,
+        start_at_layer: int | None,
+        start_at_iteration: int | None,
+        stop: int | None,
+    ) -> None:
+        """Refuse a start behind the prelude whose later iterations would lack e."""
+        if self.cfg.injection is None or run.injection is not None:
+            return
+        layout = self.layout
+        end = layout.n_layers if stop is None else stop
+        if start_at_iteration is None:
+            if start_at_layer is None or start < max(layout.core_start, 1):
+                return
+            next_entry = layout.core_start + layout.n_core * (
+                (start - layout.core_start) // layout.n_core + 1
+            )
+        else:
+            next_entry = start
+        if next_entry < layout.coda_start and next_entry <= end:
+            raise ValueError(
+                "this start skips the prelude, whose output the following iterations inject: "
+                "pass injection=cache['hook_injection'] [batch, pos, d_model]"
+            )
+
+    def _unembed(self, x: Tensor) -> Float[Tensor, "batch pos d_vocab"]:
+        return apply_softcap(self.unembed(x), self.cfg.output_logits_soft_cap)
+
+    def _exit_logits(self, mode: ExitMode, states: list[Tensor], gates: list[Tensor]) -> Tensor:
+        def readout(state: Tensor) -> Tensor:
+            return state if self.cfg.norm_between_iterations else self.ln_final(state)
+
+        if mode.at is not None:
+            return self._unembed(readout(states[mode.at]))
+        stacked = torch.stack(gates)
+        if mode.threshold is not None:
+            iteration = threshold_iteration(stacked, mode.threshold)
+            return self._unembed(readout(select_state(torch.stack(states), iteration)))
+        weights = exit_probabilities(stacked).to(states[0].dtype).unsqueeze(-1)
+        logits = [w * self._unembed(readout(s)) for w, s in zip(weights, states, strict=True)]
+        return torch.stack(logits).sum(0)
+
+    def _output(
+        self,
+        return_type: str | None,
+        logits: Tensor | None,
+        tokens: Tensor | None,
+        attention_mask: Tensor | None,
+        per_token: bool,
+    ) -> Any:
+        if return_type in (None, "logits"):
+            return None if return_type is None else logits
+        if tokens is None:
+            raise ValueError("a loss needs tokens: pass tokens=[batch, pos]")
+        loss = self.loss_fn(logits, tokens, attention_mask, per_token=per_token)
+        return loss if return_type == "loss" else Output(logits, loss)

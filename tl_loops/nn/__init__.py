@@ -1,0 +1,1 @@
+"""The components of a looped transformer, under TransformerLens's hook and weight names."""

@@ -1,0 +1,214 @@
+"""Multi-head attention: fused when nobody looks at scores or patterns, explicit when somebody does."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tl_loops.config import LoopedTransformerConfig
+from tl_loops.nn.context import ForwardContext
+from tl_loops.nn.norm import Norm
+from tl_loops.nn.rotary import apply_rotary
+from tl_loops.upstream import FactoredMatrix, HookPoint, KeyValueCacheEntry, has_hooks
+
+
+def head_in_parameter(
+    heads: int, d_model: int, d_head: int, dtype: torch.dtype, device: torch.device | str | None
+) -> nn.Parameter:
+    """An uninitialised ``[head, d_model, d_head]`` weight stored as ``[head * d_head, d_model]``.
+
+    The strides make :func:`project_in` a view of it, so that no pass copies a weight.
+    """
+    storage = torch.empty(heads, d_head, d_model, dtype=dtype, device=device)
+    return nn.Parameter(storage.transpose(1, 2))
+
+
+def project_in(
+    x: Float[Tensor, "batch pos *head_or_not d_model"],
+    W: Float[Tensor, "head d_model d_head"],
+    b: Float[Tensor, "head d_head"],
+) -> Float[Tensor, "batch pos head d_head"]:
+    """Project the residual stream to every head; an input with a head axis goes head by head."""
+    if x.ndim == 4:
+        return torch.einsum("bphd,hde->bphe", x, W) + b
+    weight = W.transpose(1, 2).reshape(-1, W.shape[1])
+    return F.linear(x, weight, b.reshape(-1)).unflatten(-1, (W.shape[0], W.shape[2]))
+
+
+class Attention(nn.Module):
+    """Attention with TransformerLens's weights, biases and hook points."""
+
+    kv_prefix = ""
+
+    def __init__(self, cfg: LoopedTransformerConfig, device: torch.device | str | None = None):
+        super().__init__()
+        self.cfg = cfg
+        heads, d, d_head = cfg.n_heads, cfg.d_model, cfg.d_head
+        kv_heads = cfg.n_key_value_heads or heads
+        self.groups = heads // kv_heads
+        self.scale = 1.0 / float(cfg.attn_scale) if cfg.use_attn_scale else 1.0
+        kv = self.kv_prefix
+
+        self.W_Q = head_in_parameter(heads, d, d_head, cfg.dtype, device)
+        self.register_parameter(
+            f"{kv}W_K", head_in_parameter(kv_heads, d, d_head, cfg.dtype, device)
+        )
+        self.register_parameter(
+            f"{kv}W_V", head_in_parameter(kv_heads, d, d_head, cfg.dtype, device)
+        )
+        output = torch.empty(d, heads, d_head, dtype=cfg.dtype, device=device)
+        self.W_O = nn.Parameter(output.permute(1, 2, 0))
+
+        qk = cfg.qk_bias or cfg.attn_bias
+        for name, shape, trained in (
+            ("b_Q", (heads, d_head), qk),
+            (f"{kv}b_K", (kv_heads, d_head), qk),
+            (f"{kv}b_V", (kv_heads, d_head), cfg.attn_bias),
+            ("b_O", (d,), cfg.attn_bias),
+        ):
+            bias = torch.zeros(shape, dtype=cfg.dtype, device=device)
+            if trained:
+                self.register_parameter(name, nn.Parameter(bias))
+            else:  # Zero, but there: TransformerLens's tools add it.
+                self.register_buffer(name, bias, persistent=False)
+
+        if cfg.qk_norm == "full":
+            self.q_norm = Norm(cfg, heads * d_head, device)
+            self.k_norm = Norm(cfg, kv_heads * d_head, device)
+
+        self.hook_q = HookPoint()  # [batch, pos, head, d_head]
+        self.hook_k = HookPoint()  # [batch, pos, kv_head, d_head]
+        self.hook_v = HookPoint()  # [batch, pos, kv_head, d_head]
+        if cfg.positional_embedding_type == "rotary":
+            self.hook_rot_q = HookPoint()
+            self.hook_rot_k = HookPoint()
+        self.hook_attn_scores = HookPoint()  # [batch, head, query, key]
+        self.hook_pattern = HookPoint()  # [batch, head, query, key]
+        self.hook_z = HookPoint()  # [batch, pos, head, d_head]
+        self.hook_result = HookPoint()  # [batch, pos, head, d_model]
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """The query-key circuit ``W_Q W_Kᵀ`` of every head."""
+        return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """The output-value circuit ``W_V W_O`` of every head."""
+        return FactoredMatrix(self.W_V, self.W_O)
+
+    def forward(
+        self,
+        query_input: Float[Tensor, "batch pos *head_or_not d_model"],
+        key_input: Float[Tensor, "batch pos *kv_head_or_not d_model"],
+        value_input: Float[Tensor, "batch pos *kv_head_or_not d_model"],
+        context: ForwardContext,
+        past: KeyValueCacheEntry | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        q, k, v = self._queries_keys_values(query_input, key_input, value_input, context)
+        if past is not None:
+            k, v = past.append(k, v)
+        if k.shape[2] != q.shape[2]:
+            k = k.repeat_interleave(self.groups, dim=2)
+            v = v.repeat_interleave(self.groups, dim=2)
+        if has_hooks(self.hook_pattern) or has_hooks(self.hook_attn_scores):
+            z = self._explicit(q, k, v, context)
+        else:
+            z = self._fused(q, k, v, context)
+        return self._output(self.hook_z(z))
+
+    def _queries_keys_values(
+        self, query_input: Tensor, key_input: Tensor, value_input: Tensor, context: ForwardContext
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ungrouped = self.cfg.ungroup_grouped_query_attention
+        kv = "" if ungrouped else self.kv_prefix
+        q = self.hook_q(project_in(query_input, self.W_Q, self.b_Q))
+        k = self.hook_k(project_in(key_input, getattr(self, f"{kv}W_K"), getattr(self, f"{kv}b_K")))
+        v = self.hook_v(
+            project_in(value_input, getattr(self, f"{kv}W_V"), getattr(self, f"{kv}b_V"))
+        )
+        if self.cfg.qk_norm == "full":
+            q = self.q_norm(q.flatten(-2)).view_as(q)
+            # The norm is over distinct keys, also where hook_k showed them once a query head.
+            copies = self.groups if ungrouped else 1
+            distinct = k[:, :, ::copies]
+            k = self.k_norm(distinct.flatten(-2)).view_as(distinct)
+            k = k.repeat_interleave(copies, dim=2) if copies > 1 else k
+        if context.cos is not None and context.sin is not None:
+            layout = self.cfg.rotary_layout
+            q = self.hook_rot_q(apply_rotary(q, context.cos, context.sin, layout))
+            k = self.hook_rot_k(apply_rotary(k, context.cos, context.sin, layout))
+        if self.cfg.qk_norm == "head":
+            q, k = _unit_rms(q), _unit_rms(k)
+        return q, k, v
+
+    def _explicit(self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext) -> Tensor:
+        scores = torch.einsum("bqhe,bkhe->bhqk", q, k) * self.scale
+        if context.allowed is not None:
+            scores = scores.masked_fill(~context.allowed, -torch.inf)
+        elif context.causal:
+            seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+            scores = scores.masked_fill(~seen, -torch.inf)
+        scores = self.hook_attn_scores(scores)
+        working = scores.dtype if scores.dtype == torch.float64 else torch.float32
+        pattern = F.softmax(scores, dim=-1, dtype=working)
+        if context.blind is not None:
+            pattern = pattern.masked_fill(context.blind, 0.0)
+        pattern = self.hook_pattern(pattern.to(scores.dtype))
+        return torch.einsum("bhqk,bkhe->bqhe", pattern.to(v.dtype), v)
+
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext) -> Tensor:
+        z = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=context.allowed,
+            is_causal=context.allowed is None and context.causal,
+            scale=self.scale,
+        )
+        if context.blind is not None:
+            z = z.masked_fill(context.blind, 0.0)
+        return z.transpose(1, 2)
+
+    def _output(self, z: Float[Tensor, "batch pos head d_head"]) -> Tensor:
+        if self.cfg.use_attn_result:
+            result = self.hook_result(torch.einsum("bphe,hed->bphd", z, self.W_O))
+            return result.sum(2) + self.b_O
+        weight = rearrange(self.W_O, "head d_head d_model -> d_model (head d_head)")
+        return F.linear(z.flatten(-2), weight, self.b_O)
+
+
+class GroupedQueryAttention(Attention):
+    """Attention whose key and value heads serve several query heads.
+
+    The weights are ``_W_K`` and ``_W_V`` ``[kv_head, ...]``; ``W_K`` and ``W_V`` repeat them once a
+    query head, as in TransformerLens.
+    """
+
+    kv_prefix = "_"
+
+    @property
+    def W_K(self) -> Float[Tensor, "head d_model d_head"]:
+        """Key weights, repeated for every query head."""
+        return self._W_K.repeat_interleave(self.groups, dim=0)
+
+    @property
+    def W_V(self) -> Float[Tensor, "head d_model d_head"]:
+        """Value weights, repeated for every query head."""
+        return self._W_V.repeat_interleave(self.groups, dim=0)
+
+    @property
+    def b_K(self) -> Float[Tensor, "head d_head"]:
+        """Key biases, repeated for every query head."""
+        return self._b_K.repeat_interleave(self.groups, dim=0)
+
+    @property
+    def b_V(self) -> Float[Tensor, "head d_head"]:
+        """Value biases, repeated for every query head."""
+        return self._b_V.repeat_interleave(self.groups, dim=0)
+
+
+def _unit_rms(x: Tensor) -> Tensor:
+    """Weightless RMS norm per head, with the machine epsilon that ``F.rms_norm`` uses."""
+    return F.rms_norm(x, (x.shape[-1],))

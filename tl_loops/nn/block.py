@@ -1,0 +1,97 @@
+"""One unrolled transformer block, in the four published norm placements."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tl_loops.config import LoopedTransformerConfig
+from tl_loops.nn.attention import Attention, GroupedQueryAttention
+from tl_loops.nn.context import ForwardContext
+from tl_loops.nn.mlp import MLP
+from tl_loops.nn.norm import Norm
+from tl_loops.upstream import HookPoint, KeyValueCacheEntry, unshared
+
+
+class Block(nn.Module):
+    """A transformer block under TransformerLens's names.
+
+    ``hook_attn_out`` and ``hook_mlp_out`` are what is added to the residual stream;
+    ``hook_resid_mid`` and ``hook_resid_post`` are the stream behind each add (and behind the norm
+    on the sum, with ``block_norm="post_residual"``). ``ln1`` and ``ln2`` norm a branch's input;
+    ``ln1_post`` and ``ln2_post`` its output, or with ``"post_residual"`` the sum.
+    """
+
+    def __init__(self, cfg: LoopedTransformerConfig, device: torch.device | str | None = None):
+        super().__init__()
+        self.cfg = cfg
+        self.norm_sum = cfg.block_norm == "post_residual"
+        if cfg.block_norm != "post_branch":
+            self.ln1 = Norm(cfg, device=device)
+            self.ln2 = Norm(cfg, device=device)
+        if cfg.block_norm != "pre":
+            self.ln1_post = Norm(cfg, device=device)
+            self.ln2_post = Norm(cfg, device=device)
+        attention = Attention if cfg.n_key_value_heads is None else GroupedQueryAttention
+        self.attn = attention(cfg, device)
+        self.mlp = MLP(cfg, device)
+
+        self.hook_attn_in = HookPoint()  # [batch, pos, head, d_model], with cfg.use_attn_in
+        self.hook_q_input = HookPoint()  # [batch, pos, head, d_model], with use_split_qkv_input
+        self.hook_k_input = HookPoint()  # [batch, pos, kv_head, d_model]
+        self.hook_v_input = HookPoint()  # [batch, pos, kv_head, d_model]
+        self.hook_mlp_in = HookPoint()  # [batch, pos, d_model], with cfg.use_hook_mlp_in
+        self.hook_attn_out = HookPoint()  # [batch, pos, d_model]
+        self.hook_mlp_out = HookPoint()  # [batch, pos, d_model]
+        self.hook_resid_pre = HookPoint()  # [batch, pos, d_model]
+        self.hook_resid_mid = HookPoint()  # [batch, pos, d_model]
+        self.hook_resid_post = HookPoint()  # [batch, pos, d_model]
+
+    def forward(
+        self,
+        resid_pre: Float[Tensor, "batch pos d_model"],
+        context: ForwardContext,
+        past: KeyValueCacheEntry | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        resid_pre = self.hook_resid_pre(unshared(resid_pre, self.hook_resid_pre))
+
+        attn_out = self.attn(*self._attention_inputs(resid_pre), context=context, past=past)
+        resid_mid = self._add(resid_pre, attn_out, "ln1_post", self.hook_attn_out)
+        resid_mid = self.hook_resid_mid(resid_mid)
+
+        mlp_in = self.hook_mlp_in(resid_mid.clone()) if self.cfg.use_hook_mlp_in else resid_mid
+        mlp_out = self.mlp(self._pre_norm("ln2", mlp_in))
+        resid_post = self._add(resid_mid, mlp_out, "ln2_post", self.hook_mlp_out)
+        return self.hook_resid_post(resid_post)
+
+    def _pre_norm(self, name: str, x: Tensor) -> Tensor:
+        return x if self.cfg.block_norm == "post_branch" else getattr(self, name)(x)
+
+    def _add(self, resid: Tensor, branch: Tensor, norm: str, hook: HookPoint) -> Tensor:
+        if self.cfg.block_norm == "pre":
+            return resid + hook(branch)
+        post_norm = getattr(self, norm)
+        if self.norm_sum:
+            return post_norm(resid + hook(branch))
+        return resid + hook(post_norm(branch))
+
+    def _attention_inputs(self, resid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        cfg = self.cfg
+        if not (cfg.use_attn_in or cfg.use_split_qkv_input):
+            x = self._pre_norm("ln1", resid)
+            return x, x, x
+        if cfg.use_split_qkv_input:
+            grouped = cfg.n_key_value_heads and not cfg.ungroup_grouped_query_attention
+            kv_heads = cfg.n_key_value_heads if grouped else cfg.n_heads
+            inputs = (
+                self.hook_q_input(_per_head(resid, cfg.n_heads)),
+                self.hook_k_input(_per_head(resid, kv_heads)),
+                self.hook_v_input(_per_head(resid, kv_heads)),
+            )
+        else:
+            inputs = (self.hook_attn_in(_per_head(resid, cfg.n_heads)),) * 3
+        q, k, v = (self._pre_norm("ln1", x) for x in inputs)
+        return q, k, v
+
+
+def _per_head(resid: Tensor, heads: int) -> Float[Tensor, "batch pos head d_model"]:
+    return resid.unsqueeze(2).repeat(1, 1, heads, 1)

@@ -1,0 +1,49 @@
+"""Plain and gated multi-layer perceptrons with TransformerLens's hook points."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tl_loops.config import LoopedTransformerConfig
+from tl_loops.upstream import SUPPORTED_ACTIVATIONS, HookPoint
+
+
+def transposed_parameter(
+    n_in: int, n_out: int, dtype: torch.dtype, device: torch.device | str | None
+) -> nn.Parameter:
+    """An uninitialised ``[n_in, n_out]`` weight stored as ``[n_out, n_in]``, as F.linear wants it."""
+    return nn.Parameter(torch.empty(n_out, n_in, dtype=dtype, device=device).T)
+
+
+class MLP(nn.Module):
+    """``act(x W_in + b_in) W_out + b_out``, or gated ``(act(x W_gate) · x W_in + b_in) W_out + b_out``."""
+
+    def __init__(self, cfg: LoopedTransformerConfig, device: torch.device | str | None = None):
+        super().__init__()
+        assert cfg.d_mlp is not None
+        self.gated = cfg.gated_mlp
+        self.act_fn = SUPPORTED_ACTIVATIONS[cfg.act_fn]
+        if self.gated:
+            self.W_gate = transposed_parameter(cfg.d_model, cfg.d_mlp, cfg.dtype, device)
+        self.W_in = transposed_parameter(cfg.d_model, cfg.d_mlp, cfg.dtype, device)
+        self.W_out = transposed_parameter(cfg.d_mlp, cfg.d_model, cfg.dtype, device)
+        for name, width in (("b_in", cfg.d_mlp), ("b_out", cfg.d_model)):
+            bias = torch.zeros(width, dtype=cfg.dtype, device=device)
+            if cfg.mlp_bias:
+                self.register_parameter(name, nn.Parameter(bias))
+            else:  # Zero, but there: TransformerLens's tools add it.
+                self.register_buffer(name, bias, persistent=False)
+        self.hook_pre = HookPoint()  # [batch, pos, d_mlp], what the activation function gets
+        if self.gated:
+            self.hook_pre_linear = HookPoint()  # [batch, pos, d_mlp]
+        self.hook_post = HookPoint()  # [batch, pos, d_mlp], neuron activations
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        if self.gated:
+            pre = self.hook_pre(F.linear(x, self.W_gate.T))
+            post = self.act_fn(pre) * self.hook_pre_linear(F.linear(x, self.W_in.T))
+            post = post + self.b_in if isinstance(self.b_in, nn.Parameter) else post
+        else:
+            post = self.act_fn(self.hook_pre(F.linear(x, self.W_in.T, self.b_in)))
+        return F.linear(self.hook_post(post), self.W_out.T, self.b_out)

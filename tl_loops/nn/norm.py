@@ -1,0 +1,50 @@
+"""RMSNorm and LayerNorm with TransformerLens's hook points."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tl_loops.config import LoopedTransformerConfig
+from tl_loops.upstream import HookPoint
+
+
+class Norm(nn.Module):
+    """Normalisation over the last axis, in float32, as ``cfg.normalization_type`` says.
+
+    ``"RMS"``: x / sqrt(mean(x²) + eps) · w. ``"LN"``: the same on the centred input, plus b.
+    ``"RMSPre"`` and ``"LNPre"`` have no weights.
+
+    Hook points: ``hook_scale`` [..., 1], ``hook_normalized`` [..., length] (before the weight).
+    """
+
+    def __init__(
+        self,
+        cfg: LoopedTransformerConfig,
+        length: int | None = None,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        self.eps, self.dtype = cfg.eps, cfg.dtype
+        self.centred = cfg.normalization_type in ("LN", "LNPre")
+        length = cfg.d_model if length is None else length
+        self.w: nn.Parameter | None = None
+        self.b: nn.Parameter | None = None
+        if cfg.norm_has_weight:
+            self.w = nn.Parameter(torch.ones(length, dtype=cfg.dtype, device=device))
+            if self.centred:
+                self.b = nn.Parameter(torch.zeros(length, dtype=cfg.dtype, device=device))
+        self.hook_scale = HookPoint()
+        self.hook_normalized = HookPoint()
+
+    def forward(self, x: Float[Tensor, "*batch length"]) -> Float[Tensor, "*batch length"]:
+        dtype = x.dtype
+        if dtype not in (torch.float32, torch.float64):
+            x = x.float()
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        scale = self.hook_scale((x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+        # The weight multiplies after the cast, as in the released models' RMSNorm.
+        normalized = self.hook_normalized(x / scale).to(dtype)
+        if self.w is None:
+            return normalized
+        return normalized * self.w if self.b is None else normalized * self.w + self.b

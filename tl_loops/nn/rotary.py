@@ -1,0 +1,79 @@
+"""Rotary position embedding in both pair layouts, with the published frequency scalings."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_loops.config import LoopedTransformerConfig, RotaryLayout
+
+
+def rotary_frequencies(cfg: LoopedTransformerConfig) -> Float[Tensor, "half_rotary_dim"]:
+    """Angle per position of each rotated pair, in radians.
+
+    θ_i = base^(-2i / rotary_dim), divided by ``rotary_scaling_factor``; with
+    ``use_NTK_by_parts_rope`` long wavelengths are stretched as in Llama 3.1 (equal to section 3.2
+    of 2309.00071 with linear interpolation between the two wavelength bounds).
+
+    Source: 2104.09864, section 3.2.2.
+    """
+    assert cfg.rotary_dim is not None
+    exponents = torch.arange(0, cfg.rotary_dim, 2, dtype=torch.float32) / cfg.rotary_dim
+    theta = 1.0 / (float(cfg.rotary_base) ** exponents)
+    if cfg.use_NTK_by_parts_rope:
+        wavelength = 2 * math.pi / theta
+        low, high = cfg.NTK_by_parts_low_freq_factor, cfg.NTK_by_parts_high_freq_factor
+        smooth = ((cfg.NTK_original_ctx_len / wavelength - low) / (high - low)).clamp(0.0, 1.0)
+        return (1 - smooth) * theta / cfg.NTK_by_parts_factor + smooth * theta
+    return theta / cfg.rotary_scaling_factor
+
+
+class RotaryTable:
+    """Cosines and sines by position, computed once per device and grown on demand.
+
+    One table serves all blocks of a model: frequencies do not depend on layer or iteration.
+    """
+
+    def __init__(self, cfg: LoopedTransformerConfig):
+        self.frequencies = rotary_frequencies(cfg)
+        self._table: Float[Tensor, "two n_positions half_rotary_dim"] | None = None
+
+    def __call__(
+        self, positions: Int[Tensor, "*batch pos"]
+    ) -> tuple[Float[Tensor, "*batch pos 1 half"], Float[Tensor, "*batch pos 1 half"]]:
+        """Cosine and sine at each position (float32), with a head axis to broadcast over."""
+        needed = int(positions.max()) + 1 if positions.numel() else 0
+        table = self._table
+        if table is None or table.device != positions.device or table.shape[1] < needed:
+            n_positions = max(needed, 64 if table is None else 2 * table.shape[1])
+            angles = torch.outer(torch.arange(n_positions, dtype=torch.float32), self.frequencies)
+            table = torch.stack([angles.cos(), angles.sin()]).to(positions.device)
+            # An inference tensor could not be used in a later backward pass.
+            self._table = None if table.is_inference() else table
+        cos, sin = table[0][positions], table[1][positions]
+        return cos.unsqueeze(-2), sin.unsqueeze(-2)
+
+
+def apply_rotary(
+    x: Float[Tensor, "batch pos head d_head"],
+    cos: Float[Tensor, "*#batch pos 1 half"],
+    sin: Float[Tensor, "*#batch pos 1 half"],
+    layout: RotaryLayout,
+) -> Float[Tensor, "batch pos head d_head"]:
+    """Rotate the first ``2 * half`` dimensions of each head by its position's angles.
+
+    The rotation is computed in float32 for half-precision inputs.
+    """
+    half = cos.shape[-1]
+    rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
+    rotated = rotated if rotated.dtype == torch.float64 else rotated.float()
+    if layout == "half":
+        first, second = rotated[..., :half], rotated[..., half:]
+        out = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    else:
+        first, second = rotated[..., 0::2], rotated[..., 1::2]
+        out = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        out = out.flatten(-2)
+    out = out.to(x.dtype)
+    return out if rest.shape[-1] == 0 else torch.cat([out, rest], dim=-1)

@@ -1,0 +1,230 @@
+"""The unrolled stack: physical blocks made once, unrolled by tying, run with the loop's boundaries."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tl_loops.config import LoopedTransformerConfig
+from tl_loops.layout import LoopLayout
+from tl_loops.nn.block import Block
+from tl_loops.nn.boundary import ExitGate, InitialState, Injection, IterationHooks
+from tl_loops.nn.context import ForwardContext
+from tl_loops.nn.norm import Norm
+from tl_loops.nn.tying import tied_copy
+from tl_loops.upstream import HookPoint, KeyValueCache, unshared
+
+
+class LoopedModules(Protocol):
+    """The modules of a looped model that running its stack needs."""
+
+    blocks: nn.ModuleList
+    iter: nn.ModuleList
+    initial_state: InitialState
+    injection: Injection
+    exit_gate: ExitGate
+    ln_final: Norm
+    ln_coda: Norm
+    hook_initial_state: HookPoint
+    hook_injection: HookPoint
+
+
+def physical_blocks(
+    cfg: LoopedTransformerConfig, device: torch.device | str | None = None
+) -> dict[str, Block]:
+    """One block with weights of its own for every physical layer, by physical name."""
+    return {name: Block(cfg, device) for name in cfg.layout.physical_names()}
+
+
+def unroll(
+    layout: LoopLayout, physical: dict[str, Block], reuse: Sequence[Sequence[Block]] = ()
+) -> list[Block]:
+    """The unrolled blocks: distinct modules whose parameters are those of the physical ones.
+
+    Args:
+        layout: What to unroll.
+        physical: The physical blocks; each stands at its first place itself.
+        reuse: Blocks of iterations 0, 1, ... that exist already and keep their hooks.
+    """
+    used: set[str] = set()
+    blocks: list[Block] = []
+    for index in range(layout.n_layers):
+        at, name = layout.coordinate(index), layout.physical_name(index)
+        if at.iteration is not None and at.iteration < len(reuse):
+            blocks.append(reuse[at.iteration][at.layer])
+        else:
+            blocks.append(tied_copy(physical[name]) if name in used else physical[name])
+        used.add(name)
+    return blocks
+
+
+def iteration_hooks(cfg: LoopedTransformerConfig, ln_final: Norm) -> list[IterationHooks]:
+    """The hook points of every iteration, with the norm that ends it where there is one.
+
+    Without a coda the norm that ends the last iteration is the final norm itself.
+    """
+    last = cfg.n_iterations - 1
+    return [
+        IterationHooks(
+            cfg,
+            tied_copy(ln_final)
+            if cfg.norm_between_iterations and not (t == last and cfg.n_coda == 0)
+            else None,
+        )
+        for t in range(cfg.n_iterations)
+    ]
+
+
+@dataclass
+class Trajectory:
+    """What a run leaves behind besides the residual stream.
+
+    Attributes:
+        resid: The residual stream at the end of the run, [batch, pos, d_model].
+        normed: Whether the final norm has already been applied to it.
+        states: The state that leaves each iteration that was run, if asked for.
+        gates: The halting logit after each of them, [batch, pos, 1].
+    """
+
+    resid: Tensor
+    normed: bool = False
+    states: list[Tensor] = field(default_factory=list)
+    gates: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class StackRun:
+    """One pass through (part of) the unrolled stack.
+
+    Attributes:
+        model: The modules.
+        layout: The layout that they are unrolled to.
+        cfg: The model's config.
+        context: Positions and masks.
+        initial_state: State before iteration 0; ``None``: the architecture's own rule.
+        injection: The prelude output e, when the run starts behind the prelude.
+        past: Key-value cache, one entry an unrolled block.
+        keep_states: Whether the trajectory keeps every state.
+    """
+
+    model: LoopedModules
+    layout: LoopLayout
+    cfg: LoopedTransformerConfig
+    context: ForwardContext
+    initial_state: Float[Tensor, "batch pos d_model"] | None = None
+    injection: Float[Tensor, "batch pos d_model"] | None = None
+    past: KeyValueCache | None = None
+    keep_states: bool = False
+
+    def run(
+        self,
+        x: Tensor,
+        start: int,
+        stop: int | None,
+        enter_first: bool = True,
+        state_given: bool = False,
+    ) -> Trajectory:
+        """Run blocks ``start`` to ``stop`` (exclusive).
+
+        Args:
+            x: Residual stream before block ``start``.
+            start: First block.
+            stop: The result is what enters block ``stop``; with the unrolled depth, what leaves
+                the last block; ``None`` also runs what follows the last block.
+            enter_first: Whether what lies before block ``start`` (injection, norm before the coda)
+                is still to be done.
+            state_given: Whether ``x`` is the state before an iteration rather than what the
+                prelude gives.
+        """
+        out = Trajectory(x)
+        end = self.layout.n_layers if stop is None else stop
+        self._injected = None if self.injection is None else self._prepare(self.injection)
+        for index in range(start, end):
+            if index > start or enter_first:
+                begin = index > start or not state_given
+                out.resid = self._enter(index, out.resid, begin)
+            entry = self.past[index] if self.past is not None else None
+            out.resid = self.model.blocks[index](out.resid, self.context, entry)
+            if index < self.layout.n_layers - 1 or stop is None:
+                self._leave(index, out)
+        if stop is None or start < stop < self.layout.n_layers:
+            out.resid = self._enter(end, out.resid)
+        return out
+
+    def _prepare(self, e: Tensor) -> Tensor | None:
+        return self.model.injection.prepare(e) if self.cfg.injection is not None else None
+
+    def _enter(self, index: int, x: Tensor, begin: bool = True) -> Tensor:
+        """What happens between what precedes block ``index`` and the block itself."""
+        layout, model = self.layout, self.model
+        if index == layout.coda_start:
+            return model.ln_coda(x) if self.cfg.norm_before_coda else x
+        in_core = layout.core_start <= index < layout.coda_start
+        if not in_core or (index - layout.core_start) % layout.n_core:
+            return x
+        t = (index - layout.core_start) // layout.n_core
+        if t == 0 and begin:
+            x = self._begin_loop(x)
+        hooks = model.iter[t]
+        state = hooks.hook_state_in(unshared(x, hooks.hook_state_in))
+        if self.cfg.injection is not None:
+            assert self._injected is not None
+            state = model.injection(state, self._injected)
+        return hooks.hook_injected(unshared(state, hooks.hook_injected))
+
+    def _begin_loop(self, x: Tensor) -> Tensor:
+        """Fix e and the initial state from what the prelude (or the embedding) gives."""
+        model = self.model
+        if self.cfg.injection is not None:
+            x = model.hook_injection(unshared(x, model.hook_injection))
+            self._injected = self._prepare(x)
+        if self.initial_state is not None:
+            state = self.initial_state.to(x)
+        else:
+            state = model.initial_state(x, self.context.positions)
+        return model.hook_initial_state(unshared(state, model.hook_initial_state))
+
+    def _leave(self, index: int, out: Trajectory) -> None:
+        """What happens behind block ``index`` when it ends an iteration."""
+        layout = self.layout
+        behind_core = index - layout.core_start + 1
+        if not layout.core_start <= index < layout.coda_start or behind_core % layout.n_core:
+            return
+        t = behind_core // layout.n_core - 1
+        hooks = self.model.iter[t]
+        state = out.resid
+        if self.cfg.norm_between_iterations:
+            out.normed = t == layout.n_iterations - 1 and layout.n_coda == 0
+            state = (self.model.ln_final if out.normed else hooks.norm)(state)
+        out.resid = hooks.hook_state_out(unshared(state, hooks.hook_state_out))
+        if self.cfg.exit_gate:
+            out.gates.append(hooks.hook_exit_gate(self.model.exit_gate(out.resid)))
+        if self.keep_states:
+            out.states.append(out.resid)
+
+
+def initialise(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    std: float,
+    generator: torch.Generator | None,
+) -> None:
+    """Draw all weights from N(0, std²); gains are 1, biases and gating constants 0.
+
+    Args:
+        named_parameters: Physical parameters, each once.
+        std: Standard deviation.
+        generator: Source of the draw; ``None``: torch's default generator.
+    """
+    with torch.no_grad():
+        for name, parameter in named_parameters:
+            leaf = name.rsplit(".", 1)[-1]
+            if leaf == "w":
+                parameter.fill_(1.0)
+            elif leaf.lstrip("_").startswith("W_") or leaf in ("W", "state"):
+                draw = torch.randn(parameter.shape, generator=generator) * std
+                parameter.copy_(draw)
+            else:
+                parameter.zero_()
