@@ -1,1 +1,40 @@
-"""Looped (recurrent-depth) transformer language models inside TransformerLens."""
+"""Looped (recurrent-depth) transformer language models inside TransformerLens.
+
+Importing this package registers the looped families, so that
+``HookedTransformer.from_pretrained("tl-loops-tiny", n_iterations=8)`` works. Every pass of every
+recurrent layer then has hook points of its own, over weights that exist once.
+"""
+
+from tl_loops import metrics
+from tl_loops.cache import LoopedActivationCache
+from tl_loops.config import LoopedTransformerConfig
+from tl_loops.errors import (
+    CheckpointError,
+    ConfigError,
+    LoopedSemanticsError,
+    UnknownModelError,
+)
+from tl_loops.hooking import HookNameError
+from tl_loops.layout import BlockCoordinate, LoopLayout
+from tl_loops.model import LoopedTransformer
+from tl_loops.registration import register, unregister
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockCoordinate",
+    "CheckpointError",
+    "ConfigError",
+    "HookNameError",
+    "LoopLayout",
+    "LoopedActivationCache",
+    "LoopedSemanticsError",
+    "LoopedTransformer",
+    "LoopedTransformerConfig",
+    "UnknownModelError",
+    "metrics",
+    "register",
+    "unregister",
+]
+
+register()

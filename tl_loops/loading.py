@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_loops.config import LoopedTransformerConfig
+from tl_loops.config import LoopedTransformerConfig, dtype_name
 from tl_loops.errors import CheckpointError, ConfigError, UnknownModelError
 from tl_loops.families.base import Family, TensorSpec
 from tl_loops.families.checkpoint import (
@@ -118,6 +118,8 @@ def resolve(
     directory = _local_directory(name_or_directory)
     if directory is not None:
         _refuse_revision(revision, str(directory))
+        if not (directory / CONFIG_FILE).is_file():
+            raise CheckpointError(f"{directory} holds no {CONFIG_FILE}")
         return Checkpoint(directory, directory.resolve().name)
     name = os.fspath(name_or_directory)
     entry = find_known(name) if isinstance(name_or_directory, str) else None
@@ -224,8 +226,8 @@ def open_tensors(
             problems += _tensor_problems(stored, specs[family.tied[1]].shape)
         else:
             problems.append(
-                f"{stored.file.name}: key {key!r} of shape {stored.shape} is unexpected: a model of "
-                f"family {family.name} with this {CONFIG_FILE} has no such tensor"
+                f"{stored.file.name}: key {key!r} of shape {stored.shape} is unexpected: family "
+                f"{family.name} with this {CONFIG_FILE} has no such tensor"
             )
     if not problems and family.tied is not None and cfg.tie_word_embeddings:
         problems += _tied_problems(headers.tensors, *family.tied)
@@ -315,8 +317,8 @@ def _download(repository: str, **arguments: Any) -> Path:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(
             f"{repository} could not be fetched from the Hugging Face hub "
-            f"({type(error).__name__}: {reason}). A local directory with {CONFIG_FILE}, safetensors "
-            "and tokenizer files loads without network"
+            f"({type(error).__name__}: {reason}). A local directory with {CONFIG_FILE}, "
+            "safetensors and tokenizer files loads without network"
         ) from error
     return Path(directory)
 
@@ -330,11 +332,11 @@ def _family(checkpoint: Checkpoint) -> Family:
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if found not in FLOATS.values():
-        expected = ", ".join(str(known) for known in FLOATS.values())
-        raise ConfigError(f"dtype must be one of {expected}, got {dtype!r}")
-    return found
+    for known in FLOATS.values():
+        if dtype in (known, str(known), dtype_name(known)):
+            return known
+    expected = ", ".join(str(known) for known in FLOATS.values())
+    raise ConfigError(f"dtype must be one of {expected}, got {dtype!r}")
 
 
 def _tensor_problems(stored: StoredTensor, shape: tuple[int, ...]) -> list[str]:
@@ -351,8 +353,8 @@ def _tied_problems(tensors: dict[str, StoredTensor], head: str, embedding: str) 
     if head not in tensors or same_values(tensors[head], tensors[embedding]):
         return []
     return [
-        f"{tensors[head].file.name}: key {head!r} differs from {embedding!r}, but {CONFIG_FILE} ties "
-        "them; expected equal values, or tied embeddings switched off there"
+        f"{tensors[head].file.name}: key {head!r} differs from {embedding!r}, but {CONFIG_FILE} "
+        "ties them; expected equal values, or tied embeddings switched off there"
     ]
 
 
@@ -368,5 +370,6 @@ def _stream(
         for part in spec.parts:
             rows = read_rows(stored, first, first + part.rows, cfg.dtype, cfg.device)
             first += part.rows
-            yield part.name, part.view(rows)
+            weight = part.view(rows)
             del rows
+            yield part.name, weight

@@ -300,12 +300,12 @@ def same_values(one: StoredTensor, other: StoredTensor) -> bool:
 
 def _fill(stream: RawIOBase, target: Tensor, stored: StoredTensor) -> None:
     """Read into a row-major CPU tensor until it is full."""
-    waiting = memoryview(target.view(torch.uint8).numpy())
+    waiting = target.view(torch.uint8).numpy().data
     while waiting:
         count = stream.readinto(waiting)
         if not count:
             raise CheckpointError(
-                f"{stored.file}: truncated: {len(waiting):,} bytes of key {stored.key!r} are missing"
+                f"{stored.file}: truncated: key {stored.key!r} lacks {len(waiting):,} bytes"
             )
         waiting = waiting[count:]
 
@@ -348,4 +348,4 @@ def write_safetensors(file: Path, tensors: Iterable[tuple[str, Tensor]]) -> None
 
 def _write_bytes(stream: BinaryIO, tensor: Tensor) -> None:
     row_major = tensor.detach().to("cpu").contiguous().view(-1)
-    stream.write(memoryview(row_major.view(torch.uint8).numpy()))
+    stream.write(row_major.view(torch.uint8).numpy().data)

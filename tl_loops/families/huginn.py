@@ -31,6 +31,8 @@ def _derive(released: Released) -> dict[str, Any]:
     # The reference computes both from the width; init_values repeats them.
     scale, std = math.sqrt(d_model), truncated_normal_std(d_model)
     init_values = released.get("init_values") or {}
+    if not isinstance(init_values, dict):
+        raise CheckpointError(f"'init_values' must be a mapping, found {init_values!r}")
     for key, value in (("embed_scale", scale), ("std", std)):
         found = init_values.get(key, value)
         if not math.isclose(checked(f"init_values.{key}", found, float), value, rel_tol=1e-6):

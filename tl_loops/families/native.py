@@ -151,7 +151,9 @@ def save_checkpoint(
         (target / CONFIG_FILE).unlink(missing_ok=True)
         for name in stale - written:
             (target / name).unlink()
-        for name in sorted(written, key=lambda name: name == CONFIG_FILE):
+        for name in sorted(written, key=lambda name: (name == CONFIG_FILE, name)):
+            if (target / name).is_dir():
+                shutil.rmtree(target / name)
             os.replace(staging / name, target / name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -29,8 +29,8 @@ _NORMS = {
 
 
 def _derive(released: Released) -> dict[str, Any]:
-    layer_types = released.get("layer_types")
-    if layer_types is not None and any(kind != "full_attention" for kind in layer_types):
+    layer_types = released.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise CheckpointError(
             f"'layer_types' is {layer_types!r}, which is not implemented; "
             "expected 'full_attention' for every layer"

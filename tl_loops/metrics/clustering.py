@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_loops.metrics.dynamics import direction_cosine
 from tl_loops.metrics.padding import statistic_dtype
+from tl_loops.metrics.states import direction_cosine
 
 
 @dataclass(frozen=True, eq=False)

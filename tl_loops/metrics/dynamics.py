@@ -5,7 +5,7 @@ per iteration of ONE trajectory. `[iteration, d_model]` is read as a single toke
 vectors are NaN, never 0, because a direction is missing and not orthogonal.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from typing import Literal
@@ -14,45 +14,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_loops.metrics.padding import map_spans, statistic_dtype
+from tl_loops.metrics.padding import statistic_dtype
+from tl_loops.metrics.residual import unit_vectors
+from tl_loops.metrics.states import direction_cosine, measured_states, pool_tokens
 
 Aggregation = Literal["token_mean", "fro", "none"]
-
-
-def measured_states(states: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Upcast `states` to the dtype that statistics use and refuse what is no trajectory.
-
-    Args:
-        states: `[iteration, ..., d_model]`.
-
-    Returns:
-        The same values in float32, or float64 for float64 states.
-
-    Raises:
-        TypeError: If `states` is not floating point.
-        ValueError: If an axis is missing or there is no state at all.
-    """
-    if states.ndim < 2 or states.shape[0] == 0:
-        raise ValueError(
-            f"states has shape {list(states.shape)}, expected [iteration, ..., d_model] with at "
-            "least one iteration"
-        )
-    return states.to(statistic_dtype(states))
-
-
-def direction_cosine(
-    a: Float[Tensor, "*left d_model"], b: Float[Tensor, "*right d_model"]
-) -> Float[Tensor, "..."]:
-    """Cosine of the angle between `a` and `b` along the last axis, in [-1, 1].
-
-    Args:
-        a: vectors `[..., d_model]`.
-        b: vectors that broadcast against `a`.
-
-    Returns:
-        `[...]`, NaN where either vector is zero.
-    """
-    return (_unit(a) * _unit(b)).sum(-1).clamp(-1.0, 1.0)
 
 
 def successive_difference(
@@ -246,7 +212,7 @@ def step_angles(
         step.
     """
     steps = measured_states(states).diff(dim=0)
-    before, after = _unit(steps[:-1]), _unit(steps[1:])
+    before, after = unit_vectors(steps[:-1]), unit_vectors(steps[1:])
     # atan2 keeps its precision near 0 and pi, where arccos loses half of the digits.
     sine, cosine = (after - before).norm(dim=-1), (after + before).norm(dim=-1)
     return 2 * torch.atan2(sine, cosine)
@@ -360,13 +326,6 @@ def path_independence(final_states: Float[Tensor, "seed *tokens d_model"]) -> Pa
     return PathIndependence(cosine / n_pairs, distance, distance / x.norm(dim=-1).mean(0))
 
 
-def _unit(vectors: Tensor) -> Tensor:
-    """Scale to length 1; by the largest entry first, so that tiny vectors do not underflow."""
-    scaled = vectors.to(statistic_dtype(vectors))
-    scaled = scaled / scaled.abs().amax(-1, keepdim=True)
-    return scaled / scaled.norm(dim=-1, keepdim=True)
-
-
 def _reference_state(states: Tensor, reference: int | Tensor) -> Tensor:
     if isinstance(reference, Tensor):
         return reference.to(statistic_dtype(reference))
@@ -378,29 +337,13 @@ def _reference_state(states: Tensor, reference: int | Tensor) -> Tensor:
     return states[reference]
 
 
-def _pool_tokens(
-    pool: Callable[..., Tensor], values: Sequence[Tensor], agg: str, mask: Tensor | None
-) -> Tensor:
-    """Reduce the token axis of `[iteration, *batch, pos]`; a bare `[iteration]` is one token."""
-    if mask is not None and (agg == "none" or values[0].ndim < 2):
-        raise ValueError(
-            f"mask needs a token axis to reduce, got agg={agg!r} and {values[0].ndim - 1} token "
-            "axes; select the tokens from the result or the states instead"
-        )
-    if values[0].ndim < 2:
-        values = [value.unsqueeze(-1) for value in values]
-    # The iteration axis goes behind the tokens, because the mask has none.
-    last = [value.movedim(0, -1) for value in values]
-    return map_spans(pool, last, mask, core_ndim=2, position_dims=(-2,)).movedim(-1, 0)
-
-
 def _mean_cosine(a: Tensor, b: Tensor, agg: str, mask: Tensor | None) -> Tensor:
     if agg not in ("token_mean", "none"):
         raise ValueError(f'got agg={agg!r}, expected "token_mean" or "none"')
     cosine = direction_cosine(a, b)
     if agg == "none" and mask is None:
         return cosine
-    return _pool_tokens(lambda c: c.mean(-2), [cosine], agg, mask)
+    return pool_tokens(lambda c: c.mean(-2), [cosine], agg, mask)
 
 
 def _pooled_distance(
@@ -423,12 +366,12 @@ def _pooled_distance(
     norm = scale.norm(dim=-1) if relative else None
     if agg == "fro":
         values = [distance] if norm is None else [distance, norm]
-        return _pool_tokens(_frobenius, values, agg, mask)
+        return pool_tokens(_frobenius, values, agg, mask)
     if norm is not None:
         distance = distance / norm
     if agg == "none" and mask is None:
         return distance
-    return _pool_tokens(lambda d: d.mean(-2), [distance], agg, mask)
+    return pool_tokens(lambda d: d.mean(-2), [distance], agg, mask)
 
 
 def _frobenius(distance: Tensor, norm: Tensor | None = None) -> Tensor:

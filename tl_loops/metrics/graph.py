@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_loops.metrics.dynamics import measured_states
 from tl_loops.metrics.kmeans import kmeans
+from tl_loops.metrics.states import measured_states
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_loops.metrics.dynamics import measured_states
+from tl_loops.metrics.states import measured_states
 
 
 @dataclass(frozen=True, eq=False)

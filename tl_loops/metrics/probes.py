@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_loops.metrics.dynamics import measured_states
+from tl_loops.metrics.states import measured_states
 
 Probe = Literal["linear", "gated_mlp"]
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_loops.metrics.dynamics import direction_cosine, measured_states
+from tl_loops.metrics.states import direction_cosine, measured_states
 
 TRAJECTORY_LABELS = ("fixed_point", "orbit", "slider", "unknown")
 

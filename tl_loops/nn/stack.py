@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,25 +11,11 @@ from torch import Tensor, nn
 from tl_loops.config import LoopedTransformerConfig
 from tl_loops.layout import LoopLayout
 from tl_loops.nn.block import Block
-from tl_loops.nn.boundary import ExitGate, InitialState, Injection, IterationHooks
+from tl_loops.nn.boundary import IterationHooks
 from tl_loops.nn.context import ForwardContext
 from tl_loops.nn.norm import Norm
 from tl_loops.nn.tying import tied_copy
-from tl_loops.upstream import HookPoint, KeyValueCache, unshared
-
-
-class LoopedModules(Protocol):
-    """The modules of a looped model that running its stack needs."""
-
-    blocks: nn.ModuleList
-    iter: nn.ModuleList
-    initial_state: InitialState
-    injection: Injection
-    exit_gate: ExitGate
-    ln_final: Norm
-    ln_coda: Norm
-    hook_initial_state: HookPoint
-    hook_injection: HookPoint
+from tl_loops.upstream import KeyValueCache, unshared
 
 
 def physical_blocks(
@@ -100,7 +86,7 @@ class StackRun:
     """One pass through (part of) the unrolled stack.
 
     Attributes:
-        model: The modules.
+        model: The root module: ``blocks``, ``iter``, and what the config asks for between them.
         layout: The layout that they are unrolled to.
         cfg: The model's config.
         context: Positions and masks.
@@ -110,7 +96,7 @@ class StackRun:
         keep_states: Whether the trajectory keeps every state.
     """
 
-    model: LoopedModules
+    model: Any
     layout: LoopLayout
     cfg: LoopedTransformerConfig
     context: ForwardContext

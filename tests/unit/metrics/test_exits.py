@@ -89,6 +89,25 @@ def test_ouro_threshold_on_the_cumulative_distribution(q, expected):
     assert cumulative.tolist() == [0.5, 0.75, 0.875, 1.0]
 
 
+def test_ouro_exits_of_the_reference_implementation():
+    # Halting logits [iteration, pos] of a small random Ouro model and the exits its code took.
+    gate_logits = torch.tensor(
+        [
+            [-0.447, -0.447, -1.020, -1.556, -2.692, 0.092, -2.006, -1.208, -1.781],
+            [0.093, 0.093, -0.395, -0.394, -1.132, -0.167, 0.058, -1.294, -1.286],
+            [-0.055, -0.055, -0.594, 0.148, -0.778, 0.386, 0.985, -0.780, -0.286],
+            [0.066, 0.066, -0.328, 0.257, -0.655, 0.447, 0.633, -0.208, 0.366],
+        ]
+    )
+    exits = {
+        0.3: [0, 0, 1, 1, 2, 0, 1, 1, 1],
+        0.5: [1, 1, 1, 1, 2, 0, 1, 2, 2],
+        0.9: [3, 3, 3, 3, 3, 3, 3, 3, 3],
+    }
+    for q, expected in exits.items():
+        assert exit_iteration("ouro", gate_logits=gate_logits, threshold=q).tolist() == expected
+
+
 @few
 @given(seed=st.integers(0, 10_000), q=st.floats(0, 1), larger=st.floats(0, 1))
 def test_ouro_larger_threshold_never_exits_earlier(seed, q, larger):

@@ -1,0 +1,99 @@
+"""Tiny models of every architecture that tests run over."""
+
+from typing import Any
+
+import torch
+
+from tl_loops.config import LoopedTransformerConfig
+
+SIZES: dict[str, Any] = dict(
+    d_model=32, d_head=8, n_heads=4, d_mlp=48, d_vocab=50, n_ctx=64, seed=0, device="cpu"
+)
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "retrofitted": dict(
+        n_prelude=1, n_core=2, n_coda=1, n_iterations=3, injection="concat", initial_state="normal"
+    ),
+    "ouro": dict(
+        n_core=3,
+        n_iterations=4,
+        block_norm="sandwich",
+        norm_between_iterations=True,
+        exit_gate=True,
+    ),
+    "huginn": dict(
+        n_prelude=2,
+        n_core=2,
+        n_coda=2,
+        n_iterations=3,
+        injection="concat",
+        initial_state="normal",
+        initial_state_std=0.6,
+        block_norm="post_residual",
+        norm_before_coda=True,
+        tie_word_embeddings=True,
+        qk_bias=True,
+        rotary_layout="interleaved",
+        embed_scale=5.0,
+    ),
+    "olmo_grouped": dict(
+        n_prelude=1,
+        n_core=2,
+        n_coda=1,
+        n_iterations=3,
+        injection="gated_diagonal",
+        initial_state="zeros",
+        block_norm="post_branch",
+        qk_norm="full",
+        n_key_value_heads=2,
+    ),
+    "layer_norm": dict(
+        n_core=2,
+        n_coda=1,
+        n_iterations=3,
+        injection="add",
+        initial_state="learned",
+        positional_embedding_type="standard",
+        normalization_type="LN",
+        gated_mlp=False,
+        act_fn="gelu",
+        attn_bias=True,
+        mlp_bias=True,
+        unembed_bias=True,
+    ),
+    "weightless": dict(
+        n_prelude=1,
+        n_core=2,
+        n_iterations=3,
+        injection="concat_injection_first",
+        normalization_type="RMSPre",
+        qk_norm="head",
+    ),
+}
+
+
+def tiny_config(architecture: str, **changes: Any) -> LoopedTransformerConfig:
+    """The config of one of :data:`ARCHITECTURES`, with changes."""
+    return LoopedTransformerConfig(**{**SIZES, **ARCHITECTURES[architecture], **changes})
+
+
+def tiny_model(architecture: str, **changes: Any):
+    """A randomly initialised model, with norm gains, biases and gates drawn as well."""
+    from tl_loops.model import LoopedTransformer
+
+    model = LoopedTransformer(tiny_config(architecture, **changes))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.physical_named_parameters():
+            leaf = name.rsplit(".", 1)[-1]
+            if leaf == "w":
+                parameter.copy_(1.0 + 0.3 * torch.randn(parameter.shape, generator=generator))
+            elif leaf.lstrip("_").startswith("b"):
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def tiny_tokens(batch: int = 2, pos: int = 9, seed: int = 3) -> torch.Tensor:
+    """Random token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, SIZES["d_vocab"], (batch, pos), generator=generator)
