@@ -166,9 +166,7 @@ class LoopedTransformerConfig(BaseConfig):
                     f"{name}={getattr(self, name)!r} is not supported by looped models{instead}"
                 )
         if self.initial_state == "normal" and not self.initial_state_std >= 0:
-            raise ConfigError(
-                f"initial_state_std must be at least 0, got {self.initial_state_std}"
-            )
+            raise ConfigError(f"initial_state_std must be at least 0, got {self.initial_state_std}")
         if self.norm_before_coda and self.norm_between_iterations:
             raise ConfigError("norm_before_coda and norm_between_iterations exclude each other")
         if self.exit_threshold is not None and not self.exit_gate:
@@ -234,9 +232,9 @@ class LoopedTransformerConfig(BaseConfig):
         if self.qk_norm == "full":
             attention += (heads + kv) * self.d_head
         mlp = d * mlp_width * (2 + self.gated_mlp) + (mlp_width + d) * self.mlp_bias
-        norms = norm * {"pre": 2, "sandwich": 4, "post_residual": 4, "post_branch": 2}[
-            self.block_norm
-        ]
+        norms = (
+            norm * {"pre": 2, "sandwich": 4, "post_residual": 4, "post_branch": 2}[self.block_norm]
+        )
         total = self.n_physical_layers * (attention + mlp + norms)
         total += self.d_vocab * d + norm
         if self.positional_embedding_type == "standard":
@@ -289,9 +287,7 @@ class LoopedTransformerConfig(BaseConfig):
             lines.append(f"coda     {before}{self.n_coda} x block")
         elif self.norm_before_coda:
             lines.append("coda     x = ln_final(s)")
-        final = (
-            "s W_U" if self.norm_between_iterations and not self.n_coda else "ln_final(x) W_U"
-        )
+        final = "s W_U" if self.norm_between_iterations and not self.n_coda else "ln_final(x) W_U"
         lines += [f"readout  logits = {final}", f"block    {block}"]
         return "\n".join(lines)
 

@@ -279,6 +279,7 @@ class LoopedForward(CoordinateHooks):
     ) -> Any:
         if return_type in (None, "logits"):
             return None if return_type is None else logits
+        assert logits is not None
         if tokens is None:
             raise ValueError("a loss needs tokens: pass tokens=[batch, pos]")
         loss = self.loss_fn(logits, tokens, attention_mask, per_token=per_token)

@@ -111,7 +111,7 @@ class Generation(LoopedForward):
             if return_type == "tokens":
                 return tokens
             assert self.tokenizer is not None
-            texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
+            texts = [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in tokens]
             return texts[0] if len(texts) == 1 else texts
 
     def _stop_tokens(self, eos_token_id: int | Sequence[int] | None) -> list[int]:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from tl_loops.cache import LoopedActivationCache
+from tl_loops.config import LoopedTransformerConfig
 from tl_loops.layout import LoopLayout
 from tl_loops.upstream import HookPoint, TransformerBase
 
@@ -21,12 +22,14 @@ class HookNameError(KeyError, ValueError):
 
 
 class CoordinateHooks(TransformerBase):
-    """Lets aliases such as ``iter.3.0.attn.hook_pattern`` stand for ``blocks.14.attn.hook_pattern``.
+    """Lets ``iter.3.0.attn.hook_pattern`` stand for ``blocks.14.attn.hook_pattern``.
 
-    Covers ``hooks``, ``run_with_hooks``, ``add_hook``, ``names_filter`` and the cache. Predicates on
-    names see canonical names.
+    Covers ``hooks``, ``run_with_hooks``, ``add_hook``, ``names_filter`` and the cache. Predicates
+    on names see canonical names.
     """
 
+    cfg: LoopedTransformerConfig
+    tokenizer: Any
     hook_dict: dict[str, HookPoint]
 
     @property
@@ -150,9 +153,11 @@ class CoordinateHooks(TransformerBase):
         cache, forward, backward = super().get_caching_hooks(
             self._canonical_filter(names_filter), *args, **kwargs
         )
-        return cache, [h for h in forward if self._fires(h[0])], [
-            h for h in backward if self._fires(h[0])
-        ]
+        return (
+            cache,
+            [h for h in forward if self._fires(h[0])],
+            [h for h in backward if self._fires(h[0])],
+        )
 
     def _fires(self, name: str) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""Coordinates and names: which block is layer ``l`` at iteration ``t``, and what its hooks are called."""
+"""Coordinates and names: which block is layer ``l`` at iteration ``t``, and its hooks' names."""
 
 import difflib
 import re

@@ -182,7 +182,7 @@ def load_config(
         fields["device"] = str(device)
     try:
         cfg = LoopedTransformerConfig.from_dict(fields)
-    except (ConfigError, AssertionError) as error:
+    except (ValueError, TypeError, AssertionError) as error:  # TransformerLens raises all three
         raise CheckpointError(f"{where}: {error}") from error
     if n_iterations is not None:
         overrides["n_iterations"] = n_iterations
@@ -291,9 +291,9 @@ def _unknown(name: str) -> UnknownModelError:
     if os.path.isfile(os.path.expanduser(name)):
         return UnknownModelError(f"{name!r} is a file; give the directory that holds {CONFIG_FILE}")
     near = near_names(name)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
     return UnknownModelError(
-        f"{name!r} is neither a directory nor a known looped model{hint} Other checkpoints of the "
+        f"{name!r} is neither a directory nor a known looped model.{hint} Other checkpoints of the "
         "known families load from a local directory, e.g. from huggingface_hub.snapshot_download"
     )
 

@@ -45,8 +45,8 @@ class LoopedTransformer(Generation, PhysicalWeights):
         ValueError: ``weights`` are missing, unexpected or of the wrong shape.
     """
 
-    cfg: LoopedTransformerConfig
     iter: nn.ModuleList
+    ln_final: Norm
 
     def __init__(
         self,

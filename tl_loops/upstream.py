@@ -104,12 +104,9 @@ def has_hooks(point: HookPoint) -> bool:
 
 
 def has_editing_hooks(point: HookPoint) -> bool:
-    """Whether a hook that may change its tensor listens: any but TransformerLens's caching hooks."""
-    caching = sum(
-        getattr(getattr(handle, "user_hook", None), "func", None) is not None
-        and handle.user_hook.func.__qualname__.endswith(".save_hook")
-        for handle in point.fwd_hooks
-    )
+    """Whether a hook listens that may change its tensor: any but TransformerLens's caching ones."""
+    hooks = (getattr(handle.user_hook, "func", None) for handle in point.fwd_hooks)
+    caching = sum(getattr(hook, "__qualname__", "").endswith(".save_hook") for hook in hooks)
     return len(point._forward_hooks) > caching
 
 

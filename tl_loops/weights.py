@@ -54,7 +54,7 @@ class PhysicalWeights(TransformerBase):
                 yield f"{prefix}.{name}", parameter
 
     def physical_state_dict(self) -> dict[str, Tensor]:
-        """Every weight once, detached but not copied; this is what :meth:`save_pretrained` saves."""
+        """Every weight once, detached but not copied; what :meth:`save_pretrained` saves."""
         return {name: parameter.detach() for name, parameter in self.physical_named_parameters()}
 
     def load_physical_state_dict(self, state_dict: dict[str, Tensor]) -> None:
@@ -114,7 +114,7 @@ class PhysicalWeights(TransformerBase):
 
         Takes what ``torch.nn.Module.to`` takes, and TransformerLens's ``print_details``.
         """
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore
         nn.Module.to(self, *args, **kwargs)
         if device is not None:
             self.cfg.device = str(device)
@@ -227,7 +227,7 @@ class PhysicalWeights(TransformerBase):
         refactor_factored_attn_matrices: bool = False,
         fold_value_biases: bool = True,
     ) -> None:
-        """Fold and centre where the logits stay what they are; say in one warning what was not done.
+        """Fold and centre where the logits stay what they are; one warning names the rest.
 
         ``fold_ln`` multiplies the gains of ``ln1`` and ``ln2`` into the weights that read them (the
         gains become 1), and that of ``ln_final`` into ``W_U`` where it is used once and the head is
@@ -248,8 +248,9 @@ class PhysicalWeights(TransformerBase):
                 left += self._fold_norms()
             if fold_value_biases and self.cfg.attn_bias:
                 for block in self.physical_blocks().values():
-                    block.attn.b_O += torch.einsum("he,hed->d", block.attn.b_V, block.attn.W_O)
-                    block.attn._parameters[f"{block.attn.kv_prefix}b_V"].zero_()  # type: ignore[union-attr]
+                    attn = block.attn
+                    attn.b_O += torch.einsum("he,hed->d", attn.b_V, attn.W_O)
+                    getattr(attn, f"{attn.kv_prefix}b_V").zero_()
         if center_writing_weights:
             left.append("center_writing_weights (an RMS norm does not centre what it reads)")
         if center_unembed:
@@ -277,6 +278,7 @@ class PhysicalWeights(TransformerBase):
                     (block.ln1, block.attn, attention_in),
                     (block.ln2, block.mlp, mlp_in),
                 ):
+                    assert norm.w is not None
                     for name in names:
                         getattr(reader, name).mul_(norm.w[:, None])
                     norm.w.fill_(1.0)

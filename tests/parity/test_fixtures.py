@@ -75,9 +75,7 @@ def test_other_numbers_of_iterations(model, expected):
 
 
 def test_every_state_and_layer(model, expected):
-    _, cache = model.run_with_cache(
-        expected["tokens"], initial_state=expected.get("initial_state")
-    )
+    _, cache = model.run_with_cache(expected["tokens"], initial_state=expected.get("initial_state"))
     layout, n_core = model.layout, model.cfg.n_core
     if "prelude_out" in expected:
         assert relative_error(cache["hook_injection"], expected["prelude_out"]) < TOLERANCE

@@ -47,7 +47,7 @@ def _derive(released: Released) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise CheckpointError("the required field 'config' (a mapping of fields) is missing")
     dtype = fields.get("dtype", "float32")
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise CheckpointError(f"'config.dtype' is {dtype!r}, expected one of {', '.join(_DTYPES)}")
     return {**fields, "dtype": _DTYPES[dtype]}
 

@@ -253,7 +253,7 @@ def acceleration(
 
 
 def two_scale_ratio(
-    groups: Sequence[Float[Tensor, "iteration *tokens d_model"]],
+    groups: Sequence[Float[Tensor, "_ *tokens d_model"]],
 ) -> Float[Tensor, "group *tokens"]:
     """Drift from one looped group to the next over the mean step inside the group.
 

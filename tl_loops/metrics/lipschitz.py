@@ -25,7 +25,7 @@ def attention_lipschitz_bound(
     b_Q: Float[Tensor, "head d_head"] | None = None,
     b_K: Float[Tensor, "key_head d_head"] | None = None,
     rotary: bool = True,
-    attn_scale: float | None = None,
+    attn_scale: float | int | None = None,
 ) -> Float[Tensor, "*batch head"]:
     """Upper bound on ||pattern(x) - pattern(x_other)||_F of each head, from the weights.
 
@@ -91,7 +91,7 @@ def attention_lipschitz_bound_from_qk(
     k: Float[Tensor, "*batch pos key_head d_head"],
     q_other: Float[Tensor, "*batch pos head d_head"],
     k_other: Float[Tensor, "*batch pos key_head d_head"],
-    attn_scale: float | None = None,
+    attn_scale: float | int | None = None,
 ) -> Float[Tensor, "*batch head"]:
     """Upper bound on ||pattern - pattern_other||_F of each head, from the rotated Q and K.
 

@@ -79,7 +79,7 @@ def loop_spectrum(
     state: Float[Tensor, "..."],
     n_eigenvalues: int = 1,
     krylov_dim: int = 64,
-    tolerance: float = 1e-4,
+    tolerance: float | int = 1e-4,
     seed: int = 0,
     differentiation: Differentiation = "forward",
 ) -> LoopSpectrum:
@@ -140,7 +140,7 @@ def operator_norm(
     step: LoopMap,
     state: Float[Tensor, "..."],
     krylov_dim: int = 64,
-    tolerance: float = 1e-4,
+    tolerance: float | int = 1e-4,
     seed: int = 0,
 ) -> float:
     """Spectral norm of the Jacobian of a loop map, its largest singular value.

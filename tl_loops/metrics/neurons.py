@@ -284,45 +284,44 @@ class _Unembedding:
         dtype: torch.dtype,
     ):
         self.W_U = W_U
-        self.columns = columns
         self.dtype = dtype
         self.gamma = None if gamma is None else gamma.detach().to(W_U.device, dtype)[:, None]
+        self.n_columns = len(columns)
+        first, last = int(columns[0]), int(columns[-1])
+        self.blocks: list[slice | Tensor] = list(columns.split(_COLUMNS_PER_BLOCK))
+        if last - first + 1 == len(columns):  # slices are views, index tensors copy
+            starts = range(first, last + 1, _COLUMNS_PER_BLOCK)
+            self.blocks = [slice(at, min(at + _COLUMNS_PER_BLOCK, last + 1)) for at in starts]
         self.mean = None
         if center:
             total = torch.zeros(len(W_U), 1, dtype=dtype, device=W_U.device)
-            for ids in self._blocks():
-                total += self._folded(ids).sum(-1, keepdim=True)
+            for block in self.blocks:
+                total += self._directions(block).sum(-1, keepdim=True)
             self.mean = total / len(columns)
+        self.norm = torch.cat([self._directions(block).norm(dim=0) for block in self.blocks])
+        good = (self.norm > 0) & self.norm.isfinite()
+        if not good.all():
+            bad = columns[~good].tolist()
+            raise ValueError(
+                f"W_U is zero or not finite in {len(bad)} column(s), the first are {bad[:5]}; they "
+                "have no direction: exclude them with vocab_size (padding at the end) or vocab_mask"
+            )
 
     def cosines(self, directions: Tensor) -> Tensor:
         """Cosines `[neuron, counted id]` of unit `directions` with the columns."""
-        scores = torch.empty(
-            len(directions), len(self.columns), dtype=self.dtype, device=directions.device
-        )
-        start = 0
-        for ids in self._blocks():
-            block = self._folded(ids)
-            if self.mean is not None:
-                block = block - self.mean
-                block = block - block.mean(0)
-            norm = block.norm(dim=0)
-            if not (norm > 0).all() or not norm.isfinite().all():
-                bad = ids[~((norm > 0) & norm.isfinite())].tolist()
-                raise ValueError(
-                    f"W_U is zero or not finite in {len(bad)} column(s), the first are {bad[:5]}; "
-                    "they have no direction: exclude them with vocab_size (padding at the end) or "
-                    "vocab_mask"
-                )
-            scores[:, start : start + len(ids)] = (directions @ block) / norm
-            start += len(ids)
-        return scores
+        scores = directions.new_empty(len(directions), self.n_columns)
+        for block, target in zip(self.blocks, scores.split(_COLUMNS_PER_BLOCK, 1), strict=True):
+            target.copy_(directions @ self._directions(block))
+        return scores.div_(self.norm)
 
-    def _blocks(self) -> tuple[Tensor, ...]:
-        return self.columns.split(_COLUMNS_PER_BLOCK)
-
-    def _folded(self, ids: Tensor) -> Tensor:
-        block = self.W_U[:, ids].to(self.dtype)
-        return block if self.gamma is None else block * self.gamma
+    def _directions(self, block: slice | Tensor) -> Tensor:
+        columns = self.W_U[:, block].to(self.dtype)
+        if self.gamma is not None:
+            columns = columns * self.gamma
+        if self.mean is not None:
+            columns = columns - self.mean
+            columns = columns - columns.mean(0)
+        return columns
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -44,12 +44,12 @@ def step_decodability(
     states: Float[Tensor, "iteration *tokens d_model"],
     probe: Probe = "linear",
     seed: int = 0,
-    train_fraction: float = 0.8,
+    train_fraction: float | int = 0.8,
     n_steps: int = 500,
-    ridge: float = 1e-4,
+    ridge: float | int = 1e-4,
     batch_size: int = 256,
-    learning_rate: float = 3e-3,
-    weight_decay: float = 0.01,
+    learning_rate: float | int = 3e-3,
+    weight_decay: float | int = 0.01,
 ) -> StepDecodability:
     """Train a probe that predicts the iteration from the state, and test it on other tokens.
 

@@ -196,7 +196,7 @@ def angular_distance(
 
 
 def block_influence(resid: Float[Tensor, "depth *batch d_model"]) -> Float[Tensor, "pair"]:
-    """Block Influence: 1 - E cos(x_l, x_{l + 1}) over tokens (arXiv 2403.03853, Eq. 1).
+    """Block Influence: 1 - E cos(x_l, x_{l + 1}) over tokens (arXiv 2403.03853).
 
     Computed as half the squared chord, which is the same and keeps its precision near 0.
 

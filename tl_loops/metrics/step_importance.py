@@ -76,7 +76,7 @@ def step_attention(
 
 
 def critical_steps(
-    attention: Float[Tensor, "step step"], top_p: float = 0.9, conclusion: int = -1
+    attention: Float[Tensor, "step step"], top_p: float | int = 0.9, conclusion: int = -1
 ) -> StepImportance:
     """Steps that the conclusion reaches through most attended predecessors, step after step.
 

@@ -67,13 +67,13 @@ class TrajectoryClassification:
 
 def classify_trajectory(
     states: Float[Tensor, "iteration *tokens d_model"],
-    tau: float = 0.05,
-    rho: float = 0.9,
+    tau: float | int = 0.05,
+    rho: float | int = 0.9,
     min_returns: int = 3,
-    max_gap_variation: float = 0.5,
-    max_drop: float | None = None,
-    late_fraction: float = 0.5,
-    min_periodicity: float = 0.5,
+    max_gap_variation: float | int = 0.5,
+    max_drop: float | int | None = None,
+    late_fraction: float | int = 0.5,
+    min_periodicity: float | int = 0.5,
 ) -> TrajectoryClassification:
     """Label the path of each token by its cosine to where it ends, s_t = cos(x_t, x_last).
 

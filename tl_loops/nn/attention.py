@@ -1,4 +1,4 @@
-"""Multi-head attention: fused when nobody looks at scores or patterns, explicit when somebody does."""
+"""Multi-head attention: fused, or explicit when somebody looks at scores or patterns."""
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,15 @@ def project_in(
 
 class Attention(nn.Module):
     """Attention with TransformerLens's weights, biases and hook points."""
+
+    W_Q: nn.Parameter
+    W_O: nn.Parameter
+    W_K: Tensor
+    W_V: Tensor
+    b_Q: Tensor
+    b_K: Tensor
+    b_V: Tensor
+    b_O: Tensor
 
     kv_prefix = ""
 
@@ -185,6 +194,11 @@ class GroupedQueryAttention(Attention):
     The weights are ``_W_K`` and ``_W_V`` ``[kv_head, ...]``; ``W_K`` and ``W_V`` repeat them once a
     query head, as in TransformerLens.
     """
+
+    _W_K: nn.Parameter
+    _W_V: nn.Parameter
+    _b_K: Tensor
+    _b_V: Tensor
 
     kv_prefix = "_"
 

@@ -80,8 +80,8 @@ class Block(nn.Module):
             x = self._pre_norm("ln1", resid)
             return x, x, x
         if cfg.use_split_qkv_input:
-            grouped = cfg.n_key_value_heads and not cfg.ungroup_grouped_query_attention
-            kv_heads = cfg.n_key_value_heads if grouped else cfg.n_heads
+            ungrouped = cfg.ungroup_grouped_query_attention
+            kv_heads = cfg.n_heads if ungrouped else cfg.n_key_value_heads or cfg.n_heads
             inputs = (
                 self.hook_q_input(_per_head(resid, cfg.n_heads)),
                 self.hook_k_input(_per_head(resid, kv_heads)),

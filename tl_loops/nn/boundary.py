@@ -94,7 +94,7 @@ class InitialState(nn.Module):
 
 
 def _mix(seed: int, position: int) -> int:
-    """A seed for one position: SplitMix64's finaliser, so that neighbouring seeds do not overlap."""
+    """A seed for one position, by SplitMix64's finaliser: neighbouring seeds do not overlap."""
     mask = (1 << 64) - 1
     z = (seed * 0x9E3779B97F4A7C15 + position + 1) & mask
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask

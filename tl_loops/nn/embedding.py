@@ -41,6 +41,9 @@ class PosEmbed(nn.Module):
 class Unembed(nn.Module):
     """``x W_U + b_U``; with ``cfg.tie_word_embeddings`` W_U is the transposed embedding itself."""
 
+    _embed: Embed
+    b_U: Tensor
+
     def __init__(
         self,
         cfg: LoopedTransformerConfig,
@@ -64,7 +67,7 @@ class Unembed(nn.Module):
 
     def __getattr__(self, name: str):
         if name == "W_U" and self.__dict__.get("tied"):
-            return self._embed.W_E.T
+            return self.__dict__["_embed"].W_E.T
         return super().__getattr__(name)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:

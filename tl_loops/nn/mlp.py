@@ -12,12 +12,15 @@ from tl_loops.upstream import SUPPORTED_ACTIVATIONS, HookPoint
 def transposed_parameter(
     n_in: int, n_out: int, dtype: torch.dtype, device: torch.device | str | None
 ) -> nn.Parameter:
-    """An uninitialised ``[n_in, n_out]`` weight stored as ``[n_out, n_in]``, as F.linear wants it."""
+    """An uninitialised ``[n_in, n_out]`` weight with the storage that F.linear wants."""
     return nn.Parameter(torch.empty(n_out, n_in, dtype=dtype, device=device).T)
 
 
 class MLP(nn.Module):
-    """``act(x W_in + b_in) W_out + b_out``, or gated ``(act(x W_gate) · x W_in + b_in) W_out + b_out``."""
+    """``act(x W_in + b_in) W_out + b_out``; gated ``(act(x W_gate) · x W_in + b_in) W_out + b_out``."""
+
+    b_in: Tensor
+    b_out: Tensor
 
     def __init__(self, cfg: LoopedTransformerConfig, device: torch.device | str | None = None):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The unrolled stack: physical blocks made once, unrolled by tying, run with the loop's boundaries."""
+"""The unrolled stack: physical blocks, unrolled by tying, run with the loop's boundaries."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field

@@ -280,7 +280,7 @@ class TestStepAngles:
     @given(st.floats(1e-4, math.pi - 1e-4), st.floats(0.5, 1.5), seeds)
     def test_a_spiral_turns_by_its_angle_at_any_rate(self, theta, rho, seed):
         angles = step_angles(spiral(theta, rho, n_iterations=8, seed=seed))
-        torch.testing.assert_close(angles, torch.full((6,), theta).double(), atol=1e-8, rtol=0)
+        torch.testing.assert_close(angles, torch.full((6,), theta, dtype=torch.float64), atol=1e-9, rtol=0)
 
     def test_straight_motion_has_no_angle(self):
         torch.testing.assert_close(step_angles(slider()), torch.zeros(8).double())

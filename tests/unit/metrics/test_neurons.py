@@ -140,6 +140,9 @@ def test_memory_does_not_grow_with_the_number_of_neurons():
     with LargestTensor() as largest:
         neuron_vocabulary_statistics(normal(500, 4), W_U, chunk_size=10)
     assert largest.numel == 10 * 2000
+    with LargestTensor() as largest:  # by default, 2**24 scores at a time
+        neuron_vocabulary_statistics(normal(3000, 2), normal(2, 8000))
+    assert 2**23 < largest.numel <= 2**24
 
 
 def test_vocabulary_padding_is_excluded():

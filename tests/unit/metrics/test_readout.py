@@ -70,7 +70,7 @@ def test_tokens_broadcast_over_iterations():
 
 def test_probability_margin_and_entropy_closed_forms():
     p = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64)
-    logits = p.log() + 7
+    logits = p.log() - 7
     assert token_probability(logits, 2).item() == pytest.approx(0.125)
     assert output_entropy(logits).item() == pytest.approx(1.75 * math.log(2))
     assert token_margin(logits).item() == pytest.approx(math.log(2))
