@@ -9,6 +9,7 @@ from torch import Tensor
 from tl_loops.exits import ExitMode, exit_probabilities, select_state, threshold_iteration
 from tl_loops.hooking import CoordinateHooks
 from tl_loops.nn.context import make_context
+from tl_loops.nn.rotary import RotaryTable
 from tl_loops.nn.stack import StackRun
 from tl_loops.upstream import (
     USE_DEFAULT_VALUE,
@@ -22,6 +23,8 @@ from tl_loops.upstream import (
 
 class LoopedForward(CoordinateHooks):
     """Runs an unrolled stack from tokens, from a block or from an iteration."""
+
+    _rotary: RotaryTable | None
 
     def forward(  # type: ignore[override]
         self,
@@ -200,11 +203,10 @@ class LoopedForward(CoordinateHooks):
         n_past: int,
     ) -> Tensor | None:
         """The mask over cached and new tokens; padding is found as TransformerLens finds it."""
-        padded_left = self.tokenizer is not None and self.tokenizer.padding_side == "left"
-        if attention_mask is None and padded_left:
-            attention_mask = get_attention_mask(
-                self.tokenizer, tokens, bool(self.cfg.default_prepend_bos)
-            )
+        tokenizer = self.tokenizer
+        if attention_mask is None and tokenizer is not None and tokenizer.padding_side == "left":
+            prepend_bos = bool(self.cfg.default_prepend_bos)
+            attention_mask = get_attention_mask(tokenizer, tokens, prepend_bos)
         if past is None:
             return attention_mask
         if attention_mask is None:

@@ -38,9 +38,7 @@ FAMILY_OF = {
     "retrofitted_llama_llama3": RETROFITTED_LLAMA,
     "retrofitted_olmo_default": RETROFITTED_OLMO,
 }
-RELEASED = {
-    name: json.loads((FIXTURES / name / "config.json").read_text()) for name in FAMILY_OF
-}
+RELEASED = {name: json.loads((FIXTURES / name / "config.json").read_text()) for name in FAMILY_OF}
 BY_NAME = pytest.mark.parametrize("name", FAMILY_OF)
 
 
@@ -504,9 +502,7 @@ def test_known_models_by_name_and_alias_in_any_case(name, notation):
 def test_names_and_aliases_are_unique_and_not_transformer_lens_names():
     from transformer_lens.loading_from_pretrained import make_model_alias_map
 
-    names = [
-        name.lower() for entry in catalogue() for name in (entry.name, *entry.known.aliases)
-    ]
+    names = [name.lower() for entry in catalogue() for name in (entry.name, *entry.known.aliases)]
     assert len(names) == len(set(names))
     assert not set(names) & set(make_model_alias_map())
     assert all(alias == alias.lower() for e in catalogue() for alias in e.known.aliases)

@@ -17,7 +17,10 @@ def transposed_parameter(
 
 
 class MLP(nn.Module):
-    """``act(x W_in + b_in) W_out + b_out``; gated ``(act(x W_gate) · x W_in + b_in) W_out + b_out``."""
+    """``act(x W_in + b_in) W_out + b_out``, plain or gated.
+
+    Gated: ``(act(x W_gate) · x W_in + b_in) W_out + b_out``.
+    """
 
     b_in: Tensor
     b_out: Tensor
