@@ -28,7 +28,6 @@ from tl_loops import LoopedTransformer, LoopedTransformerConfig
 from tl_loops.tasks import (
     FactChainTask,
     Prompt,
-    answer_after,
     fact_chain_prompts,
     follow,
     question,
@@ -269,7 +268,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--evaluate-every", type=int, default=1000, help="steps")
     parser.add_argument("--evaluation-seed", type=int, default=1000, help="of held-out prompts")
-    parser.add_argument("--n-evaluation", type=int, default=1000, help="prompts a hop count, at end")
+    parser.add_argument(
+        "--n-evaluation", type=int, default=1000, help="prompts a hop count at the end"
+    )
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
 

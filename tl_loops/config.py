@@ -1,9 +1,10 @@
 """The architecture of a looped transformer as data."""
 
 import dataclasses
+import difflib
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
@@ -11,13 +12,19 @@ from tl_loops.errors import ConfigError
 from tl_loops.layout import LoopLayout
 from tl_loops.upstream import SUPPORTED_ACTIVATIONS, BaseConfig
 
-BlockNorm = Literal["pre", "sandwich", "post_residual", "post_branch"]
-InitialState = Literal["embed", "normal", "zeros", "learned"]
-Injection = Literal["concat", "concat_injection_first", "add", "gated_diagonal"]
-RotaryLayout = Literal["half", "interleaved"]
-QueryKeyNorm = Literal["full", "head"]
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "block_norm": ("pre", "sandwich", "post_residual", "post_branch"),
+    "initial_state": ("embed", "normal", "zeros", "learned"),
+    "injection": (None, "concat", "concat_injection_first", "add", "gated_diagonal"),
+    "rotary_layout": ("half", "interleaved"),
+    "qk_norm": (None, "full", "head"),
+    "positional_embedding_type": ("rotary", "standard"),
+    "normalization_type": ("RMS", "RMSPre", "LN", "LNPre"),
+    "attention_dir": ("causal", "bidirectional"),
+    "act_fn": tuple(SUPPORTED_ACTIVATIONS),
+}
+"""Fields that take one of a few names."""
 
-_TOLERATED = ("RMS", "RMSPre", "LN", "LNPre")
 _UNSUPPORTED: dict[str, Any] = {
     "attn_only": False,
     "parallel_attn_mlp": False,
@@ -102,17 +109,17 @@ class LoopedTransformerConfig(BaseConfig):
     n_core: int = field(default=1, kw_only=True)
     n_coda: int = field(default=0, kw_only=True)
     n_iterations: int = field(default=1, kw_only=True)
-    block_norm: BlockNorm = field(default="pre", kw_only=True)
-    initial_state: InitialState = field(default="embed", kw_only=True)
+    block_norm: str = field(default="pre", kw_only=True)
+    initial_state: str = field(default="embed", kw_only=True)
     initial_state_std: float = field(default=0.02, kw_only=True)
     state_seed: int | None = field(default=0, kw_only=True)
-    injection: Injection | None = field(default=None, kw_only=True)
+    injection: str | None = field(default=None, kw_only=True)
     norm_between_iterations: bool = field(default=False, kw_only=True)
     norm_before_coda: bool = field(default=False, kw_only=True)
     exit_gate: bool = field(default=False, kw_only=True)
     exit_threshold: float | None = field(default=None, kw_only=True)
-    rotary_layout: RotaryLayout = field(default="half", kw_only=True)
-    qk_norm: QueryKeyNorm | None = field(default=None, kw_only=True)
+    rotary_layout: str = field(default="half", kw_only=True)
+    qk_norm: str | None = field(default=None, kw_only=True)
     qk_bias: bool = field(default=False, kw_only=True)
     attn_bias: bool = field(default=False, kw_only=True)
     mlp_bias: bool = field(default=False, kw_only=True)
@@ -144,21 +151,10 @@ class LoopedTransformerConfig(BaseConfig):
         self.n_params = self.count_parameters()
 
     def _check_values(self) -> None:
-        for name, allowed, optional in (
-            ("block_norm", get_args(BlockNorm), False),
-            ("initial_state", get_args(InitialState), False),
-            ("injection", get_args(Injection), True),
-            ("rotary_layout", get_args(RotaryLayout), False),
-            ("qk_norm", get_args(QueryKeyNorm), True),
-            ("positional_embedding_type", ("rotary", "standard"), False),
-            ("normalization_type", _TOLERATED, False),
-            ("attention_dir", ("causal", "bidirectional"), False),
-            ("act_fn", tuple(SUPPORTED_ACTIVATIONS), False),
-        ):
-            value = getattr(self, name)
-            if value not in allowed and not (optional and value is None):
-                choices = ", ".join(map(repr, allowed)) + (" or None" if optional else "")
-                raise ConfigError(f"{name} must be one of {choices}, got {value!r}")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(map(repr, allowed))
+                raise ConfigError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         for name, off in _UNSUPPORTED.items():
             if hasattr(self, name) and getattr(self, name) != off:
                 instead = f"; use {_INSTEAD[name]}" if name in _INSTEAD else ""
@@ -291,6 +287,9 @@ class LoopedTransformerConfig(BaseConfig):
         lines += [f"readout  logits = {final}", f"block    {block}"]
         return "\n".join(lines)
 
+    def set_seed_everywhere(self, seed: int) -> None:
+        """Leave the global random state alone: ``seed`` feeds the model's own generator."""
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as a new dictionary; ``from_dict(to_dict())`` gives an equal config."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -303,8 +302,6 @@ class LoopedTransformerConfig(BaseConfig):
             ConfigError: A key is not a field (near matches are suggested) or a required one is
                 missing.
         """
-        import difflib
-
         names = [f.name for f in dataclasses.fields(cls)]
         for key in config_dict:
             if key not in names:

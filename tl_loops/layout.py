@@ -138,7 +138,7 @@ class LoopLayout:
         return f"({self.n_prelude}, {loop}, {self.n_coda})" + ("_I" if injected else "")
 
     def index(
-        self, *, iteration: int | None = None, layer: int = 0, phase: Phase | None = None
+        self, *, iteration: int | None = None, layer: int = 0, phase: str | None = None
     ) -> int:
         """Index of the unrolled block at a coordinate.
 
@@ -206,7 +206,7 @@ class LoopLayout:
         *,
         iteration: int | None = None,
         layer: int | None = None,
-        phase: Phase | None = None,
+        phase: str | None = None,
     ) -> str:
         """Canonical hook name of an activation at a coordinate.
 

@@ -232,10 +232,7 @@ def open_tensors(
     if not problems and family.tied is not None and cfg.tie_word_embeddings:
         problems += _tied_problems(headers.tensors, *family.tied)
     if problems:
-        lines = "".join(f"\n  {problem}" for problem in problems[:_MOST_SHOWN])
-        if len(problems) > _MOST_SHOWN:
-            lines += f"\n  and {len(problems) - _MOST_SHOWN} more"
-        raise CheckpointError(f"{checkpoint.directory} cannot be loaded:{lines}")
+        raise _refusal(checkpoint, problems)
     order = sorted(specs, key=lambda key: _place(headers.tensors[key]))
     return _stream([(headers.tensors[key], specs[key]) for key in order], cfg)
 
@@ -243,14 +240,14 @@ def open_tensors(
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's own tokenizer, from its local files alone; no remote code runs.
 
+    As TransformerLens wants it, the tokenizer prepends BOS by itself where it can.
+
     Returns:
         A Hugging Face tokenizer; ``None``, with a warning, where there are no tokenizer files.
 
     Raises:
         CheckpointError: The files are there but give no tokenizer.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     directory = checkpoint.directory
     if not any((directory / file).is_file() for file in _VOCABULARY_FILES):
         warnings.warn(
@@ -259,21 +256,36 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             stacklevel=2,
         )
         return None
-    described = directory / "tokenizer_config.json"
-    settings = read_json(described) if described.is_file() else {}
-    loader: Any = AutoTokenizer
-    if "tokenizer_class" not in settings and "auto_map" not in settings:
-        # AutoTokenizer would ask config.json for a class, which it knows of no looped model.
-        loader = PreTrainedTokenizerFast
     try:
-        return loader.from_pretrained(
-            str(directory), local_files_only=True, trust_remote_code=False, use_fast=True
-        )
+        return _read_tokenizer(directory)
     except Exception as error:  # tokenizer libraries raise bare Exception for bad files
         raise CheckpointError(
             f"the tokenizer files in {directory} cannot be used: {error}. Pass tokenizer=..., or "
             "remove them to load without one"
         ) from error
+
+
+def _read_tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+
+    described = directory / "tokenizer_config.json"
+    settings = read_json(described) if described.is_file() else {}
+    arguments: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    if "tokenizer_class" in settings or "auto_map" in settings:
+        loader: Any = AutoTokenizer
+        # An empty config, so that config.json is not read: it may name remote code, and
+        # transformers knows no looped model type.
+        arguments["config"] = PretrainedConfig()
+    else:
+        loader = PreTrainedTokenizerFast
+    try:
+        return loader.from_pretrained(str(directory), add_bos_token=True, **arguments)
+    except ValueError:
+        # Some BOS tokens cannot be prepended by the tokenizer itself; TransformerLens then
+        # prepends them as text. The mark keeps it from reloading the directory by config.json.
+        tokenizer = loader.from_pretrained(str(directory), **arguments)
+        tokenizer.init_kwargs["add_bos_token"] = True
+        return tokenizer
 
 
 def _local_directory(name: str | os.PathLike[str]) -> Path | None:
@@ -325,10 +337,23 @@ def _download(repository: str, **arguments: Any) -> Path:
 
 def _family(checkpoint: Checkpoint) -> Family:
     return recognise(
-        checkpoint.config,
-        str(checkpoint.config_path),
-        lambda: checkpoint.headers.tensors.keys() | checkpoint.headers.lost,
+        checkpoint.config, str(checkpoint.config_path), lambda: _stored_keys(checkpoint)
     )
+
+
+def _stored_keys(checkpoint: Checkpoint) -> set[str]:
+    headers = checkpoint.headers
+    keys = headers.tensors.keys() | headers.lost
+    if headers.problems and not keys:
+        raise _refusal(checkpoint, headers.problems)
+    return keys
+
+
+def _refusal(checkpoint: Checkpoint, problems: list[str]) -> CheckpointError:
+    lines = "".join(f"\n  {problem}" for problem in problems[:_MOST_SHOWN])
+    if len(problems) > _MOST_SHOWN:
+        lines += f"\n  and {len(problems) - _MOST_SHOWN} more"
+    return CheckpointError(f"{checkpoint.directory} cannot be loaded:{lines}")
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -17,6 +17,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 __all__ = [
@@ -155,7 +156,7 @@ def fact_chain_prompts(
     for _ in range(n):
         people = _draw_people(rng, task, split)
         k = rng.randint(1, task.max_hops) if n_hops is None else n_hops
-        likes = dict(zip(people[:k], people[1 : k + 1], strict=True))
+        likes = dict(pairwise(people[: k + 1]))
         for person in people[k:]:
             likes[person] = rng.choice([other for other in people if other != person])
         facts = list(likes.items())

@@ -44,7 +44,7 @@ BY_NAME = pytest.mark.parametrize("name", FAMILY_OF)
 
 def stored_shapes(name):
     with safe_open(FIXTURES / name / "model.safetensors", "pt") as file:
-        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
 
 
 def config(name, **changes):

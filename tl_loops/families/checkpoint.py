@@ -144,7 +144,7 @@ class Checkpoint:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index} has no 'weight_map' from keys to files")
         for key, name in weight_map.items():
-            if not isinstance(name, str) or Path(name).name != name:
+            if not isinstance(name, str) or not name or Path(name).name != name:
                 raise CheckpointError(
                     f"{index} places key {key!r} in {name!r}; expected the name of a file beside it"
                 )

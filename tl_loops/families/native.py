@@ -49,7 +49,9 @@ def _derive(released: Released) -> dict[str, Any]:
     dtype = fields.get("dtype", "float32")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise CheckpointError(f"'config.dtype' is {dtype!r}, expected one of {', '.join(_DTYPES)}")
-    return {**fields, "dtype": _DTYPES[dtype]}
+    # These two are otherwise filled in from the directory and the family.
+    named = {"model_name": "custom", "original_architecture": None}
+    return {**named, **fields, "dtype": _DTYPES[dtype]}
 
 
 def _tensors(cfg: LoopedTransformerConfig) -> Iterator[TensorSpec]:

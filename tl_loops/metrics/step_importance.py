@@ -124,8 +124,8 @@ def _nucleus(weights: Sequence[float], top_p: float) -> tuple[int, ...]:
     target = top_p * sum(weights)
     kept, covered = [], 0.0
     for index in sorted(range(len(weights)), key=lambda i: (-weights[i], i)):
-        # Rounding in the sum must not pull in one step more.
-        if weights[index] <= 0 or covered >= target * (1 - 1e-9):
+        # Rounding of float32 attention must not pull in one step more.
+        if weights[index] <= 0 or covered >= target * (1 - 1e-6):
             break
         kept.append(index)
         covered += weights[index]

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_loops.config import LoopedTransformerConfig, RotaryLayout
+from tl_loops.config import LoopedTransformerConfig
 
 
 def rotary_frequencies(cfg: LoopedTransformerConfig) -> Float[Tensor, "half_rotary_dim"]:
@@ -59,7 +59,7 @@ def apply_rotary(
     x: Float[Tensor, "batch pos head d_head"],
     cos: Float[Tensor, "*#batch pos 1 half"],
     sin: Float[Tensor, "*#batch pos 1 half"],
-    layout: RotaryLayout,
+    layout: str,
 ) -> Float[Tensor, "batch pos head d_head"]:
     """Rotate the first ``2 * half`` dimensions of each head by its position's angles.
 

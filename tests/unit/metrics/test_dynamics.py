@@ -1,4 +1,4 @@
-"""Closed forms of trajectories that are known exactly: contraction, rotation, spiral, slider, period 2."""
+"""Closed forms of trajectories: contraction, rotation, spiral, slider, period 2."""
 
 import math
 
@@ -38,7 +38,7 @@ def contraction(rho, n_iterations=20, shape=(2, 3, 8), seed=0):
 
 
 def spiral(theta, rho=1.0, radius=3.0, n_iterations=20, d_model=6, seed=0):
-    """A turn by theta and a shrink by rho per iteration, in a random plane around a random centre."""
+    """A turn by theta and a shrink by rho per iteration, in a plane around a centre."""
     t = torch.arange(n_iterations, dtype=torch.float64)
     u, v = torch.linalg.qr(randn(seed, d_model, 2))[0].T
     circle = torch.cos(theta * t)[:, None] * u + torch.sin(theta * t)[:, None] * v
@@ -198,9 +198,7 @@ class TestFixedPointDistance:
         fixed_point = randn(0, 2, 3, 8)
         distance = fixed_point_distance(states, reference=fixed_point)
         assert distance.shape == (20, 2)
-        torch.testing.assert_close(
-            distance[1:] / distance[:-1], torch.full((19, 2), 0.7).double()
-        )
+        torch.testing.assert_close(distance[1:] / distance[:-1], torch.full((19, 2), 0.7).double())
 
     def test_affine_map_reaches_its_fixed_point(self):
         matrix = randn(0, 6, 6)
@@ -280,7 +278,9 @@ class TestStepAngles:
     @given(st.floats(1e-4, math.pi - 1e-4), st.floats(0.5, 1.5), seeds)
     def test_a_spiral_turns_by_its_angle_at_any_rate(self, theta, rho, seed):
         angles = step_angles(spiral(theta, rho, n_iterations=8, seed=seed))
-        torch.testing.assert_close(angles, torch.full((6,), theta, dtype=torch.float64), atol=1e-9, rtol=0)
+        torch.testing.assert_close(
+            angles, torch.full((6,), theta, dtype=torch.float64), atol=1e-9, rtol=0
+        )
 
     def test_straight_motion_has_no_angle(self):
         torch.testing.assert_close(step_angles(slider()), torch.zeros(8).double())
@@ -302,9 +302,7 @@ class TestAcceleration:
         rho, states = 0.6, contraction(0.6)
         norm = randn(1, 2, 3, 8).norm(dim=-1)
         k = torch.arange(1, 19).double().reshape(-1, 1, 1)
-        torch.testing.assert_close(
-            acceleration(states), (1 - rho) ** 2 * rho ** (k - 1) * norm
-        )
+        torch.testing.assert_close(acceleration(states), (1 - rho) ** 2 * rho ** (k - 1) * norm)
 
     @laws
     @given(st.floats(0.01, math.pi), seeds)

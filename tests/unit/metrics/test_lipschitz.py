@@ -71,7 +71,7 @@ def test_both_bounds_hold(seed, rotary, n_key_heads, size, bias):
 
 
 def test_query_key_norm_needs_the_bound_from_queries_and_keys():
-    """Normed queries and keys do not shrink with the weights; the bound from the weights would fail."""
+    """Normed queries do not shrink with the weights; the bound from the weights would fail."""
     x, x_other = randn(0, 5, 6), randn(1, 5, 6)
     W = 1e-3 * randn(2, 1, 6, 8)
 
@@ -88,7 +88,7 @@ def test_query_key_norm_needs_the_bound_from_queries_and_keys():
 
 
 def test_rotation_does_not_keep_the_spectral_norm():
-    """Why the rotary bound uses the Frobenius norm: rows of a rank-2 matrix can be turned into one direction."""
+    """Why the rotary bound uses the Frobenius norm: rotated rows may lose or gain alignment."""
     rows = rotate(torch.ones(4, 1, 2, dtype=torch.float64)).squeeze(1)
     spread, aligned = torch.linalg.matrix_norm(rows, 2), torch.linalg.matrix_norm(rows)
     assert aligned > 1.05 * spread
@@ -100,9 +100,7 @@ def test_two_tokens_and_one_dimension_by_hand():
     q, q_other = torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.5])
     k = torch.tensor([0.3, 0.9])
     shape = (2, 1, 1)
-    pattern, other = (
-        causal_pattern(v.reshape(shape), k.reshape(shape), 1.0) for v in (q, q_other)
-    )
+    pattern, other = (causal_pattern(v.reshape(shape), k.reshape(shape), 1.0) for v in (q, q_other))
     difference = torch.sigmoid(torch.tensor(0.9)) - torch.sigmoid(torch.tensor(0.6))
     torch.testing.assert_close((other - pattern).norm(), math.sqrt(2) * difference)
     bound = attention_lipschitz_bound_from_qk(
@@ -117,7 +115,10 @@ def test_two_tokens_and_one_dimension_by_hand():
 def test_formula_from_the_weights_by_hand():
     """Diagonal weights and inputs, where every norm is visible."""
     x, x_other = torch.diag(torch.tensor([3.0, 1.0])), torch.diag(torch.tensor([4.0, 1.0]))
-    W_Q, W_K = torch.diag(torch.tensor([2.0, 5.0]))[None], torch.diag(torch.tensor([7.0, 1.0]))[None]
+    W_Q, W_K = (
+        torch.diag(torch.tensor([2.0, 5.0]))[None],
+        torch.diag(torch.tensor([7.0, 1.0]))[None],
+    )
     b_Q, b_K = torch.tensor([[0.0, 3.0]]), torch.tensor([[4.0, 0.0]])
     plain = attention_lipschitz_bound(x, x_other, W_Q, W_K, rotary=False, attn_scale=1.0)
     assert plain.item() == pytest.approx(0.5 * 2 * 4 * 14 * 1)
@@ -149,9 +150,7 @@ def test_batches_are_measured_one_by_one():
     x, x_other, W = randn(0, 2, 3, 5, 6), randn(1, 2, 3, 5, 6), randn(2, 4, 6, 8)
     bound = attention_lipschitz_bound(x, x_other, W, W)
     assert bound.shape == (2, 3, 4)
-    torch.testing.assert_close(
-        bound[1, 2], attention_lipschitz_bound(x[1, 2], x_other[1, 2], W, W)
-    )
+    torch.testing.assert_close(bound[1, 2], attention_lipschitz_bound(x[1, 2], x_other[1, 2], W, W))
 
 
 def test_bfloat16_is_measured_in_float32():

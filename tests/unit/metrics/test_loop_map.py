@@ -44,7 +44,7 @@ class TestSpectrum:
     @modes
     def test_matches_the_dense_jacobian(self, mode):
         step, state = tanh_loop(), randn(1, 30)
-        result = loop_spectrum(step, state, n_eigenvalues=5, differentiation=mode)
+        result = loop_spectrum(step, state, 5, tolerance=1e-12, differentiation=mode)
         expected = torch.linalg.eigvals(dense_jacobian(step, state))
         expected = expected[expected.abs().argsort(descending=True)][:5]
         torch.testing.assert_close(result.eigenvalues.abs(), expected.abs())
@@ -69,7 +69,7 @@ class TestSpectrum:
         assert result.rotation_period[1].item() == pytest.approx(2.0)
 
     def test_large_map_needs_few_products(self):
-        """One eigenvalue stands out of 2000: the subspace stays small and the residual is honest."""
+        """One eigenvalue stands out of 2000: a small subspace is enough."""
         u = torch.nn.functional.normalize(randn(0, 2000), dim=0)
         result = loop_spectrum(lambda x: 0.3 * x + 0.6 * u * (u @ x), randn(1, 2000))
         assert result.spectral_radius == pytest.approx(0.9, rel=1e-6)
@@ -107,8 +107,9 @@ class TestSpectrum:
     @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
     @modes
     def test_works_where_gradients_are_off(self, context, mode):
+        step = linear(rotation(0.5, 1.0))
         with context():
-            result = loop_spectrum(linear(rotation(0.5, 1.0)), randn(0, 2), differentiation=mode)
+            result = loop_spectrum(step, randn(0, 2), differentiation=mode)
         assert result.spectral_radius == pytest.approx(0.5)
 
     def test_bfloat16_map(self):
@@ -202,7 +203,7 @@ class TestLyapunov:
     def test_logistic_map_is_chaotic(self):
         """The exponent of x -> 4 x (1 - x) is ln 2."""
         start = torch.tensor([0.3141592653], dtype=torch.float64)
-        result = lyapunov_exponents(lambda x: 4 * x * (1 - x), start, 3000)
+        result = lyapunov_exponents(lambda x: 4 * x * (1 - x), start, 1500)
         assert result.exponents.item() == pytest.approx(math.log(2), abs=0.02)
 
     def test_a_collapsing_map(self):

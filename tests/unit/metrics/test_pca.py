@@ -56,7 +56,9 @@ class TestClosedForms:
         _, s, v = torch.linalg.svd(centered, full_matrices=False)
         result = pca_trajectory(x, n_components=4)
         torch.testing.assert_close(result.explained_variance, s[:4].square() / 29)
-        torch.testing.assert_close((result.components * v[:4]).sum(-1).abs(), torch.ones(4).double())
+        torch.testing.assert_close(
+            (result.components * v[:4]).sum(-1).abs(), torch.ones(4).double()
+        )
         torch.testing.assert_close(
             result.explained_variance_ratio, s[:4].square() / s.square().sum()
         )
@@ -68,7 +70,7 @@ class TestClosedForms:
         torch.testing.assert_close(wide.components, tall.components, atol=1e-5, rtol=0)
 
     def test_random_walk_in_many_dimensions(self):
-        """arXiv 1806.08805: component k explains 6 / (pi k)^2 of a long walk."""
+        """Component k explains 6 / (pi k)^2 of a long walk, arXiv 1806.08805."""
         walk = random_walk_null(randn(0, 300, 4000), seed=1)[0]
         ratio = pca_trajectory(walk, n_components=3).explained_variance_ratio
         expected = 6 / (math.pi * torch.arange(1, 4)) ** 2
@@ -104,9 +106,7 @@ class TestFit:
         states = circle()
         states[0] += 1000 * randn(3, 32)
         skipped = pca_trajectory(states, skip_init=1)
-        torch.testing.assert_close(
-            skipped.components, pca_trajectory(states[1:]).components
-        )
+        torch.testing.assert_close(skipped.components, pca_trajectory(states[1:]).components)
         assert skipped.coordinates.shape == (40, 2)
         assert pca_trajectory(states).explained_variance_ratio[0] > 0.99
         assert skipped.explained_variance_ratio[0] < 0.6
@@ -172,7 +172,9 @@ class TestLaws:
     def test_all_components_keep_all_distances(self, seed):
         states = randn(seed, 7, 4).double()
         coordinates = pca_trajectory(states, n_components=4).coordinates
-        torch.testing.assert_close(torch.cdist(coordinates, coordinates), torch.cdist(states, states))
+        torch.testing.assert_close(
+            torch.cdist(coordinates, coordinates), torch.cdist(states, states)
+        )
 
 
 class TestRandomWalk:

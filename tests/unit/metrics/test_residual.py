@@ -193,10 +193,13 @@ def test_row_norm_removes_the_compression():
 
 
 def test_centering_equal_tokens_leaves_nothing_to_measure():
-    resid = torch.tensor([0.1, 0.7, -1.3]).expand(7, 3).double()
+    # In float64 the mean of three times 0.7 is not 0.7.
+    resid = torch.full((3, 2), 0.7, dtype=torch.float64)
+    assert (resid != resid.mean(0)).all()
     assert residual_entropy(resid, center=True).isnan()
-    # One token at the mean: its rounding error is not scaled up to a direction.
-    resid = torch.tensor([[1.1, 0.3], [0.3, 0.1], [-0.5, -0.1]], dtype=torch.float64)
+    # One token at the mean: its rounding error is not scaled up to a direction of its own.
+    resid[:2, 0] = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    resid[2, 0] = 0
     assert residual_entropy(resid, center=True, row_norm=True).item() == pytest.approx(0, abs=1e-6)
 
 

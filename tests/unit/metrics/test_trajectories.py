@@ -97,7 +97,7 @@ class TestLabels:
             assert label_of(states) == label
 
     def test_a_dip_beyond_the_tolerance_is_no_slider(self):
-        u, v, w = plane()
+        u, v, _ = plane()
         turn = 0.02 * torch.arange(T)
         turn[40] = turn[0]
         states = turn.cos()[:, None] * u + turn.sin()[:, None] * v
@@ -117,7 +117,7 @@ class TestScores:
         assert result.similarity.shape == (T,)
 
     def test_amplitude_of_a_circle(self):
-        """The cosine of two points of a circle of radius r around a centre of norm c is lowest across it."""
+        """On a circle of radius r around a centre of norm c the lowest cosine is across it."""
         result = classify_trajectory(orbit(8, radius=2.0))
         assert result.amplitude.item() == pytest.approx(1 - (9 - 4) / (9 + 4), abs=1e-5)
 

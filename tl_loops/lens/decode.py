@@ -1,0 +1,175 @@
+"""From a residual to logits: through the final norm alone, or through all that follows the loop."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_loops.errors import LoopedSemanticsError
+from tl_loops.lens.inputs import LensInputs
+from tl_loops.lens.points import LensPoint, PointSet
+from tl_loops.upstream import apply_softcap
+
+
+class Lens(Protocol):
+    """Turns what is read at a point into logits."""
+
+    @property
+    def name(self) -> str:
+        """What results call it."""
+        ...
+
+    @property
+    def points(self) -> PointSet | Sequence[str]:
+        """The points that it reads when none are asked for."""
+        ...
+
+    def check(self, model: Any, points: Sequence[LensPoint]) -> None:
+        """Refuse a model or a point that this lens cannot read, before anything runs."""
+        ...
+
+    def reads_sequence(self, point: LensPoint) -> bool:
+        """Whether a position's logits depend on the residual at other positions."""
+        ...
+
+    def logits(
+        self,
+        model: Any,
+        resid: Float[Tensor, "batch in_pos d_model"],
+        point: LensPoint,
+        inputs: LensInputs,
+    ) -> Float[Tensor, "batch read d_vocab"]:
+        """Logits at the positions that are read.
+
+        Args:
+            model: The model that gave the residual.
+            resid: What was read: at all positions if :meth:`reads_sequence`, else at those of
+                ``inputs``.
+            point: Where it was read.
+            inputs: The prompts.
+        """
+        ...
+
+
+class LogitLens:
+    """Final norm and unembedding applied to any residual (nostalgebraist 2020)."""
+
+    name = "logit"
+    points: PointSet | Sequence[str] = "blocks"
+
+    def check(self, model: Any, points: Sequence[LensPoint]) -> None:
+        """Every model and every point can be read."""
+
+    def reads_sequence(self, point: LensPoint) -> bool:
+        """No: the final norm and the unembedding act on each position alone."""
+        return False
+
+    def logits(
+        self, model: Any, resid: Tensor, point: LensPoint, inputs: LensInputs
+    ) -> Float[Tensor, "batch read d_vocab"]:
+        """Logits of the residual [batch, read, d_model]."""
+        # Without a coda the norm that ends an iteration is the final norm: it is there already.
+        normed = behind_iteration_norm(model.cfg, point) and not model.cfg.n_coda
+        return unembed(model, resid if normed else model.ln_final(resid))
+
+
+class CodaLens:
+    """All that the model does behind the loop, applied to a residual as if the loop ended there.
+
+    Inside the coda what is left of it follows, so that every point there gives the model's logits.
+
+    Source: 2507.02199, section 3 (for Huginn: norm, coda, norm, head).
+    """
+
+    name = "coda"
+    points: PointSet | Sequence[str] = "states"
+
+    def check(self, model: Any, points: Sequence[LensPoint]) -> None:
+        """Refuse points between the two halves of a coda block.
+
+        Raises:
+            ValueError: There is one.
+        """
+        for point in points:
+            if point.phase == "coda" and point.kind == "resid_mid":
+                raise ValueError(
+                    f"the coda lens cannot start inside a block, at {point.alias}; use "
+                    "hook_resid_pre or hook_resid_post of a coda block"
+                )
+
+    def reads_sequence(self, point: LensPoint) -> bool:
+        """Yes: the coda attends to other positions."""
+        return True
+
+    def logits(
+        self, model: Any, resid: Tensor, point: LensPoint, inputs: LensInputs
+    ) -> Float[Tensor, "batch read d_vocab"]:
+        """Logits of the residual [batch, pos, d_model]."""
+        cfg, layout = model.cfg, model.layout
+        normed = behind_iteration_norm(cfg, point)
+        start = layout.coda_start
+        if point.phase == "coda":
+            assert point.block is not None
+            start = point.block + (point.kind == "resid_post")
+        else:
+            if cfg.norm_between_iterations and cfg.n_coda and not normed:
+                resid = model.ln_final(resid)  # The norm between iterations is the final norm.
+            if cfg.norm_before_coda:
+                resid = model.ln_coda(resid)
+        if start < layout.n_layers:
+            resid = model(
+                resid,
+                start_at_layer=start,
+                stop_at_layer=layout.n_layers,
+                attention_mask=inputs.attention_mask,
+            )
+        resid = inputs.select(resid)
+        return unembed(model, resid if normed and not cfg.n_coda else model.ln_final(resid))
+
+
+class ExitLens(LogitLens):
+    """The exit that a model was trained with: the state of every iteration, decoded directly.
+
+    Equals ``model(tokens, exit_at=t)`` for every t, in one pass. Source: Ouro, 2510.25741.
+    """
+
+    name = "exit"
+    points: PointSet | Sequence[str] = "states"
+
+    def check(self, model: Any, points: Sequence[LensPoint]) -> None:
+        """Refuse models with a coda and points that are no exit.
+
+        Raises:
+            LoopedSemanticsError: A coda stands between the loop and the logits.
+            ValueError: A point is not the state that leaves an iteration.
+        """
+        if model.cfg.n_coda or model.cfg.norm_before_coda:
+            raise LoopedSemanticsError(
+                "exits read the state directly, but this model has a coda (or a norm in its "
+                "place) between the loop and the logits; use coda_lens"
+            )
+        for point in points:
+            if point.kind != "state_out":
+                raise ValueError(
+                    f"the exit lens reads hook_state_out of iterations, not {point.name}; use "
+                    "logit_lens inside an iteration"
+                )
+
+
+def unembed(model: Any, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+    """Logits of a normed residual, with the model's soft cap where it has one."""
+    return apply_softcap(model.unembed(x), model.cfg.output_logits_soft_cap)
+
+
+def behind_iteration_norm(cfg: Any, point: LensPoint) -> bool:
+    """Whether the norm between iterations is the last thing that happened to a residual."""
+    if not cfg.norm_between_iterations:
+        return False
+    if point.kind == "state_out":
+        return True
+    enters = point.kind == "state_in" or (
+        cfg.injection is None
+        and (point.kind == "injected" or (point.kind == "resid_pre" and point.layer == 0))
+    )
+    return enters and point.phase == "core" and bool(point.iteration)

@@ -1,0 +1,80 @@
+"""Tokens to follow: ids for every prompt, from ids or from text, with several spellings."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+Spellings = int | str | Sequence[int | str]
+TrackedTokens = int | str | Sequence[Spellings] | Int[Tensor, "batch"] | Int[Tensor, "batch _"]
+
+ABSENT = -1
+"""Fills rows of prompts that have fewer spellings than others."""
+
+
+def tracked_ids(
+    model: Any, name: str, value: TrackedTokens, batch: int
+) -> Int[Tensor, "batch spelling"]:
+    """Ids of a tracked token for every prompt.
+
+    Args:
+        model: Its tokenizer turns text to ids, its vocabulary bounds them.
+        name: What the token is called, for messages.
+        value: An id or a single token's text for all prompts; a list with one entry a prompt, each
+            an id, a text or a list of spellings; or ids [batch] or [batch, spelling].
+        batch: Number of prompts.
+
+    Returns:
+        [batch, spelling], -1 where a prompt has fewer spellings than another.
+
+    Raises:
+        ValueError: The wrong number of prompts, an id outside of the vocabulary, a prompt without
+            a spelling or with one twice, or text that is not a single token.
+    """
+    if isinstance(value, (int, str)):
+        rows = [[_id(model, name, value)]] * batch
+    elif isinstance(value, Tensor):
+        if value.is_floating_point() or value.ndim not in (1, 2):
+            raise ValueError(f"tracked {name!r} must be ids [batch] or [batch, spelling]")
+        rows = value.reshape(value.shape[0], -1).tolist()
+    else:
+        rows = [
+            [_id(model, name, entry)]
+            if isinstance(entry, (int, str))
+            else [_id(model, name, spelling) for spelling in entry]
+            for entry in value
+        ]
+    if len(rows) != batch:
+        raise ValueError(f"tracked {name!r} has {len(rows)} entries, but there are {batch} prompts")
+    width = max((len(row) for row in rows), default=0)
+    last = (model.cfg.padded_vocab or model.cfg.d_vocab_out) - 1
+    for number, row in enumerate(rows):
+        ids = [token for token in row if token != ABSENT]
+        if not ids:
+            raise ValueError(f"tracked {name!r} has no token for prompt {number}")
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"tracked {name!r} has one token twice for prompt {number}: {ids}")
+        if min(ids) < 0 or max(ids) > last:
+            raise ValueError(
+                f"tracked {name!r} has ids {ids} for prompt {number}, expected 0 to {last}"
+            )
+    padded = [row + [ABSENT] * (width - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=torch.long, device=model.embed.W_E.device)
+
+
+def _id(model: Any, name: str, token: int | str) -> int:
+    if not isinstance(token, str):
+        return token
+    if model.tokenizer is None:
+        raise ValueError(
+            f"tracked {name!r} is the text {token!r}, but this model has no tokenizer: give ids"
+        )
+    ids = model.to_tokens(token, prepend_bos=False)[0].tolist()
+    if len(ids) != 1:
+        raise ValueError(
+            f"tracked {name!r} is the text {token!r}, which is {len(ids)} tokens ({ids}); give the "
+            "id of the one to follow, for example the first"
+        )
+    return ids[0]

@@ -1,0 +1,215 @@
+"""Tuned lens: an affine translator for each point, trained to give the model's own output."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import trange
+
+from tl_loops.lens.artefact import check_sizes, load_artefact, model_sizes, save_artefact
+from tl_loops.lens.decode import LogitLens
+from tl_loops.lens.inputs import LensInputs, lens_inputs, single_prompts, with_iterations
+from tl_loops.lens.points import LensPoint, PointSet, require_layout, select_points
+from tl_loops.lens.read import capture, vocabulary_size
+from tl_loops.metrics.padding import statistic_dtype
+from tl_loops.metrics.readout import kl_divergence
+
+
+@dataclass(frozen=True, eq=False)
+class TunedLens:
+    """A logit lens behind an affine translator ``h + A h + b`` of its own at each point.
+
+    Attributes:
+        points: Hook names by coordinate, one a translator.
+        weight: A of each point, [point, d_model, d_model], float32 (float64 for a float64 model).
+        bias: b of each point, [point, d_model].
+        losses: Mean KL(model || lens) of each training step in nats, [step, point].
+        sizes: Sizes of the model that it was trained on.
+
+    Source: 2303.08112, section 3 (one translator a layer; here one a layer and iteration).
+    """
+
+    points: tuple[str, ...]
+    weight: Float[Tensor, "point d_model d_model"]
+    bias: Float[Tensor, "point d_model"]
+    losses: Float[Tensor, "step point"]
+    sizes: dict[str, int]
+    name: str = "tuned"
+
+    def translate(
+        self, resid: Float[Tensor, "*batch d_model"], index: int
+    ) -> Float[Tensor, "*batch d_model"]:
+        """The translated residual ``h + A h + b`` of point ``index``, in the residual's dtype."""
+        return _translate(resid, self.weight[index], self.bias[index])
+
+    def check(self, model: Any, points: Sequence[LensPoint]) -> None:
+        """Refuse another model, and points without a translator.
+
+        Raises:
+            ValueError: The message names the size or the point.
+        """
+        check_sizes("tuned", self.sizes, model.cfg)
+        for point in points:
+            if point.alias not in self.points:
+                raise ValueError(
+                    f"this tuned lens has no translator for {point.alias}; it was trained at "
+                    f"{', '.join(self.points)}"
+                )
+
+    def reads_sequence(self, point: LensPoint) -> bool:
+        """No: translators act on each position alone."""
+        return False
+
+    def logits(
+        self,
+        model: Any,
+        resid: Float[Tensor, "batch read d_model"],
+        point: LensPoint,
+        inputs: LensInputs,
+    ) -> Float[Tensor, "batch read d_vocab"]:
+        """Logits of the translated residual."""
+        translated = self.translate(resid, self.points.index(point.alias))
+        return LogitLens().logits(model, translated, point, inputs)
+
+    def save(self, path: str | Path) -> None:
+        """Write to a safetensors file, whole or not at all."""
+        tensors = {"weight": self.weight, "bias": self.bias, "losses": self.losses}
+        save_artefact(path, "tuned_lens", tensors, {"points": self.points, "sizes": self.sizes})
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "TunedLens":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged or holds no tuned lens.
+        """
+        names = ("weight", "bias", "losses")
+        tensors, metadata = load_artefact(path, "tuned_lens", names)
+        moved = {name: tensors[name].to(device) for name in names}
+        return cls(tuple(metadata["points"]), **moved, sizes=metadata["sizes"])
+
+
+def train_tuned_lens(
+    model: Any,
+    prompts: Any,
+    *,
+    points: PointSet | str | Sequence[str] = "core",
+    n_steps: int = 200,
+    batch_size: int = 8,
+    learning_rate: float = 1e-3,
+    generator: torch.Generator | None = None,
+    n_iterations: int | None = None,
+    progress: bool = True,
+) -> TunedLens:
+    """Train one translator a point to minimise KL(model's output || lens) at every position.
+
+    Translators start at the identity, which is the logit lens. Adam with a learning rate that
+    falls linearly to 0. The model's weights and their gradients are left alone.
+
+    Args:
+        model: A looped model.
+        prompts: Strings or 1-D token tensors (each at its own length), or tokens [prompt, pos].
+        points: As for :func:`tl_loops.lens.read_lens`.
+        n_steps: Number of training steps.
+        batch_size: Prompts drawn for each step.
+        learning_rate: At the first step.
+        generator: Source of the draws; ``None``: one with seed 0.
+        n_iterations: Number of iterations of the model, whose last gives the target.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The lens, with the loss of each step.
+
+    Raises:
+        ValueError: No prompt or no point, or a number that is not positive.
+        HookNameError: A point that the model does not have.
+        FloatingPointError: The loss is not finite.
+
+    Source: 2303.08112, section 3.
+    """
+    require_layout(model)
+    for name, value in (
+        ("n_steps", n_steps),
+        ("batch_size", batch_size),
+        ("learning_rate", learning_rate),
+    ):
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+    tokens = single_prompts(model, prompts)
+    with with_iterations(model, n_iterations), torch.inference_mode(False), torch.enable_grad():
+        chosen = select_points(model, points)
+        d_model, device = model.cfg.d_model, model.embed.W_E.device
+        kind = {"dtype": statistic_dtype(model.embed.W_E), "device": device}
+        weights = [torch.zeros(d_model, d_model, **kind) for _ in chosen]
+        biases = [torch.zeros(d_model, **kind) for _ in chosen]
+        parameters = [tensor.requires_grad_() for tensor in (*weights, *biases)]
+        optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / n_steps)
+        losses = torch.zeros(n_steps, len(chosen))
+        for step in trange(n_steps, desc="tuned lens", disable=not progress):
+            drawn = torch.randint(len(tokens), (batch_size,), generator=generator).tolist()
+            optimizer.zero_grad()
+            batch = [tokens[index] for index in drawn]
+            losses[step] = _accumulate(model, chosen, batch, weights, biases)
+            if not bool(losses[step].isfinite().all()):
+                raise FloatingPointError(
+                    f"the loss at step {step} is not finite; try a smaller learning_rate than "
+                    f"{learning_rate}"
+                )
+            optimizer.step()
+            decay.step()
+    return TunedLens(
+        tuple(point.alias for point in chosen),
+        torch.stack(weights).detach(),
+        torch.stack(biases).detach(),
+        losses,
+        model_sizes(model.cfg),
+    )
+
+
+def _translate(resid: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    h = resid.to(weight.dtype)
+    return (h + h @ weight.T + bias).to(resid.dtype)
+
+
+def _accumulate(
+    model: Any,
+    points: tuple[LensPoint, ...],
+    batch: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor],
+) -> Tensor:
+    """Add the gradients of one step to the translators; the loss of each point.
+
+    One point at a time is differentiated, so that only one readout's graph exists.
+    """
+    by_length = defaultdict(list)
+    for prompt in batch:
+        by_length[prompt.shape[0]].append(prompt)
+    n_positions = sum(prompt.shape[0] for prompt in batch)
+    size = vocabulary_size(model)
+    losses = torch.zeros(len(points))
+    for same_length in by_length.values():
+        stacked = torch.stack(same_length)
+        # Prompts have their own length here, so that nothing is padding.
+        inputs = lens_inputs(model, stacked, "all", torch.ones_like(stacked))
+        with torch.no_grad():
+            residuals, final = capture(model, inputs, points, lambda point: False)
+        for index, point in enumerate(points):
+            translated = _translate(residuals.pop(point.name), weights[index], biases[index])
+            logits = LogitLens().logits(model, translated, point, inputs)
+            loss = kl_divergence(final, logits, size).sum() / n_positions
+            # Not backward(): that would also fill the gradients of the model's weights.
+            pair = (weights[index], biases[index])
+            for tensor, gradient in zip(pair, torch.autograd.grad(loss, pair), strict=True):
+                tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient
+            losses[index] += loss.detach().cpu()
+    return losses

@@ -1,0 +1,392 @@
+"""The residual stream of a looped model as writes and linear maps, in the order of a run.
+
+Between two writes the stream is added to, normed (a norm on the sum, the norm between iterations,
+the norm before the coda) or mixed (the injection's map of the state). With the scales of the norms
+held at what they were in one run, all of these are linear; so each component can be carried to any
+later place, and a direction at that place can be pulled back to each component.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_loops.layout import LoopLayout
+
+SiteKind = Literal[
+    "embed", "pos_embed", "initial_state", "state_in", "injection", "attn", "mlp", "norm_bias"
+]
+InjectionRows = Literal["whole", "parts", "by_iteration"]
+
+
+def working(x: Tensor) -> Tensor:
+    """``x`` without a gradient, in float32 or better."""
+    x = x.detach()
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def part_label(layout: LoopLayout, block: int, part: str, number: int) -> str:
+    """Label of a head (``part="H"``) or neuron (``"N"``): ``"r3.L1H4"``, ``"p.L0H2"``, ``"c.L1N7"``."""
+    at = layout.coordinate(block)
+    place = at.phase[0] if at.iteration is None else f"r{at.iteration}{at.stack or ''}"
+    return f"{place}.L{at.layer}{part}{number}"
+
+
+# Linear maps.
+
+
+@dataclass(frozen=True)
+class FrozenNorm:
+    """A norm with its scale held: ``x / scale · gain``, on the centred x for LayerNorm.
+
+    Attributes:
+        scale: What the norm divided by, ``[..., 1]``; ``None`` leaves the factor out.
+        gain: The trained gain, if there is one.
+        bias: LayerNorm's bias, which is no part of the linear map.
+        centred: Whether the mean over the last axis is taken off first.
+    """
+
+    scale: Tensor | None
+    gain: Tensor | None
+    bias: Tensor | None
+    centred: bool
+
+    @classmethod
+    def of(cls, norm: Any, scale: Tensor | None, device: torch.device | None = None) -> "FrozenNorm":
+        """The norm module's gain and bias with a given scale."""
+        device = device if scale is None else scale.device
+        gain, bias = (None if p is None else working(p).to(device) for p in (norm.w, norm.b))
+        return cls(None if scale is None else working(scale), gain, bias, norm.centred)
+
+    def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        x = x if self.scale is None else x / self.scale
+        return x if self.gain is None else x * self.gain
+
+    def adjoint(self, g: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The transposed map: ``self(x) · g == x · self.adjoint(g)``."""
+        g = g if self.gain is None else g * self.gain
+        g = g if self.scale is None else g / self.scale
+        return g - g.mean(-1, keepdim=True) if self.centred else g
+
+
+@dataclass(frozen=True)
+class Mix:
+    """``x @ matrix · diagonal``; ``None`` stands for the identity."""
+
+    matrix: Tensor | None = None
+    diagonal: Tensor | None = None
+
+    def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        x = x if self.matrix is None else x @ self.matrix
+        return x if self.diagonal is None else x * self.diagonal
+
+    def adjoint(self, g: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The transposed map."""
+        g = g if self.diagonal is None else g * self.diagonal
+        return g if self.matrix is None else g @ self.matrix.T
+
+
+def injection_maps(injection: Any, device: torch.device) -> tuple[Mix, Mix]:
+    """The maps of the state and of e whose sum enters an iteration (``carry`` and ``prepare``)."""
+    if injection.kind == "add":
+        return Mix(), Mix()
+    if injection.kind == "gated_diagonal":
+        # Taken from the module, so that its rounding is the model's own.
+        decay = injection.carry(torch.ones_like(injection.A_log))
+        gate = F.softplus(injection.dt_bias)
+        return (
+            Mix(diagonal=working(decay).to(device)),
+            Mix(working(injection.W_B).to(device), working(gate).to(device)),
+        )
+    return (
+        Mix(working(injection.W_state).to(device)),
+        Mix(working(injection.W_injection).to(device)),
+    )
+
+
+# Steps of a path.
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place that writes to the residual stream.
+
+    Attributes:
+        kind: What is written.
+        label: Its name in a decomposition, e.g. ``"r3.1_mlp_out"``.
+        block: The unrolled block of an attention or MLP output.
+        iteration: The iteration of an injection, of a state or of a norm's bias.
+        norm: The norm that owns a norm's bias.
+    """
+
+    kind: SiteKind
+    label: str
+    block: int | None = None
+    iteration: int | None = None
+    norm: FrozenNorm | None = None
+
+
+class Read(NamedTuple):
+    """The attention of a block reads the stream here."""
+
+    block: int
+
+
+class Write(NamedTuple):
+    """Something is added to the stream."""
+
+    site: Site
+
+
+class Map(NamedTuple):
+    """The stream goes through a linear map."""
+
+    map: FrozenNorm | Mix
+
+
+class BeginLoop(NamedTuple):
+    """The stream becomes e; with ``replaced`` the state starts anew rather than as e."""
+
+    replaced: bool
+
+
+class Inject(NamedTuple):
+    """``prepare(e)`` is added to the stream."""
+
+    prepare: Mix
+    site: Site
+
+
+Step = Read | Write | Map | BeginLoop | Inject
+Freeze = Callable[[str, Any], FrozenNorm]
+"""Makes a frozen norm from the prefix of its hook names and its module."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The place in a run that components are carried to.
+
+    Attributes:
+        layer: What enters this block; with the unrolled depth, what enters the final norm.
+        mlp_input: Rather what enters the block's MLP.
+        state_out: Rather the state that leaves this iteration.
+    """
+
+    layer: int
+    mlp_input: bool = False
+    state_out: int | None = None
+
+
+def path_steps(
+    model: Any,
+    layout: LoopLayout,
+    target: Target,
+    freeze: Freeze,
+    replaced: bool,
+    from_iteration: int | None = None,
+) -> Iterator[Step]:
+    """Everything that happens to the residual stream from the embedding to a target.
+
+    Args:
+        model: The looped model, for its norms and its injection.
+        layout: Layout of the run.
+        target: Where the path ends.
+        freeze: Makes frozen norms.
+        replaced: Whether the state before iteration 0 is something else than e.
+        from_iteration: Leave out what happened in the loop before this iteration, and take the
+            state that enters it as given.
+
+    Raises:
+        ValueError: ``from_iteration`` lies behind the target.
+    """
+    cfg, blocks = model.cfg, model.physical_blocks()
+    first = from_iteration or 0
+    post_residual = cfg.block_norm == "post_residual"
+    carry, prepare = Mix(), Mix()
+    if cfg.injection is not None:
+        carry, prepare = injection_maps(model.injection, model.embed.W_E.device)
+    if from_iteration is not None:
+        enters = layout.index(iteration=from_iteration, layer=0)
+        behind = target.state_out is not None and target.state_out < from_iteration
+        if behind or target.layer < enters:
+            raise ValueError(f"from_iteration={from_iteration} lies behind the target {target}")
+
+    def normed(prefix: str, norm: Any, label: str, iteration: int | None) -> Iterator[Step]:
+        frozen = freeze(prefix, norm)
+        yield Map(frozen)
+        if frozen.bias is not None:
+            yield Write(Site("norm_bias", f"{label}_norm_bias", iteration=iteration, norm=frozen))
+
+    yield Write(Site("embed", "embed"))
+    if cfg.positional_embedding_type == "standard":
+        yield Write(Site("pos_embed", "pos_embed"))
+    for index in range(layout.n_layers):
+        at, label = layout.coordinate(index), layout.label(index)
+        t = at.iteration
+        if t is not None and t < first:
+            continue
+        if t is not None and at.layer == 0:
+            if t == first and from_iteration is not None:
+                yield BeginLoop(True)
+                yield Write(Site("state_in", f"r{t}_state_in", iteration=t))
+            elif t == 0:
+                yield BeginLoop(replaced)
+                if replaced:
+                    yield Write(Site("initial_state", "initial_state"))
+            if cfg.injection is not None:
+                yield Map(carry)
+                yield Inject(prepare, Site("injection", f"r{t}_injection", iteration=t))
+        if index == layout.coda_start and cfg.norm_before_coda:
+            yield from normed("ln_coda", model.ln_final, "coda", None)
+        if target.state_out is None and index == target.layer and not target.mlp_input:
+            return
+        block = blocks[layout.physical_name(index)]
+        yield Read(index)
+        yield Write(Site("attn", f"{label}_attn_out", index))
+        if post_residual:
+            yield Map(freeze(f"blocks.{index}.ln1_post", block.ln1_post))
+        if target.state_out is None and index == target.layer:
+            return
+        yield Write(Site("mlp", f"{label}_mlp_out", index))
+        if post_residual:
+            yield Map(freeze(f"blocks.{index}.ln2_post", block.ln2_post))
+        if t is not None and at.layer == layout.n_core - 1:
+            # Without a coda the norm behind the last iteration is the final norm itself.
+            is_final = index == layout.n_layers - 1
+            if cfg.norm_between_iterations and (not is_final or target.state_out == t):
+                prefix = "ln_final" if is_final else f"iter.{t}.norm"
+                yield from normed(prefix, model.ln_final, f"r{t}", t)
+            if target.state_out == t:
+                return
+    if layout.n_coda == 0 and cfg.norm_before_coda:
+        yield from normed("ln_coda", model.ln_final, "coda", None)
+
+
+# Carrying components forward and directions back.
+
+
+class Rows(NamedTuple):
+    """Components that one site contributes: ``[component, ..., d_model]`` and a label for each."""
+
+    values: Tensor
+    labels: Sequence[str]
+
+
+class Carrier:
+    """Carries the components of a path forward, step by step.
+
+    Args:
+        rows: What a site contributes; ``None``: nothing.
+        injection: How e appears. ``"whole"``: one component "injection". ``"parts"``: as the
+            components of e, each of which enters through every injection. ``"by_iteration"``: one
+            component for every iteration.
+    """
+
+    def __init__(self, rows: Callable[[Site], Rows | None], injection: InjectionRows = "parts"):
+        self.labels: list[str] = []
+        self._rows, self._injection = rows, injection
+        self._done: Tensor | None = None
+        self._pending: list[Tensor] = []
+        self._fed: Tensor | None = None
+        self._fed_at = 0
+
+    @property
+    def stack(self) -> Float[Tensor, "component *batch_pos d_model"] | None:
+        """The components where they stand now; ``None``: there are none yet."""
+        if self._pending:
+            done = [] if self._done is None else [self._done]
+            self._done, self._pending = torch.cat([*done, *self._pending]), []
+        return self._done
+
+    def run(self, steps: Sequence[Step], has_injection: bool) -> "Carrier":
+        """Take all steps of a path.
+
+        Args:
+            steps: The path.
+            has_injection: Whether e enters again behind the beginning of the loop. If neither it
+                nor the state does, what lies before the loop does not reach the target.
+        """
+        starts = [i for i, step in enumerate(steps) if isinstance(step, BeginLoop)]
+        if starts and steps[starts[0]].replaced:  # type: ignore[union-attr]
+            if self._injection != "parts" or not has_injection:
+                steps = steps[starts[0] :]
+        for step in steps:
+            self.take(step)
+        return self
+
+    def take(self, step: Step) -> None:
+        """Take one step."""
+        if isinstance(step, Write):
+            self._write(self._rows(step.site))
+        elif isinstance(step, Map):
+            if self.stack is not None:
+                self._done = step.map(self.stack)
+        elif isinstance(step, BeginLoop):
+            self._begin(step.replaced)
+        elif isinstance(step, Inject):
+            self._inject(step)
+
+    def _write(self, rows: Rows | None) -> None:
+        if rows is not None:
+            self._pending.append(rows.values)
+            self.labels.extend(rows.labels)
+
+    def _begin(self, replaced: bool) -> None:
+        if self._injection == "parts":
+            self._fed = self.stack
+            if replaced and self._done is not None:
+                self._done = torch.zeros_like(self._done)
+
+    def _inject(self, step: Inject) -> None:
+        if self._injection == "by_iteration":
+            rows = self._rows(step.site)
+            if rows is not None:
+                self._write(Rows(step.prepare(rows.values), rows.labels))
+            return
+        if self._injection == "whole" and self._fed is None:
+            rows = self._rows(Site("injection", "injection"))
+            if rows is not None:
+                self._fed, self._fed_at = rows.values, len(self.labels)
+                self._write(Rows(torch.zeros_like(rows.values), rows.labels))
+        if self._fed is not None:
+            stack, start = self.stack, self._fed_at
+            assert stack is not None
+            stop = start + self._fed.shape[0]
+            entered = stack[start:stop] + step.prepare(self._fed)
+            self._done = torch.cat([stack[:start], entered, stack[stop:]])
+
+
+def pull_back(
+    steps: Sequence[Step],
+    directions: Float[Tensor, "output *batch_pos d_model"],
+    rows: Callable[[Site, Tensor], Rows | None],
+) -> Iterator[Rows]:
+    """Pull directions at the end of a path back to its sites, from the last to the first.
+
+    ``rows(site, pulled)`` gives a site's components already multiplied with the directions that
+    were pulled back to it, so that no component need exist in the width of the model.
+    """
+    fed: Tensor | None = None
+    g: Tensor | None = directions
+    for step in reversed(steps):
+        if g is None:
+            return
+        if isinstance(step, Write):
+            found = rows(step.site, g)
+            if found is not None:
+                yield found
+        elif isinstance(step, Map):
+            g = step.map.adjoint(g)
+        elif isinstance(step, Inject):
+            entered = step.prepare.adjoint(g)
+            fed = entered if fed is None else fed + entered
+        elif isinstance(step, BeginLoop):
+            if step.replaced:
+                g = fed
+            elif fed is not None:
+                g = g + fed
