@@ -294,6 +294,7 @@ class Carrier:
         self._pending: list[Tensor] = []
         self._fed: Tensor | None = None
         self._fed_at = 0
+        self._entering: Tensor | None = None
 
     @property
     def stack(self) -> Float[Tensor, "component *batch_pos d_model"] | None:
@@ -353,12 +354,13 @@ class Carrier:
             if rows is not None:
                 self._fed, self._fed_at = rows.values, len(self.labels)
                 self._write(Rows(torch.zeros_like(rows.values), rows.labels))
-        if self._fed is not None:
-            stack, start = self.stack, self._fed_at
-            assert stack is not None
-            stop = start + self._fed.shape[0]
-            entered = stack[start:stop] + step.prepare(self._fed)
-            self._done = torch.cat([stack[:start], entered, stack[stop:]])
+        stack, start = self.stack, self._fed_at
+        if self._fed is None or stack is None:
+            return
+        if self._entering is None:
+            self._entering = step.prepare(self._fed)
+        stop = start + self._fed.shape[0]
+        self._done = torch.cat([stack[:start], stack[start:stop] + self._entering, stack[stop:]])
 
 
 def pull_back(

@@ -53,7 +53,9 @@ def test_states_meet_at_the_boundaries(model):
     for t in range(model.cfg.n_iterations):
         assert torch.equal(cache[f"iter.{t}.hook_injected"], cache[f"iter.{t}.0.hook_resid_pre"])
         if t:
-            assert torch.equal(cache[f"iter.{t - 1}.hook_state_out"], cache[f"iter.{t}.hook_state_in"])
+            assert torch.equal(
+                cache[f"iter.{t - 1}.hook_state_out"], cache[f"iter.{t}.hook_state_in"]
+            )
         if model.cfg.injection is None:
             assert torch.equal(cache[f"iter.{t}.hook_state_in"], cache[f"iter.{t}.hook_injected"])
         else:

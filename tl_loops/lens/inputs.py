@@ -12,11 +12,7 @@ from torch import Tensor
 from tl_loops.upstream import get_attention_mask
 
 Positions = (
-    int
-    | Sequence[int]
-    | Int[Tensor, "read"]
-    | Int[Tensor, "batch read"]
-    | Literal["all", "last"]
+    int | Sequence[int] | Int[Tensor, "read"] | Int[Tensor, "batch read"] | Literal["all", "last"]
 )
 
 

@@ -269,9 +269,7 @@ def _pull_back(
     cotangent = torch.zeros_like(target)
     for row in range(count):
         cotangent[row, :, first + row] = 1.0
-    gradients = torch.autograd.grad(
-        target, inputs, cotangent, retain_graph=True, allow_unused=True
-    )
+    gradients = torch.autograd.grad(target, inputs, cotangent, retain_graph=True, allow_unused=True)
     return [
         torch.zeros_like(x) if gradient is None else gradient
         for x, gradient in zip(inputs, gradients, strict=True)

@@ -93,9 +93,7 @@ def read_lens(
             for start in range(0, batch, size):
                 rows = slice(start, start + size)
                 ids = {name: value[rows] for name, value in tracked.items()}
-                parts.append(
-                    _read(model, inputs.rows(rows), lens, chosen, ids, top_k, keep_logits)
-                )
+                parts.append(_read(model, inputs.rows(rows), lens, chosen, ids, top_k, keep_logits))
     return _result(lens, chosen, inputs, tracked, parts)
 
 
@@ -273,9 +271,7 @@ def _statistics(logits: Tensor, size: int, top_k: int) -> dict[str, Tensor]:
 def _track(logits: Tensor, ids: Int[Tensor, "batch spelling"], size: int) -> tuple[Tensor, Tensor]:
     """Best rank and total probability of the spellings, each [batch, read]."""
     rank = torch.full(logits.shape[:2], size + 1, device=logits.device)
-    probability = torch.zeros(
-        logits.shape[:2], dtype=statistic_dtype(logits), device=logits.device
-    )
+    probability = torch.zeros(logits.shape[:2], dtype=statistic_dtype(logits), device=logits.device)
     for spelling in ids.to(logits.device).unbind(-1):
         there = (spelling >= 0).unsqueeze(-1)
         token = spelling.clamp(min=0).unsqueeze(-1)

@@ -114,9 +114,8 @@ def track_entities(
             raise ValueError(f"positions names {name!r}, which is not among the entities")
     columns = []
     for name in entities:
-        inputs = lens_inputs(
-            model, input, wanted.get(name, "last"), options.get("attention_mask")
-        )
+        where: Positions = wanted.get(name, "last")
+        inputs = lens_inputs(model, input, where, options.get("attention_mask"))
         if inputs.positions.shape[1] != 1:
             raise ValueError(
                 f"positions of {name!r} must be one a prompt, got {inputs.positions.shape[1]}"

@@ -91,8 +91,8 @@ class TunedLens:
         """
         names = ("weight", "bias", "losses")
         tensors, metadata = load_artefact(path, "tuned_lens", names)
-        moved = {name: tensors[name].to(device) for name in names}
-        return cls(tuple(metadata["points"]), **moved, sizes=metadata["sizes"])
+        weight, bias, losses = (tensors[name].to(device) for name in names)
+        return cls(tuple(metadata["points"]), weight, bias, losses, metadata["sizes"])
 
 
 def train_tuned_lens(

@@ -95,8 +95,8 @@ class Unembed(nn.Module):
         if tied is not None:
             if f"{prefix}W_U" in unexpected_keys:
                 unexpected_keys.remove(f"{prefix}W_U")
-            embedding = state_dict.get(prefix.replace("unembed.", "embed.") + "W_E")
-            if embedding is not None and not torch.equal(tied, embedding.T):
+            # The embedding stands before this module, so its new values are in place by now.
+            if not torch.equal(tied.to(self.W_U), self.W_U):
                 error_msgs.append(
                     f"{prefix}W_U differs from the transposed embedding, but this model ties them"
                 )

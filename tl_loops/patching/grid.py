@@ -247,6 +247,10 @@ def _check_window(window: int, axes: tuple[str, ...]) -> None:
 def _windows(axis: str, values: tuple[int, ...], window: int) -> list[tuple[int, ...]]:
     if window > len(values):
         raise ValueError(f"window={window} is longer than the {axis} axis, which has {len(values)}")
+    if values[-1] - values[0] != len(values) - 1 or list(values) != sorted(values):
+        raise ValueError(
+            f"a window slides over neighbours, but where[{axis!r}] is {list(values)}: give a range"
+        )
     return [values[first : first + window] for first in range(len(values) - window + 1)]
 
 

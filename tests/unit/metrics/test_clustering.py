@@ -100,6 +100,12 @@ class TestAlignment:
         assert result.entity_cohesion.isnan().tolist() == [True, False, True, False]
         assert result.entity_alignment.isnan().tolist() == [True, False, True, False]
 
+    def test_an_entity_without_a_cohesion_has_no_alignment(self):
+        hidden, entity = randn(0, 3, 8), torch.tensor([0, 0, 1])
+        result = cosine_clustering(hidden, entity, randn(1, 2, 8), torch.tensor([0, 1]))
+        assert result.entity_alignment.isnan().tolist() == [False, True]
+        torch.testing.assert_close(result.alignment, result.entity_alignment[0])
+
     def test_no_shared_entity_gives_nan(self):
         result = cosine_clustering(
             randn(0, 2, 4), torch.tensor([0, 0]), randn(1, 1, 4), torch.tensor([5])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tl_loops.metrics.kmeans import kmeans
+from tl_loops.metrics.kmeans import _lloyd, kmeans
 
 torch.set_num_threads(1)
 
@@ -69,6 +69,20 @@ def test_every_point_has_its_nearest_centroid(seed, n_clusters):
     assert torch.bincount(result.labels).min() > 0
     distance = (points - result.centroids[result.labels]).square().sum().item()
     assert result.inertia == pytest.approx(distance)
+
+
+def test_an_empty_cluster_moves_to_the_farthest_point():
+    points = torch.tensor([[0.0], [1.0], [10.0]])
+    labels, inertia = _lloyd(points, torch.zeros(2, 1), max_iterations=10)
+    assert labels[0] == labels[1] != labels[2]
+    assert inertia == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_one_start_reaches_every_far_cluster(seed):
+    """k-means++ draws far points: a plain random start would miss a blob in most runs."""
+    points, labels = blobs(n_clusters=6, spread=1e-3)
+    assert torch.equal(kmeans(points, 6, seed=seed, n_init=1, max_iterations=1).labels, labels)
 
 
 def test_is_a_function_of_the_seed():

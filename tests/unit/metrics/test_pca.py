@@ -117,6 +117,12 @@ class TestFit:
         torch.testing.assert_close(coordinates.mean(0), torch.zeros(3, 2), atol=1e-6, rtol=0)
         assert pca_trajectory(states).coordinates.mean(0).abs().max() > 0.1
 
+    def test_centering_on_the_token_leaves_out_skipped_states(self):
+        states = randn(0, 6, 3, 8)
+        states[0] += 50
+        coordinates = pca_trajectory(states, center="token", skip_init=1).coordinates
+        torch.testing.assert_close(coordinates[1:].mean(0), torch.zeros(3, 2), atol=1e-5, rtol=0)
+
 
 class TestEdges:
     def test_short_trajectories_are_padded_with_zeros(self):

@@ -96,6 +96,11 @@ class TestLabels:
             states = torch.where(torch.arange(T)[:, None] < n_away, u, v)
             assert label_of(states) == label
 
+    def test_a_share_of_exactly_rho_is_enough(self):
+        u, v, _ = plane()
+        states = torch.where(torch.arange(10)[:, None] < 1, u, v)
+        assert label_of(states, rho=0.9) == "fixed_point"
+
     def test_a_dip_beyond_the_tolerance_is_no_slider(self):
         u, v, _ = plane()
         turn = 0.02 * torch.arange(T)
@@ -126,6 +131,24 @@ class TestScores:
     def test_period_of_any_length(self, period, seed):
         result = classify_trajectory(orbit(period, seed=seed))
         assert result.dominant_period.item() == pytest.approx(period, rel=0.06)
+
+    def test_amplitude_ignores_the_approach(self):
+        result = classify_trajectory(slider())
+        assert result.similarity.min() < 0.75
+        assert result.amplitude <= 0.05
+
+    def test_a_trend_does_not_hide_the_period(self):
+        t = torch.arange(T)
+        angle = 0.01 * t + 0.05 * torch.sin(2 * math.pi * t / 8)
+        states = torch.stack([angle.cos(), angle.sin()], -1)
+        assert classify_trajectory(states).dominant_period.item() == pytest.approx(8, rel=0.1)
+
+    @pytest.mark.parametrize(("angle", "found"), [(1e-3, False), (1e-1, True)])
+    def test_rounding_has_no_period(self, angle, found):
+        u, v, _ = plane().double()
+        away = angle * (torch.arange(T) % 2)
+        states = away.cos()[:, None] * u + away.sin()[:, None] * v
+        assert classify_trajectory(states).dominant_period.isfinite().item() == found
 
     def test_no_period_without_a_swing(self):
         for states in (contraction(0.7), slider(), noise(), torch.ones(T, D)):

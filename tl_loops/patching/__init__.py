@@ -1,0 +1,2 @@
+"""Patching."""
+from tl_loops.patching.activation import activation_patch

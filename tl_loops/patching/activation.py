@@ -1,0 +1,201 @@
+"""Activation patching over named axes: put the clean run's activations into the corrupted run."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_loops.patching.grid import Grid, Region, Selection, make_grid
+from tl_loops.patching.rerun import (
+    BaseRun,
+    Cell,
+    Edit,
+    Score,
+    as_tokens,
+    check_batch_size,
+    check_metric,
+)
+from tl_loops.patching.sites import Activation, check_cache, take
+
+Metric = Callable[[Tensor], Any]
+
+
+def activation_patch(
+    model: Any,
+    corrupted_tokens: Any,
+    clean_cache: Any,
+    metric: Metric,
+    activation: str = "resid_pre",
+    axes: Sequence[str] = ("block", "pos"),
+    batch_size: int | None = None,
+    progress: bool = True,
+    *,
+    window: int = 1,
+    where: Mapping[str, Selection] | None = None,
+    **forward_arguments: Any,
+) -> Float[Tensor, "..."]:
+    """The effect of putting each part of an activation of the clean run into the corrupted run.
+
+    Each cell of the result is the metric of one corrupted run in which the activation, at the
+    cell's coordinates, is that of the clean run; along axes that are not named it is patched in
+    full. Every number is that of one full forward pass a cell, up to rounding; see
+    :class:`tl_loops.patching.rerun.BaseRun` for what is not computed again.
+
+    Args:
+        model: A looped model, or a plain HookedTransformer (without the axis ``"iteration"``).
+        corrupted_tokens: [batch, pos], or text.
+        clean_cache: The clean run's cache (or a dictionary by canonical hook name), with as many
+            positions and as many prompts, or one prompt for all.
+        metric: Maps the logits [batch, pos, d_vocab] of one cell to a scalar, as in
+            ``transformer_lens.patching``. It is called once on random numbers beforehand.
+        activation: ``"resid_pre"``, ``"resid_mid"``, ``"resid_post"``, ``"attn_out"``,
+            ``"mlp_out"``, ``"z"``, ``"q"``, ``"k"``, ``"v"``, ``"pattern"``; ``"state_in"``,
+            ``"injected"``, ``"state_out"``, ``"exit_gate"`` (of an iteration); ``"injection"``,
+            ``"initial_state"`` (of the run); or another hook point of a block.
+        axes: Names of the result's axes: ``"block"`` (all unrolled blocks) or ``"iteration"`` and
+            ``"layer"`` (the core), ``"pos"`` (destinations, for a pattern), ``"head"``, and for a
+            pattern ``"src_pos"``. ``()`` patches everything at once.
+        batch_size: Cells in one forward pass; ``None``: chosen so that about half a gigabyte is
+            used.
+        progress: Show a progress bar.
+        window: Cell t patches iterations (or blocks) t to t + window - 1 together.
+        where: Values to which an axis, named or not, is restricted, e.g. ``{"pos": -1}``.
+        **forward_arguments: ``attention_mask``, ``initial_state``, ``exit_at``,
+            ``exit_threshold`` or ``weighted_exit`` of every run.
+
+    Returns:
+        One axis a name, in float32 (float64 where the metric is). It carries gradients where they
+        are enabled. :func:`axis_labels` gives labels for plots.
+
+    Raises:
+        ValueError: Prompts of different length, an unknown or unsuitable activation or axis, a
+            cache that lacks it or comes from another number of iterations, a metric that returns
+            no scalar. Nothing has been run then.
+        IndexError: A value in ``where`` is out of range.
+
+    Source: 2202.05262 (causal tracing); the definition of a cell is transformer_lens.patching's.
+    """
+    tokens = as_tokens(model, corrupted_tokens)
+    check_batch_size(batch_size)
+    grid = make_grid(model, activation, axes, tokens.shape[1], window, where)
+    check_cache(clean_cache, model, grid.names)
+    values = _values(model, grid, clean_cache, (tokens.shape[0], tokens.shape[1]))
+    run = BaseRun(model, tokens, arguments=forward_arguments)
+    check_metric(metric, model, logits_shape(model, tokens))
+    return patch_grid(
+        run, grid, values, lambda output: metric(output.logits), batch_size, progress
+    )
+
+
+def patch_grid(
+    run: BaseRun,
+    grid: Grid,
+    values: Mapping[str, Tensor],
+    score: Score,
+    batch_size: int | None,
+    progress: bool,
+) -> Float[Tensor, "..."]:
+    """Run and score all cells of a grid.
+
+    Args:
+        run: A base run that has not been executed.
+        grid: The cells.
+        values: What is put in, by canonical hook name; batch axis 1 or that of the prompts.
+        score: Maps a cell's output to a scalar.
+        batch_size: As in :func:`activation_patch`.
+        progress: As in :func:`activation_patch`.
+    """
+    changes: dict[str, Tensor] = {}
+    observe = {}
+    if not torch.is_grad_enabled():
+        # Where both runs agree to the last bit a patch does nothing. With gradients it does: the
+        # patched value no longer depends on the corrupted prompt.
+        observe = {
+            name: partial(_note_changes, changes, name, grid.activation, values[name])
+            for name in grid.names
+        }
+    run.execute(grid.names, observe)
+    cells = [_cell(grid.activation, region, values, changes, run.n_pos) for region in grid.regions]
+    scores = run.score(cells, score, batch_size, progress, f"patch {grid.activation.name}")
+    return scores.reshape(grid.shape)
+
+
+def logits_shape(model: Any, tokens: Tensor) -> tuple[int, int, int]:
+    """Shape of the logits of a prompt."""
+    cfg = model.cfg
+    vocabulary = cfg.d_vocab_out if cfg.d_vocab_out > 0 else cfg.d_vocab
+    return (tokens.shape[0], tokens.shape[1], vocabulary)
+
+
+def replace(
+    activation: Activation, value: Tensor, pos: slice, head: slice | None, src: slice | None,
+    n_pos: int,
+) -> Edit:
+    """An edit that copies a part of ``value`` over the same part of a run's activation."""
+    pos_dim = activation.pos_dim
+
+    def edit(rows: Tensor) -> None:
+        # A run that leaves out the first positions shows the last ones.
+        left_out = n_pos - rows.shape[pos_dim]
+        first = max(pos.start, left_out)
+        if first >= pos.stop:
+            return
+        here, there = [slice(None)] * rows.ndim, [slice(None)] * rows.ndim
+        here[pos_dim] = slice(first - left_out, pos.stop - left_out)
+        there[pos_dim] = slice(first, pos.stop)
+        if head is not None and activation.head_dim is not None:
+            here[activation.head_dim] = there[activation.head_dim] = head
+        if src is not None:
+            here[3] = there[3] = src
+        rows[tuple(here)] = value[tuple(there)].to(rows)
+
+    return edit
+
+
+def _values(
+    model: Any, grid: Grid, cache: Any, shape: tuple[int, int]
+) -> dict[str, Tensor]:
+    heads = grid.activation.n_heads(model.cfg)
+    return {name: take(cache, grid.activation, name, shape, heads) for name in grid.names}
+
+
+def _note_changes(
+    changes: dict[str, Tensor], name: str, activation: Activation, clean: Tensor, value: Tensor
+) -> None:
+    """Note where clean and corrupted activation differ: [pos], [pos, head] or [pos, head, src]."""
+    differs = clean.to(value) != value
+    if activation.kind == "pattern":
+        changes[name] = differs.any(0).permute(1, 0, 2).cpu()
+    else:
+        kept = 3 if activation.kind == "heads" else 2
+        differs = differs.flatten(kept).any(-1) if differs.ndim > kept else differs
+        changes[name] = differs.any(0).cpu()
+
+
+def _cell(
+    activation: Activation,
+    region: Region,
+    values: Mapping[str, Tensor],
+    changes: Mapping[str, Tensor],
+    n_pos: int,
+) -> Cell:
+    """The edits of one cell, without those that change nothing."""
+    edits: list[tuple[str, Edit]] = []
+    first = n_pos
+    for name in region.names:
+        for pos in region.pos:
+            for head in region.head or (None,):
+                for src in region.src_pos or (None,):
+                    start = pos.start
+                    if name in changes:
+                        part = changes[name][tuple(p for p in (pos, head, src) if p is not None)]
+                        differs = part.reshape(part.shape[0], -1).any(-1).nonzero()
+                        if not len(differs):
+                            continue
+                        start += int(differs[0])
+                    edits.append((name, replace(activation, values[name], pos, head, src, n_pos)))
+                    first = min(first, start)
+    return Cell(edits, min(first, n_pos - 1))
