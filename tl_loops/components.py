@@ -13,7 +13,6 @@ from tl_loops.layout import LoopLayout
 from tl_loops.residual_path import (
     Carrier,
     FrozenNorm,
-    InjectionRows,
     Rows,
     Site,
     Step,
@@ -174,8 +173,9 @@ class CachedRun:
         """What happened to the stream from the embedding to a target."""
         in_loop = target.state_out is not None or target.layer >= self.layout.core_start
         replaced = in_loop and from_iteration is None and self._replaced()
+        device = next(iter(self.activations.values())).device
         path = path_steps(
-            self.model, self.layout, target, self.freeze, replaced, from_iteration
+            self.model, self.layout, target, self.freeze, replaced, from_iteration, device
         )
         return list(path)
 
@@ -183,7 +183,7 @@ class CachedRun:
         self,
         target: Target,
         rows: Callable[[Site], Rows | None],
-        injection: InjectionRows = "parts",
+        injection: str = "parts",
         from_iteration: int | None = None,
     ) -> tuple[Tensor, list[str]]:
         """Components where they arrive at the target, ``[component, ..., d_model]``, and labels."""
@@ -207,7 +207,7 @@ class CachedRun:
         """
         found = list(pull_back(self.steps(target, from_iteration), directions, rows))[::-1]
         if not found:
-            return directions.movedim(0, -1)[None][:0, ..., 0, :], []
+            return directions[..., 0].movedim(0, -1)[None][:0], []
         return torch.cat([f.values for f in found]), [name for f in found for name in f.labels]
 
     # What a site contributes.
@@ -254,7 +254,7 @@ class CachedRun:
     def _neurons(self, site: Site, neurons: Slice) -> tuple[Tensor, Tensor, list[str]]:
         assert site.block is not None
         W_out = working(self.block(site.block).mlp.W_out)
-        kept = torch.as_tensor(neurons.indices(W_out.shape[0]))
+        kept = torch.as_tensor(neurons.indices(W_out.shape[0])) % W_out.shape[0]
         acts = self.read(f"blocks.{site.block}.mlp.hook_post")
         labels = [part_label(self.layout, site.block, "N", int(n)) for n in kept]
         return acts[..., kept], W_out[kept].to(acts), labels

@@ -20,7 +20,8 @@ from tl_loops.layout import LoopLayout
 SiteKind = Literal[
     "embed", "pos_embed", "initial_state", "state_in", "injection", "attn", "mlp", "norm_bias"
 ]
-InjectionRows = Literal["whole", "parts", "by_iteration"]
+INJECTION_ROWS = ("whole", "parts", "by_iteration")
+"""How what entered through the injections appears among the components."""
 
 
 def working(x: Tensor) -> Tensor:
@@ -189,6 +190,7 @@ def path_steps(
     freeze: Freeze,
     replaced: bool,
     from_iteration: int | None = None,
+    device: torch.device | None = None,
 ) -> Iterator[Step]:
     """Everything that happens to the residual stream from the embedding to a target.
 
@@ -200,6 +202,7 @@ def path_steps(
         replaced: Whether the state before iteration 0 is something else than e.
         from_iteration: Leave out what happened in the loop before this iteration, and take the
             state that enters it as given.
+        device: Where the maps go; ``None``: where the weights are.
 
     Raises:
         ValueError: ``from_iteration`` lies behind the target.
@@ -209,7 +212,7 @@ def path_steps(
     post_residual = cfg.block_norm == "post_residual"
     carry, prepare = Mix(), Mix()
     if cfg.injection is not None:
-        carry, prepare = injection_maps(model.injection, model.embed.W_E.device)
+        carry, prepare = injection_maps(model.injection, device or model.embed.W_E.device)
     if from_iteration is not None:
         enters = layout.index(iteration=from_iteration, layer=0)
         behind = target.state_out is not None and target.state_out < from_iteration
@@ -287,7 +290,7 @@ class Carrier:
             component for every iteration.
     """
 
-    def __init__(self, rows: Callable[[Site], Rows | None], injection: InjectionRows = "parts"):
+    def __init__(self, rows: Callable[[Site], Rows | None], injection: str = "parts"):
         self.labels: list[str] = []
         self._rows, self._injection = rows, injection
         self._done: Tensor | None = None

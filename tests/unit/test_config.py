@@ -83,7 +83,7 @@ def test_contradictions_are_refused(changes, message):
 
 def test_unknown_and_missing_fields_are_named():
     with pytest.raises(
-        ConfigError, match="unknown config field 'n_prelud'; did you mean n_prelude"
+        ConfigError, match=r"unknown config field 'n_prelud'; did you mean n_prelude"
     ):
         LoopedTransformerConfig.from_dict({**SIZES, "n_prelud": 1})
     fields = {k: v for k, v in SIZES.items() if k not in ("d_model", "n_ctx")}

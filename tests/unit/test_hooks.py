@@ -1,4 +1,4 @@
-"""Hook points: every one has a name by coordinate, fires once, and edits stay where they are made."""
+"""Hook points: each has a name by coordinate, fires once, and edits stay where they are made."""
 
 import pytest
 import torch

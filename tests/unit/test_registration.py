@@ -36,7 +36,7 @@ def test_registering_is_idempotent_and_reversible():
     tl_loops.unregister()
     upstream = HookedTransformer.__dict__["from_pretrained"]
     assert "transformer_lens" in upstream.__func__.__code__.co_filename
-    with pytest.raises(Exception, match="not found|not supported|Valid|valid"):
+    with pytest.raises(Exception, match=r"not found|not supported|Valid|valid"):
         HookedTransformer.from_pretrained("ouro-1.4b-not-a-model")
     assert isinstance(
         LoopedTransformer.from_pretrained(CHECKPOINT, device="cpu"), LoopedTransformer
@@ -69,7 +69,7 @@ def test_subclasses_are_left_alone(monkeypatch):
 
 
 def test_unknown_names_are_refused_with_near_matches():
-    with pytest.raises(UnknownModelError, match="ouro-1.4b"):
+    with pytest.raises(UnknownModelError, match=r"ouro-1\.4b"):
         LoopedTransformer.from_pretrained("ouro-1.5b")
 
 

@@ -208,8 +208,8 @@ class TestLyapunov:
     def test_logistic_map_is_chaotic(self):
         """The exponent of x -> 4 x (1 - x) is ln 2."""
         start = torch.tensor([0.3141592653], dtype=torch.float64)
-        result = lyapunov_exponents(lambda x: 4 * x * (1 - x), start, 1500)
-        assert result.exponents.item() == pytest.approx(math.log(2), abs=0.02)
+        result = lyapunov_exponents(lambda x: 4 * x * (1 - x), start, 1000)
+        assert result.exponents.item() == pytest.approx(math.log(2), abs=0.03)
 
     def test_a_collapsing_map(self):
         result = lyapunov_exponents(torch.zeros_like, randn(0, 3), 2)

@@ -1,0 +1,46 @@
+# make demo   makes an environment, installs tl_loops, writes report.html for the embedded model
+# make test   the same with the test extras, then runs every test
+# make lint   ruff and pyright
+# make docs   builds the documentation
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .constraints.txt
+PYTEST_ARGS ?= -n 2
+
+.PHONY: demo test lint docs clean
+
+demo: $(VENV)/.base
+	$(BIN)/tl-loops report --out report.html
+	@echo "The report is in $(CURDIR)/report.html: open it in a browser."
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
+	sys.exit(None if (3, 10) <= v <= (3, 13) else \
+	"tl_loops needs Python 3.10 to 3.13, but $(PYTHON) is %d.%d; call make PYTHON=python3.12" % v)'
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and pinned: an open requirement would fetch the largest build there is.
+$(VENV)/.base: pyproject.toml .constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP_INSTALL) -e '.[test,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist site report.html

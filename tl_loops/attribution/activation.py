@@ -1,0 +1,143 @@
+"""Attribution patching: every cell of activation patching to first order, from gradients."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_loops.attribution.gradients import (
+    Method,
+    Metric,
+    check_arguments,
+    check_differentiable,
+    difference,
+    inner_product,
+    metric_gradients,
+    moved,
+    path_nodes,
+)
+from tl_loops.patching.activation import logits_shape
+from tl_loops.patching.grid import Grid, Region, Selection, make_grid
+from tl_loops.patching.rerun import as_tokens
+from tl_loops.patching.sites import Activation, check_cache, take
+
+_EMBED = "hook_embed"
+
+
+def attribution_patch(
+    model: Any,
+    corrupted_tokens: Any,
+    clean_cache: Any,
+    metric: Metric,
+    activation: str = "resid_pre",
+    axes: Sequence[str] = ("block", "pos"),
+    *,
+    method: Method = "gradient",
+    n_steps: int = 8,
+    window: int = 1,
+    where: Mapping[str, Selection] | None = None,
+    **forward_arguments: Any,
+) -> Float[Tensor, "..."]:
+    """What :func:`tl_loops.patching.activation_patch` would change, to first order.
+
+    Each cell is the gradient of the metric by the activation times (clean - corrupted), summed
+    over the cell: an estimate of ``activation_patch(...) - metric(corrupted logits)`` with the
+    same arguments. One forward and one backward pass give all cells; gradients run through every
+    iteration. Exact where metric and model are linear between the two activations and the cell
+    covers one hook point. A cell that covers several (an iteration's layers, a window) sums their
+    effects, although an exact patch lets the later ones override the earlier ones.
+
+    Args:
+        model: A looped model, or a plain HookedTransformer (without the axis ``"iteration"``).
+        corrupted_tokens: [batch, pos], or text.
+        clean_cache: The clean run's cache (or a dictionary by canonical hook name), with as many
+            positions and as many prompts, or one prompt for all. ``"integrated_inputs"`` also
+            needs its ``hook_embed``.
+        metric: Maps the logits [batch, pos, d_vocab] to a scalar tensor with a gradient. It is
+            called once on random numbers beforehand.
+        activation: As for ``activation_patch``.
+        axes: As for ``activation_patch``.
+        method: ``"gradient"``: at the corrupted run. ``"integrated_inputs"``: averaged while the
+            embedding moves from the corrupted to the clean prompt (``n_steps`` passes).
+            ``"integrated_activation"``: averaged while the activation itself moves, one hook point
+            at a time (``n_steps`` passes a hook point); a hook point's cells then sum to the exact
+            effect of patching all of it.
+        n_steps: Number of points on the path.
+        window: Cell t covers iterations (or blocks) t to t + window - 1.
+        where: Values to which an axis, named or not, is restricted.
+        **forward_arguments: ``attention_mask``, ``initial_state``, ``exit_at``,
+            ``exit_threshold`` or ``weighted_exit`` of every run.
+
+    Returns:
+        One axis a name, in float32 (float64 for a float64 model), without gradients.
+
+    Raises:
+        ValueError: As for ``activation_patch``; or a metric that cannot be differentiated. Nothing
+            has been run then.
+        IndexError: A value in ``where`` is out of range.
+        TypeError: An argument that the forward pass does not take.
+
+    Source: attribution patching, Nanda 2023 and 2310.10348, section 2; integrated gradients,
+    1703.01365, section 3, along the two paths of 2403.17806, section 4.
+    """
+    check_arguments(forward_arguments)
+    nodes = path_nodes(method, n_steps)
+    tokens = as_tokens(model, corrupted_tokens)
+    grid = make_grid(model, activation, axes, tokens.shape[1], window, where)
+    inputs = [_EMBED] if method == "integrated_inputs" else []
+    check_cache(clean_cache, model, [*grid.names, *inputs])
+    shape = (tokens.shape[0], tokens.shape[1])
+    heads = grid.activation.n_heads(model.cfg)
+    clean = {name: take(clean_cache, grid.activation, name, shape, heads) for name in grid.names}
+    check_differentiable(metric, model, logits_shape(model, tokens))
+
+    def gradients(names: Sequence[str], before: Any = ()) -> tuple[dict, dict]:
+        return metric_gradients(model, tokens, metric, names, forward_arguments, before)
+
+    corrupted, at_corrupted = gradients(grid.names)
+    delta = {n: difference(clean[n].to(corrupted[n]), corrupted[n]) for n in grid.names}
+    if method == "gradient":
+        means = at_corrupted
+    else:
+        means = {name: torch.zeros_like(delta[name]) for name in grid.names}
+        embed = clean_cache[_EMBED] if inputs else None
+        for alpha, weight in nodes:
+            if embed is not None:
+                _, found = gradients(grid.names, [(_EMBED, moved(embed, alpha))])
+            else:
+                found = {
+                    name: gradients([name], [(name, moved(clean[name], alpha))])[1][name]
+                    for name in grid.names
+                }
+            for name in grid.names:
+                means[name] += weight * found[name]
+    effects = {
+        name: _effect(grid.activation, means[name], delta[name].expand_as(means[name]))
+        for name in grid.names
+    }
+    return _cells(grid, effects)
+
+
+def _effect(activation: Activation, gradient: Tensor, delta: Tensor) -> Tensor:
+    """gradient x (clean - corrupted) as [pos], [pos, head] or [pos, head, src]."""
+    if activation.kind == "pattern":
+        return inner_product(gradient, delta, 3).transpose(0, 1)
+    return inner_product(gradient, delta, 2 if activation.kind == "heads" else 1)
+
+
+def _cells(grid: Grid, effects: Mapping[str, Tensor]) -> Tensor:
+    cells = torch.stack([_sum_over(region, effects) for region in grid.regions])
+    return cells.reshape(grid.shape)
+
+
+def _sum_over(region: Region, effects: Mapping[str, Tensor]) -> Tensor:
+    total = torch.zeros_like(effects[region.names[0]].sum())
+    for name in region.names:
+        for pos in region.pos:
+            for head in region.head or (None,):
+                for src in region.src_pos or (None,):
+                    part = tuple(index for index in (pos, head, src) if index is not None)
+                    total = total + effects[name][part].sum()
+    return total

@@ -1,0 +1,315 @@
+"""Edge attribution: what each component sends to each later one, across iterations."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_loops.attribution.gradients import (
+    Hooks,
+    Metric,
+    check_arguments,
+    check_differentiable,
+    differentiating,
+    inner_product,
+    metric_gradients,
+    moved,
+    path_nodes,
+)
+from tl_loops.layout import LoopLayout, Phase
+from tl_loops.patching.activation import logits_shape
+from tl_loops.patching.rerun import as_tokens
+from tl_loops.patching.sites import check_cache, find_activation, layout_of, take
+from tl_loops.residual_path import part_label
+
+Kind = Literal["embed", "attn", "head", "query", "key", "value", "mlp", "logits"]
+_EMBED = "hook_embed"
+_READS: dict[Kind, str] = {"query": "q", "key": "k", "value": "v"}
+
+
+@dataclass(frozen=True)
+class Component:
+    """Something that writes to the residual stream or reads from it.
+
+    Attributes:
+        label: ``"embed"``, ``"r3.1_attn_out"``, ``"r3.1_mlp_out"``, ``"r3.L1H4"``,
+            ``"r3.L1H4.query"`` (of keys and values: the key-value head), ``"logits"``.
+        kind: What it is.
+        name: Canonical hook name; empty for the logits.
+        block: Index of the unrolled block.
+        phase: Phase of the block.
+        iteration: Iteration of a core block.
+        layer: Layer inside the phase.
+        head: Head, if it is one.
+    """
+
+    label: str
+    kind: Kind
+    name: str
+    block: int | None = None
+    phase: Phase | None = None
+    iteration: int | None = None
+    layer: int | None = None
+    head: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeAttribution:
+    """Estimated effect of every edge, and the components that it joins.
+
+    Attributes:
+        senders: Components that write, in the order of the run.
+        receivers: Components that read, in the order of the run.
+        scores: Change of the metric if the receiver alone saw the sender's clean output, to first
+            order; 0 where the sender does not come before the receiver, [sender, receiver].
+        n_iterations: Iterations of the run.
+    """
+
+    senders: tuple[Component, ...]
+    receivers: tuple[Component, ...]
+    scores: Float[Tensor, "sender receiver"]
+    n_iterations: int
+
+    def top(self, k: int = 10) -> list[tuple[Component, Component, float]]:
+        """The k edges of largest magnitude, largest first."""
+        order = self.scores.abs().flatten().argsort(descending=True, stable=True)[:k].tolist()
+        rows = [divmod(index, len(self.receivers)) for index in order]
+        return [(self.senders[s], self.receivers[r], float(self.scores[s, r])) for s, r in rows]
+
+    def by_iteration(self) -> Float[Tensor, "from_iteration to_iteration"]:
+        """Sum of the scores from one iteration's components to another's; the core alone."""
+        total = self.scores.new_zeros(self.n_iterations, self.n_iterations)
+        for s, sender in enumerate(self.senders):
+            for r, receiver in enumerate(self.receivers):
+                if sender.iteration is not None and receiver.iteration is not None:
+                    total[sender.iteration, receiver.iteration] += self.scores[s, r]
+        return total
+
+
+def edge_attribution(
+    model: Any,
+    corrupted_tokens: Any,
+    clean_cache: Any,
+    metric: Metric,
+    *,
+    heads: bool = False,
+    split_qkv: bool = False,
+    method: Literal["gradient", "integrated_inputs"] = "gradient",
+    n_steps: int = 8,
+    progress: bool = True,
+    **forward_arguments: Any,
+) -> EdgeAttribution:
+    """Attribute a metric to the edges between components at (iteration, layer), all at once.
+
+    An edge from u to v is the path along the residual stream alone: past the norms on it, the norm
+    between iterations, the injection and the norm before the coda, but through no other attention
+    or MLP. Its score is (clean output of u - corrupted output) times the derivative of v's output
+    along that path times the gradient of the metric by v's output. The stream is linearised where
+    it is not linear. In a linear model a receiver's scores sum to its own attribution.
+
+    Args:
+        model: A looped model.
+        corrupted_tokens: [batch, pos], or text.
+        clean_cache: The clean run's cache with ``hook_embed``, ``hook_mlp_out`` and
+            ``hook_attn_out`` (with ``heads``: ``attn.hook_z``) of every block.
+        metric: Maps the logits [batch, pos, d_vocab] to a scalar tensor with a gradient.
+        heads: Tell heads apart, as senders and as receivers.
+        split_qkv: Tell queries, keys and values of a receiving head apart; needs ``heads``.
+        method: ``"gradient"``: at the corrupted run. ``"integrated_inputs"``: averaged while the
+            embedding moves from the corrupted to the clean prompt.
+        n_steps: Number of points on that path.
+        progress: Whether to show a progress bar.
+        **forward_arguments: ``attention_mask`` or ``initial_state`` of every run (exits too).
+
+    Returns:
+        Scores in float32 (float64 for a float64 model), without gradients. One backward pass a
+        receiver, along the residual stream.
+
+    Raises:
+        TypeError: The model has no layout, or an argument that the forward pass does not take.
+        ValueError: Prompts of different length, a cache that lacks an activation or comes from
+            another number of iterations, a metric that cannot be differentiated, ``split_qkv``
+            without ``heads``. Nothing has been run then.
+
+    Source: edge attribution patching, 2310.10348, section 2; with integrated gradients 2403.17806.
+    """
+    check_arguments(forward_arguments)
+    layout = layout_of(model)
+    if layout is None:
+        raise TypeError(f"{type(model).__name__} has no loop layout; expected a looped model")
+    if split_qkv and not heads:
+        raise ValueError("split_qkv tells apart what a head reads: also pass heads=True")
+    if method not in ("gradient", "integrated_inputs"):
+        raise ValueError(f"method must be 'gradient' or 'integrated_inputs', got {method!r}")
+    nodes = path_nodes(method, n_steps)
+    tokens = as_tokens(model, corrupted_tokens)
+    senders = _senders(model, layout, heads)
+    receivers = _receivers(model, layout, heads, split_qkv)
+    written = list(dict.fromkeys(sender.name for sender in senders))
+    check_cache(clean_cache, model, written)
+    shape = (tokens.shape[0], tokens.shape[1])
+    clean = {name: _clean(model, clean_cache, name, shape) for name in written}
+    check_differentiable(metric, model, logits_shape(model, tokens))
+
+    read = list(dict.fromkeys(receiver.name for receiver in receivers if receiver.name))
+    corrupted, _ = metric_gradients(model, tokens, metric, written, forward_arguments)
+    delta = {name: clean[name].to(corrupted[name]) - corrupted[name] for name in written}
+    scores = None
+    bar = tqdm(total=len(nodes) * len(receivers), desc="edges", disable=not progress)
+    with bar:
+        for alpha, weight in nodes:
+            before: Hooks = [(_EMBED, moved(clean[_EMBED], alpha))]
+            _, gradients = metric_gradients(model, tokens, metric, read, forward_arguments, before)
+            part = _edge_scores(
+                model,
+                tokens,
+                metric,
+                (senders, receivers),
+                delta,
+                gradients,
+                forward_arguments,
+                before,
+                lambda: bar.update(),
+            )
+            scores = weight * part if scores is None else scores + weight * part
+    assert scores is not None
+    return EdgeAttribution(senders, receivers, scores, layout.n_iterations)
+
+
+def _edge_scores(
+    model: Any,
+    tokens: Tensor,
+    metric: Metric,
+    components: tuple[tuple[Component, ...], tuple[Component, ...]],
+    delta: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    arguments: Mapping[str, Any],
+    before: Hooks,
+    tick: Callable[[], Any],
+) -> Float[Tensor, "sender receiver"]:
+    """Scores at one point of the path.
+
+    Every sender's output is cut from what made it, so that in this run's graph it reaches a
+    receiver along the residual stream alone.
+    """
+    senders, receivers = components
+    leaves: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def cut(x: Tensor, hook: Any) -> Tensor:
+        outputs[hook.name] = x
+        leaves[hook.name] = x.detach().requires_grad_()
+        return leaves[hook.name]
+
+    def watch(x: Tensor, hook: Any) -> None:
+        outputs[hook.name] = x
+
+    hooks: Hooks = [*before, *((name, cut) for name in delta)]
+    hooks += [
+        (name, watch)
+        for name in dict.fromkeys(receiver.name for receiver in receivers)
+        if name and name not in delta
+    ]
+    columns = []
+    with differentiating():
+        value = metric(model.run_with_hooks(tokens, fwd_hooks=hooks, **arguments)).reshape(())
+        names = list(leaves)
+        for receiver in receivers:
+            if receiver.kind == "logits":
+                output, cotangent = value, torch.ones_like(value)
+            else:
+                output = outputs[receiver.name]
+                cotangent = gradients[receiver.name]
+                if receiver.head is not None:
+                    only = torch.zeros_like(cotangent)
+                    only[:, :, receiver.head] = cotangent[:, :, receiver.head]
+                    cotangent = only
+            pulled: dict[str, Tensor | None] = dict.fromkeys(names)
+            if output.requires_grad:
+                found = torch.autograd.grad(
+                    output,
+                    [leaves[name] for name in names],
+                    cotangent,
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+                pulled = dict(zip(names, found, strict=True))
+            columns.append(_column(senders, pulled, delta))
+            tick()
+    return torch.stack(columns, dim=1)
+
+
+def _column(
+    senders: tuple[Component, ...],
+    pulled: Mapping[str, Tensor | None],
+    delta: Mapping[str, Tensor],
+) -> Float[Tensor, "sender"]:
+    """Each sender's (clean - corrupted) times what one receiver pulls back to it."""
+    effects: dict[str, Tensor] = {}
+    for name, gradient in pulled.items():
+        if gradient is not None:
+            # [pos, head] of z, else [pos]
+            kept = 2 if name.endswith("hook_z") else 1
+            effects[name] = inner_product(gradient, delta[name].expand_as(gradient), kept).sum(0)
+    like = next(iter(delta.values()))
+    working = torch.float64 if like.dtype == torch.float64 else torch.float32
+    nothing = torch.zeros((), dtype=working, device=like.device)
+    return torch.stack(
+        [
+            nothing
+            if sender.name not in effects
+            else effects[sender.name]
+            if sender.head is None
+            else effects[sender.name][sender.head]
+            for sender in senders
+        ]
+    )
+
+
+def _senders(model: Any, layout: LoopLayout, heads: bool) -> tuple[Component, ...]:
+    found = [Component("embed", "embed", _EMBED)]
+    for block in range(layout.n_layers):
+        if heads:
+            found += [_head(layout, block, h, "head", "z") for h in range(model.cfg.n_heads)]
+        else:
+            found.append(_whole(layout, block, "attn"))
+        found.append(_whole(layout, block, "mlp"))
+    return tuple(found)
+
+
+def _receivers(
+    model: Any, layout: LoopLayout, heads: bool, split_qkv: bool
+) -> tuple[Component, ...]:
+    if not split_qkv:
+        return (*_senders(model, layout, heads)[1:], Component("logits", "logits", ""))
+    found = []
+    for block in range(layout.n_layers):
+        for kind, name in _READS.items():
+            n_heads = find_activation(model, name).n_heads(model.cfg) or 0
+            found += [_head(layout, block, head, kind, name) for head in range(n_heads)]
+        found.append(_whole(layout, block, "mlp"))
+    return (*found, Component("logits", "logits", ""))
+
+
+def _whole(layout: LoopLayout, block: int, kind: Literal["attn", "mlp"]) -> Component:
+    at = layout.coordinate(block)
+    label = f"{layout.label(block)}_{kind}_out"
+    name = f"blocks.{block}.hook_{kind}_out"
+    return Component(label, kind, name, block, at.phase, at.iteration, at.layer)
+
+
+def _head(layout: LoopLayout, block: int, head: int, kind: Kind, name: str) -> Component:
+    at = layout.coordinate(block)
+    label = part_label(layout, block, "H", head) + ("" if kind == "head" else f".{kind}")
+    full = f"blocks.{block}.attn.hook_{name}"
+    return Component(label, kind, full, block, at.phase, at.iteration, at.layer, head)
+
+
+def _clean(model: Any, cache: Any, name: str, shape: tuple[int, int]) -> Tensor:
+    short = name.rsplit("hook_", 1)[-1]
+    activation = find_activation(model, short)
+    return take(cache, activation, name, shape, activation.n_heads(model.cfg))

@@ -1,0 +1,186 @@
+"""Gradients of a metric at hook points, along a path from the corrupted to the clean run."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Metric = Callable[[Tensor], Any]
+Method = Literal["gradient", "integrated_inputs", "integrated_activation"]
+Hooks = list[tuple[str, Callable]]
+
+FORWARD_ARGUMENTS = (
+    "attention_mask",
+    "initial_state",
+    "exit_at",
+    "exit_threshold",
+    "weighted_exit",
+)
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse keyword arguments that the model's forward pass would not get.
+
+    Raises:
+        TypeError: There is one; the message lists those that it gets.
+    """
+    for name in arguments:
+        if name not in FORWARD_ARGUMENTS:
+            raise TypeError(
+                f"unknown argument {name!r}; runs can be given {', '.join(FORWARD_ARGUMENTS)}"
+            )
+
+
+def check_differentiable(metric: Metric, model: Any, shape: tuple[int, ...]) -> None:
+    """Call a metric once on random logits, so that one without a gradient fails before any pass.
+
+    Args:
+        metric: Maps [batch, pos, d_vocab] to a scalar.
+        model: Gives device and dtype.
+        shape: Of the logits.
+
+    Raises:
+        ValueError: The metric is not callable, or gives no scalar tensor that can be
+            differentiated.
+    """
+    if not callable(metric):
+        raise ValueError(f"metric must be a function of the logits, got {type(metric).__name__}")
+    like = model.embed.W_E
+    draw = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.detach())
+    with differentiating():
+        value = metric(draw.requires_grad_())
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"metric must return a tensor that can be differentiated, got {type(value).__name__}; "
+            "leave out .item()"
+        )
+    if value.numel() != 1:
+        raise ValueError(
+            f"metric must map the logits {list(shape)} to a scalar, but it returns a tensor of "
+            f"shape {list(value.shape)}: reduce over batch and positions, for example with .mean()"
+        )
+    if not value.requires_grad:
+        raise ValueError(
+            "metric has no gradient with respect to the logits (an argmax, a rank, .detach()); "
+            "use a smooth one such as a logit difference"
+        )
+
+
+def differentiating() -> ExitStack:
+    """A block of code in which gradients are recorded, whatever the mode outside."""
+    stack = ExitStack()
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.enable_grad())
+    return stack
+
+
+def keep(kept: dict[str, Tensor]) -> Callable:
+    """A hook that keeps an activation such that the metric can be differentiated by it.
+
+    With frozen weights the first activation starts the graph, and the later ones continue it.
+    """
+
+    def hook_function(x: Tensor, hook: Any) -> Tensor:
+        kept[hook.name] = x if x.requires_grad else x.detach().requires_grad_()
+        return kept[hook.name]
+
+    return hook_function
+
+
+def path_nodes(method: Method, n_steps: int) -> list[tuple[float, float]]:
+    """Where along the path gradients are taken, and with which weight.
+
+    Args:
+        method: ``"gradient"``: once, at the corrupted run. Else Gauss-Legendre nodes on (0, 1),
+            which are exact for polynomials up to degree ``2 * n_steps - 1``.
+        n_steps: Number of nodes.
+
+    Returns:
+        Pairs (alpha, weight); the weights sum to 1.
+
+    Raises:
+        ValueError: Unknown method, or no step.
+    """
+    if method not in ("gradient", "integrated_inputs", "integrated_activation"):
+        raise ValueError(
+            "method must be 'gradient', 'integrated_inputs' or 'integrated_activation', "
+            f"got {method!r}"
+        )
+    if n_steps < 1:
+        raise ValueError(f"n_steps must be at least 1, got {n_steps}")
+    if method == "gradient":
+        return [(0.0, 1.0)]
+    nodes, weights = np.polynomial.legendre.leggauss(n_steps)
+    return [
+        ((1.0 + x) / 2.0, w / 2.0) for x, w in zip(nodes.tolist(), weights.tolist(), strict=True)
+    ]
+
+
+def moved(clean: Tensor, alpha: float) -> Callable:
+    """A hook that moves an activation the fraction ``alpha`` of its way to the clean one."""
+
+    def hook_function(x: Tensor, hook: Any) -> Tensor | None:
+        return x + alpha * difference(clean.to(x), x) if alpha else None
+
+    return hook_function
+
+
+def difference(clean: Tensor, corrupted: Tensor) -> Tensor:
+    """``clean - corrupted``, 0 where both are one infinity (masked attention scores)."""
+    return torch.where(clean == corrupted, 0.0, clean - corrupted)
+
+
+def metric_gradients(
+    model: Any,
+    tokens: Int[Tensor, "batch pos"],
+    metric: Metric,
+    names: Iterable[str],
+    arguments: Mapping[str, Any],
+    before: Sequence[tuple[str, Callable]] = (),
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Activations of one run and the metric's gradient by each, through all later iterations.
+
+    Args:
+        model: A looped model or a plain HookedTransformer.
+        tokens: The prompt.
+        metric: Of the logits.
+        names: Canonical hook names.
+        arguments: Of the forward pass.
+        before: Hooks that act before activations are kept.
+
+    Returns:
+        Activations and gradients by name, detached. A gradient is 0 where the metric does not
+        depend on the activation.
+    """
+    names = list(names)
+    kept: dict[str, Tensor] = {}
+    hooks: Hooks = [*before, *((name, keep(kept)) for name in names)]
+    with differentiating():
+        value = metric(model.run_with_hooks(tokens, fwd_hooks=hooks, **arguments)).reshape(())
+        gradients = torch.autograd.grad(value, [kept[name] for name in names], allow_unused=True)
+    return (
+        {name: kept[name].detach() for name in names},
+        {
+            name: torch.zeros_like(kept[name]) if gradient is None else gradient
+            for name, gradient in zip(names, gradients, strict=True)
+        },
+    )
+
+
+def inner_product(
+    a: Float[Tensor, "..."], b: Float[Tensor, "..."], kept_dims: int
+) -> Float[Tensor, "..."]:
+    """Sum of ``a * b`` over the batch and the trailing axes, in float32 or better.
+
+    Args:
+        a: [batch, ...].
+        b: The same shape.
+        kept_dims: How many axes behind the batch are kept.
+    """
+    working = torch.float64 if a.dtype == torch.float64 else torch.float32
+    product = (a.to(working) * b.to(working)).sum(0)
+    return product.flatten(kept_dims).sum(-1) if product.ndim > kept_dims else product

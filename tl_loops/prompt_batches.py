@@ -1,0 +1,137 @@
+"""Prompts as token tensors, each at its own length, in batches of equal length."""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+def token_prompts(
+    model: Any, prompts: Iterable[str | Tensor], at_least: int = 1
+) -> list[Int[Tensor, "pos"]]:
+    """Tokenise prompts one by one: nothing is padded and nothing is cut off.
+
+    Args:
+        model: Its tokenizer reads strings, with BOS where ``cfg.default_prepend_bos`` says so.
+        prompts: All strings, or all 1-D integer tensors, which are taken as they are.
+        at_least: Smallest number of tokens that can be used.
+
+    Returns:
+        One int64 tensor [pos] a prompt, on the CPU.
+
+    Raises:
+        TypeError: Something is neither text nor a tensor, or both kinds are mixed.
+        ValueError: There is no prompt; one is too short, longer than the context, padded into a
+            matrix, or holds an id that is none; text is given without a tokenizer. The message
+            names the prompt.
+    """
+    if isinstance(prompts, str):
+        raise TypeError("prompts is one string: pass a list of strings")
+    if isinstance(prompts, Tensor):
+        raise TypeError(
+            f"prompts is one tensor of shape {list(prompts.shape)}: pass a list of 1-D tensors, "
+            "each without padding"
+        )
+    listed = list(prompts)
+    if not listed:
+        raise ValueError("prompts is empty: there is nothing to measure")
+    kinds = {_kind(prompt) for prompt in listed}
+    if None in kinds:
+        number = next(i for i, prompt in enumerate(listed) if _kind(prompt) is None)
+        raise TypeError(
+            f"prompt {number} is a {type(listed[number]).__name__}, expected a string or a 1-D "
+            "token tensor"
+        )
+    if len(kinds) > 1:
+        raise TypeError("prompts mixes strings and token tensors: pass one kind")
+    if kinds == {"text"} and model.tokenizer is None:
+        raise ValueError("this model has no tokenizer: pass prompts as 1-D token tensors")
+    return [_checked(model, number, prompt, at_least) for number, prompt in enumerate(listed)]
+
+
+def longest_first(keys: Sequence[Hashable], lengths: Sequence[int]) -> list[int]:
+    """An order of prompts in which those that can share a batch stand together.
+
+    The longest come first, so that what does not fit into memory fails at once; among equals the
+    given order is kept. The order does not depend on the batch size.
+
+    Args:
+        keys: Prompts with equal keys can share a batch.
+        lengths: Length of each prompt; equal where the keys are.
+
+    Returns:
+        Indices into the prompts.
+    """
+    first: dict[Hashable, int] = {}
+    for number, key in enumerate(keys):
+        first.setdefault(key, number)
+    return sorted(range(len(keys)), key=lambda i: (-lengths[i], first[keys[i]], i))
+
+
+def batches(
+    order: Sequence[int], key: Callable[[int], Hashable], batch_size: int
+) -> Iterator[list[int]]:
+    """Cut an order of prompts into batches of equal keys.
+
+    Args:
+        order: Indices of prompts, for example from :func:`longest_first`.
+        key: Key of a prompt.
+        batch_size: Prompts in a batch at most.
+    """
+    batch: list[int] = []
+    for index in order:
+        if batch and (len(batch) == batch_size or key(index) != key(batch[0])):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuse a batch size below 1.
+
+    Raises:
+        ValueError: It is.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+
+
+def _kind(prompt: Any) -> str | None:
+    if isinstance(prompt, str):
+        return "text"
+    return "tokens" if isinstance(prompt, Tensor) else None
+
+
+def _checked(model: Any, number: int, prompt: str | Tensor, at_least: int) -> Int[Tensor, "pos"]:
+    if isinstance(prompt, str):
+        tokens = model.to_tokens(prompt, truncate=False)[0].cpu()
+    else:
+        tokens = prompt.detach().cpu()
+        if tokens.ndim != 1:
+            raise ValueError(
+                f"prompt {number} has shape {list(tokens.shape)}, expected [pos]: one prompt a "
+                "tensor, without padding"
+            )
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise ValueError(f"prompt {number} is {tokens.dtype}, expected integer token ids")
+    n_tokens, cfg = tokens.shape[0], model.cfg
+    if n_tokens < at_least:
+        raise ValueError(
+            f"prompt {number} has {n_tokens} token(s), expected at least {at_least}"
+            + (f": {prompt!r}" if isinstance(prompt, str) else "")
+        )
+    if n_tokens > cfg.n_ctx:
+        raise ValueError(
+            f"prompt {number} has {n_tokens} tokens, but the context is cfg.n_ctx={cfg.n_ctx}; "
+            "shorten it"
+        )
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < cfg.d_vocab:
+        raise ValueError(
+            f"prompt {number} holds ids from {int(tokens.min())} to {int(tokens.max())}, expected "
+            f"0 to {cfg.d_vocab - 1}"
+        )
+    return tokens.long()
