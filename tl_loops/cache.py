@@ -6,9 +6,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from tl_loops.decomposition.neurons import NeuronDecomposition
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout import ITERATION_HOOKS, LoopLayout
-from tl_loops.neuron_decomposition import NeuronDecomposition
 from tl_loops.upstream import Slice, SliceInput
 
 
@@ -78,9 +78,7 @@ class LoopedActivationCache(NeuronDecomposition):
         self.cache_dict = self._each_once(lambda tensor: tensor.to(device))
         return self
 
-    def apply_slice_to_batch_dim(
-        self, batch_slice: Slice | SliceInput
-    ) -> "LoopedActivationCache":
+    def apply_slice_to_batch_dim(self, batch_slice: Slice | SliceInput) -> "LoopedActivationCache":
         """A cache of some batch rows.
 
         Args:

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from tl_loops import loading
+from tl_loops.circuits import Circuits
 from tl_loops.config import LoopedTransformerConfig
 from tl_loops.errors import ConfigError, LoopedSemanticsError
 from tl_loops.generation import Generation
+from tl_loops.inherited import InheritedMethods
 from tl_loops.nn.boundary import ExitGate, InitialState, Injection, IterationHooks
 from tl_loops.nn.embedding import Embed, PosEmbed, Unembed
 from tl_loops.nn.norm import Norm
@@ -23,7 +25,7 @@ from tl_loops.upstream import HookPoint, init_root, set_tokenizer
 from tl_loops.weights import PhysicalWeights, Weights
 
 
-class LoopedTransformer(Generation, PhysicalWeights):
+class LoopedTransformer(Generation, InheritedMethods, Circuits, PhysicalWeights):
     """A looped transformer as a HookedTransformer whose every pass has hook points of its own.
 
     Block ``blocks.{i}`` is layer ``l`` at iteration ``t`` with ``i = n_prelude + t * n_core + l``;

@@ -121,7 +121,7 @@ def attribution_patch(
 
 
 def _effect(activation: Activation, gradient: Tensor, delta: Tensor) -> Tensor:
-    """gradient x (clean - corrupted) as [pos], [pos, head] or [pos, head, src]."""
+    """Gradient times (clean - corrupted) as [pos], [pos, head] or [pos, head, src]."""
     if activation.kind == "pattern":
         return inner_product(gradient, delta, 3).transpose(0, 1)
     return inner_product(gradient, delta, 2 if activation.kind == "heads" else 1)

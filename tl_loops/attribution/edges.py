@@ -20,11 +20,11 @@ from tl_loops.attribution.gradients import (
     moved,
     path_nodes,
 )
+from tl_loops.decomposition.path import part_label
 from tl_loops.layout import LoopLayout, Phase
 from tl_loops.patching.activation import logits_shape
 from tl_loops.patching.rerun import as_tokens
 from tl_loops.patching.sites import check_cache, find_activation, layout_of, take
-from tl_loops.residual_path import part_label
 
 Kind = Literal["embed", "attn", "head", "query", "key", "value", "mlp", "logits"]
 _EMBED = "hook_embed"

@@ -1,15 +1,15 @@
 """Fitted lenses as safetensors files that say what they were fitted on."""
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
+
+from tl_loops.files import write_whole
 
 _SIZES = ("n_prelude", "n_core", "n_coda", "d_model", "d_vocab_out")
 
@@ -37,16 +37,8 @@ def save_artefact(
     path: str | Path, kind: str, tensors: dict[str, Tensor], metadata: dict[str, Any]
 ) -> None:
     """Write tensors and metadata to one safetensors file, whole or not at all."""
-    target = Path(path)
-    handle, staged = tempfile.mkstemp(dir=target.parent, suffix=".safetensors")
-    os.close(handle)
-    try:
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(whole, staged, {"kind": kind, "metadata": json.dumps(metadata)})
-        os.replace(staged, target)
-    except BaseException:
-        Path(staged).unlink(missing_ok=True)
-        raise
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_whole(path, save(plain, {"kind": kind, "metadata": json.dumps(metadata)}))
 
 
 def load_artefact(

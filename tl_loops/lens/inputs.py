@@ -114,37 +114,6 @@ def with_iterations(model: Any, n_iterations: int | None) -> AbstractContextMana
     return nullcontext() if n_iterations is None else model.iterations(n_iterations)
 
 
-def single_prompts(model: Any, prompts: Any, at_least: int = 1) -> list[Int[Tensor, "pos"]]:
-    """Prompts as one token tensor each, at its own length.
-
-    Args:
-        model: A looped model.
-        prompts: Strings or 1-D token tensors, tokens [prompt, pos] without padding, or one prompt.
-        at_least: The smallest length that is useful.
-
-    Raises:
-        ValueError: There is none, one is too short, or one is no prompt; the message says which.
-    """
-    single = isinstance(prompts, str) or (isinstance(prompts, Tensor) and prompts.ndim == 1)
-    listed = [prompts] if single else list(prompts)
-    if not listed:
-        raise ValueError("prompts is empty")
-    tokens = []
-    for number, prompt in enumerate(listed):
-        if isinstance(prompt, str):
-            if model.tokenizer is None:
-                raise ValueError("this model has no tokenizer: give prompts as token tensors")
-            prompt = model.to_tokens(prompt)[0]
-        if not isinstance(prompt, Tensor) or prompt.is_floating_point() or prompt.ndim != 1:
-            raise ValueError(f"prompt {number} is neither text nor an integer tensor [pos]")
-        if prompt.shape[0] < at_least:
-            raise ValueError(
-                f"prompt {number} has {prompt.shape[0]} tokens, expected at least {at_least}"
-            )
-        tokens.append(prompt.to(model.embed.W_E.device))
-    return tokens
-
-
 def _pads_left(model: Any) -> bool:
     return model.tokenizer is not None and model.tokenizer.padding_side == "left"
 

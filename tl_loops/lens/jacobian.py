@@ -1,6 +1,6 @@
 """Jacobian lens: transport a residual to a later point by the mean Jacobian, and read it there."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +12,10 @@ from tqdm.auto import tqdm
 
 from tl_loops.lens.artefact import check_sizes, load_artefact, model_sizes, save_artefact
 from tl_loops.lens.decode import CodaLens, Lens, LogitLens
-from tl_loops.lens.inputs import LensInputs, single_prompts, with_iterations
+from tl_loops.lens.inputs import LensInputs, with_iterations
 from tl_loops.lens.points import LensPoint, PointSet, require_layout, select_points
 from tl_loops.metrics.padding import statistic_dtype
+from tl_loops.prompt_batches import token_prompts
 
 Target = Literal["final", "penultimate", "loop_ends"]
 
@@ -120,7 +121,7 @@ class JacobianLens:
 
 def fit_jacobian_lens(
     model: Any,
-    prompts: Any,
+    prompts: Iterable[str | Tensor],
     *,
     points: PointSet | str | Sequence[str] = "core",
     target: Target | str = "final",
@@ -140,7 +141,7 @@ def fit_jacobian_lens(
 
     Args:
         model: A looped model.
-        prompts: Strings or 1-D token tensors (each at its own length), or tokens [prompt, pos].
+        prompts: A list of strings or of 1-D token tensors, each at its own length.
         points: Sources, as for :func:`tl_loops.lens.read_lens`.
         target: ``"final"``: what leaves the last block. ``"penultimate"``: what enters it.
             ``"loop_ends"``: the state that leaves the source's own iteration. Or a hook name.
@@ -157,6 +158,7 @@ def fit_jacobian_lens(
     Raises:
         ValueError: A prompt is too short, a target does not lie behind its source, or an argument
             is out of range.
+        TypeError: ``prompts`` is no list of strings or tensors.
         HookNameError: A point or target that the model does not have.
         FloatingPointError: A Jacobian is not finite.
 
@@ -170,7 +172,7 @@ def fit_jacobian_lens(
             "skip_positions must be at least 0 and vjp_batch_size at least 1, got "
             f"{skip_positions} and {vjp_batch_size}"
         )
-    tokens = single_prompts(model, prompts, at_least=skip_positions + 1)
+    tokens = token_prompts(model, prompts, at_least=skip_positions + 1)
     with with_iterations(model, n_iterations), torch.inference_mode(False), torch.enable_grad():
         sources = select_points(model, points)
         targets = _targets(model, sources, target)

@@ -114,7 +114,7 @@ def track_entities(
             raise ValueError(f"positions names {name!r}, which is not among the entities")
     columns = []
     for name in entities:
-        where: Positions = wanted.get(name, "last")
+        where: Positions = wanted[name] if name in wanted else "last"
         inputs = lens_inputs(model, input, where, options.get("attention_mask"))
         if inputs.positions.shape[1] != 1:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Tuned lens: an affine translator for each point, trained to give the model's own output."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from tqdm.auto import trange
 
 from tl_loops.lens.artefact import check_sizes, load_artefact, model_sizes, save_artefact
 from tl_loops.lens.decode import LogitLens
-from tl_loops.lens.inputs import LensInputs, lens_inputs, single_prompts, with_iterations
+from tl_loops.lens.inputs import LensInputs, lens_inputs, with_iterations
 from tl_loops.lens.points import LensPoint, PointSet, require_layout, select_points
 from tl_loops.lens.read import capture, vocabulary_size
 from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.metrics.readout import kl_divergence
+from tl_loops.prompt_batches import token_prompts
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +98,7 @@ class TunedLens:
 
 def train_tuned_lens(
     model: Any,
-    prompts: Any,
+    prompts: Iterable[str | Tensor],
     *,
     points: PointSet | str | Sequence[str] = "core",
     n_steps: int = 200,
@@ -114,7 +115,7 @@ def train_tuned_lens(
 
     Args:
         model: A looped model.
-        prompts: Strings or 1-D token tensors (each at its own length), or tokens [prompt, pos].
+        prompts: A list of strings or of 1-D token tensors, each at its own length.
         points: As for :func:`tl_loops.lens.read_lens`.
         n_steps: Number of training steps.
         batch_size: Prompts drawn for each step.
@@ -127,7 +128,8 @@ def train_tuned_lens(
         The lens, with the loss of each step.
 
     Raises:
-        ValueError: No prompt or no point, or a number that is not positive.
+        ValueError: No prompt, one that does not fit, no point, or a number that is not positive.
+        TypeError: ``prompts`` is no list of strings or tensors.
         HookNameError: A point that the model does not have.
         FloatingPointError: The loss is not finite.
 
@@ -143,7 +145,7 @@ def train_tuned_lens(
             raise ValueError(f"{name} must be positive, got {value}")
     if generator is None:
         generator = torch.Generator().manual_seed(0)
-    tokens = single_prompts(model, prompts)
+    tokens = token_prompts(model, prompts)
     with with_iterations(model, n_iterations), torch.inference_mode(False), torch.enable_grad():
         chosen = select_points(model, points)
         d_model, device = model.cfg.d_model, model.embed.W_E.device

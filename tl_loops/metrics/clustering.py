@@ -59,9 +59,8 @@ def cosine_clustering(
 
     Returns:
         `CosineClustering`. An entity is NaN, in both numbers, where one of them is undefined: no
-        query of one kind (when
-            both are given), a single query with `leave_one_out`, a zero state or centroid. The
-            means leave those entities out; over no entity they are NaN.
+        query of one kind (when both are given), a single query with `leave_one_out`, a zero state
+        or centroid. The means leave those entities out; over no entity they are NaN.
 
     Raises:
         ValueError: If the labels do not match the states, or only one of the two `other` arguments

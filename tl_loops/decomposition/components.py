@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_loops.errors import LoopedSemanticsError
-from tl_loops.layout import LoopLayout
-from tl_loops.residual_path import (
+from tl_loops.decomposition.path import (
     Carrier,
     FrozenNorm,
     Rows,
@@ -22,6 +20,8 @@ from tl_loops.residual_path import (
     pull_back,
     working,
 )
+from tl_loops.errors import LoopedSemanticsError
+from tl_loops.layout import LoopLayout
 from tl_loops.upstream import Slice
 
 _NAMES = {

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_loops.components import CachedRun
-from tl_loops.decomposition import LayerDecomposition, Selection, in_selection, indices
-from tl_loops.residual_path import Rows, Site, Target, working
-from tl_loops.residual_readout import Labelled, affine
+from tl_loops.decomposition.components import CachedRun
+from tl_loops.decomposition.layers import LayerDecomposition, Selection, in_selection, indices
+from tl_loops.decomposition.path import Rows, Site, Target, working
+from tl_loops.decomposition.readout import Labelled, affine
 from tl_loops.upstream import Slice, SliceInput
 
 
@@ -63,14 +64,16 @@ class NeuronDecomposition(LayerDecomposition):
         neurons = neuron_slice if isinstance(neuron_slice, Slice) else Slice(neuron_slice)
         if project_output_onto is None:
             if selected is None:
-                n_neurons = len(neurons.indices(self.model.cfg.d_mlp))
+                n_neurons = np.size(neurons.indices(self.model.cfg.d_mlp))
                 self._check_size(n_neurons, target, run, "neurons")
 
             def rows(site: Site) -> Rows | None:
                 return run.neurons(site, neurons) if in_selection(selected, site.block) else None
 
-            stack, labels = run.carry(target, rows, "parts", from_iteration)
-            return self._finish(run, target, stack, labels, apply_ln, incl_remainder, return_labels)
+            carried = run.carry(target, rows, "parts", from_iteration)
+            norm = run.reader(target) if apply_ln else None
+            stack, labels = self._finish(run, target, norm, *carried, incl_remainder)
+            return self._result(stack, labels, return_labels)
 
         outputs = working(project_output_onto)
         outputs = outputs[:, None] if outputs.ndim == 1 else outputs
@@ -103,9 +106,9 @@ class NeuronDecomposition(LayerDecomposition):
         directions = directions if norm is None else norm.adjoint(directions)
 
         def rows(site: Site, pulled: Tensor) -> Rows | None:
-            return (
-                run.pulled_neurons(site, pulled, neurons) if in_selection(selected, site.block) else None
-            )
+            if not in_selection(selected, site.block):
+                return None
+            return run.pulled_neurons(site, pulled, neurons)
 
         return run.pull_back(target, directions, rows, from_iteration)
 
@@ -158,7 +161,7 @@ class NeuronDecomposition(LayerDecomposition):
             outputs = outputs[:, None] if outputs.ndim == 1 else outputs
         per_block = self.model.cfg.n_heads
         if expand_neurons and outputs is None:
-            per_block += self.model.cfg.d_mlp
+            per_block += self.model.cfg.d_mlp or 0
         self._check_size(per_block, target, run, "heads and neurons")
 
         def end(stack: Tensor) -> Tensor:

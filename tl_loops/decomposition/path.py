@@ -31,7 +31,7 @@ def working(x: Tensor) -> Tensor:
 
 
 def part_label(layout: LoopLayout, block: int, part: str, number: int) -> str:
-    """Label of a head (``part="H"``) or neuron (``"N"``): ``"r3.L1H4"``, ``"p.L0H2"``, ``"c.L1N7"``."""
+    """Label of a head (part ``"H"``) or a neuron (``"N"``): ``"r3.L1H4"``, ``"p.L0H2"``."""
     at = layout.coordinate(block)
     place = at.phase[0] if at.iteration is None else f"r{at.iteration}{at.stack or ''}"
     return f"{place}.L{at.layer}{part}{number}"
@@ -57,7 +57,9 @@ class FrozenNorm:
     centred: bool
 
     @classmethod
-    def of(cls, norm: Any, scale: Tensor | None, device: torch.device | None = None) -> "FrozenNorm":
+    def of(
+        cls, norm: Any, scale: Tensor | None, device: torch.device | None = None
+    ) -> "FrozenNorm":
         """The norm module's gain and bias with a given scale."""
         device = device if scale is None else scale.device
         gain, bias = (None if p is None else working(p).to(device) for p in (norm.w, norm.b))

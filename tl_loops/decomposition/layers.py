@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tl_loops.components import CachedRun
+from tl_loops.decomposition.components import CachedRun
+from tl_loops.decomposition.path import INJECTION_ROWS, FrozenNorm, Rows, Site, Target
+from tl_loops.decomposition.readout import Labelled, ResidualReadout, Stack
 from tl_loops.errors import LoopedSemanticsError
-from tl_loops.residual_path import INJECTION_ROWS, Rows, Site, Target
-from tl_loops.residual_readout import Labelled, ResidualReadout, Stack
 from tl_loops.upstream import Slice, SliceInput
 
 Selection = int | slice | Sequence[int] | None
@@ -112,7 +112,8 @@ class LayerDecomposition(ResidualReadout):
 
         Returns:
             ``[component, ..., d_model]``, and labels if asked for. Without a selection and with
-            ``mode="all"`` they sum to the residual stream (with ``apply_ln``, to the norm's output).
+            ``mode="all"`` they sum to the residual stream, or with ``apply_ln`` to what the norm
+            makes of it.
 
         Raises:
             KeyError: The cache lacks an activation that is needed.
@@ -135,9 +136,11 @@ class LayerDecomposition(ResidualReadout):
                 wanted = incl_embeds
             return run.component(site) if wanted else None
 
-        stack, labels = run.carry(target, rows, shown, from_iteration)
+        carried = run.carry(target, rows, shown, from_iteration)
         full = mode == "all" and incl_embeds and selected is None
-        return self._finish(run, target, stack, labels, apply_ln, incl_remainder, return_labels, full)
+        norm = run.reader(target) if apply_ln else None
+        stack, labels = self._finish(run, target, norm, *carried, incl_remainder, full)
+        return self._result(stack, labels, return_labels)
 
     def stack_head_results(  # type: ignore[override]
         self,
@@ -184,34 +187,31 @@ class LayerDecomposition(ResidualReadout):
         def rows(site: Site) -> Rows | None:
             return run.heads(site) if in_selection(selected, site.block) else None
 
-        stack, labels = run.carry(target, rows, "parts", from_iteration)
-        return self._finish(run, target, stack, labels, apply_ln, incl_remainder, return_labels)
+        carried = run.carry(target, rows, "parts", from_iteration)
+        norm = run.reader(target) if apply_ln else None
+        stack, labels = self._finish(run, target, norm, *carried, incl_remainder)
+        return self._result(stack, labels, return_labels)
 
     def _finish(
         self,
         run: CachedRun,
         target: Target,
+        norm: FrozenNorm | None,
         stack: Tensor,
         labels: list[str],
-        apply_ln: bool,
         incl_remainder: bool,
-        return_labels: bool,
         full: bool = False,
-    ) -> Tensor | Labelled:
-        """Remainder, norm and labels of a carried stack."""
+    ) -> Labelled:
+        """A carried stack with its remainder, behind the norm that reads it."""
         if incl_remainder:
             stack = torch.cat([stack, (run.residual(target) - stack.sum(0))[None]])
-            labels.append("remainder")
-        norm = run.reader(target) if apply_ln else None
+            labels = [*labels, "remainder"]
         if norm is not None:
             stack = norm(stack)
             if norm.bias is not None and (full or incl_remainder):
-                bias = norm.bias.expand(stack.shape[1:])[None]
-                stack = torch.cat([stack, bias])
-                labels.append("ln_bias")
-        return self._result(stack, labels, return_labels)
-
-    # Single parts.
+                stack = torch.cat([stack, norm.bias.expand(stack.shape[1:])[None]])
+                labels = [*labels, "ln_bias"]
+        return stack, labels
 
     def compute_head_results(self) -> None:
         """Cache what each head of each block adds up to in its attention, as ``hook_result``.

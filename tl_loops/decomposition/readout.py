@@ -1,12 +1,14 @@
 """The residual stream of a cached run as the model would read it out at each place."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_loops.components import CachedRun
+from tl_loops.decomposition.components import CachedRun
+from tl_loops.decomposition.path import FrozenNorm, Target, working
 from tl_loops.layout import LoopLayout
-from tl_loops.residual_path import FrozenNorm, Target, working
 from tl_loops.upstream import ActivationCache, Slice, SliceInput
 
 Stack = Float[Tensor, "component ... d_model"]
@@ -21,6 +23,7 @@ class ResidualReadout(ActivationCache):
     """
 
     layout: LoopLayout
+    model: Any
 
     def _run(self, pos_slice: Slice | SliceInput) -> CachedRun:
         pos = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
@@ -78,7 +81,8 @@ class ResidualReadout(ActivationCache):
         Returns:
             ``[row, ..., d_model]``, and labels if asked for.
         """
-        target, run, layout = self._target(layer, mlp_input, None), self._run(pos_slice), self.layout
+        target, run = self._target(layer, mlp_input, None), self._run(pos_slice)
+        layout = self.layout
         rows: list[tuple[str, Tensor]] = []
         normed: set[int] = set()
         norms_states = self.model.cfg.norm_between_iterations and not layout.n_coda

@@ -1,0 +1,21 @@
+"""Measurements by name: what each reads, how it is reduced to one number a prompt, and where."""
+
+from tl_loops.measurements.measurement import (
+    Activation,
+    Measurement,
+    core_calls,
+    resolve_options,
+    why_not,
+)
+from tl_loops.measurements.registry import DEFAULT_METRICS, MEASUREMENTS, find_measurement
+
+__all__ = [
+    "DEFAULT_METRICS",
+    "MEASUREMENTS",
+    "Activation",
+    "Measurement",
+    "core_calls",
+    "find_measurement",
+    "resolve_options",
+    "why_not",
+]

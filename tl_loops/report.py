@@ -1,0 +1,163 @@
+"""One self-contained HTML page about a looped model on some prompts."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment
+
+from tl_loops import tasks
+from tl_loops.files import write_whole
+from tl_loops.plots.attention import circuitsvis_script
+from tl_loops.prompts import SAMPLE, PromptText, from_task
+from tl_loops.report_sections import (
+    Section,
+    answers_section,
+    attention_section,
+    measurements_section,
+    overview_section,
+    patching_section,
+    readout_section,
+)
+
+MOST_BYTES = 6_000_000
+"""A page is never larger than this."""
+
+EMBEDDED = "tl-loops-tiny"
+_EVALUATED = 240
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class ReportPrompts:
+    """What a report looks at.
+
+    Attributes:
+        shown: Prompts whose answers are listed one by one.
+        evaluated: Prompts that accuracy (or loss) and the attention metrics are averaged over.
+        what: A few words that say what they are.
+    """
+
+    shown: Sequence[PromptText]
+    evaluated: Sequence[PromptText] = field(default=())
+    what: str = "the given prompts"
+
+    def __post_init__(self) -> None:
+        if not self.shown:
+            raise ValueError("a report needs at least one prompt")
+        if not self.evaluated:
+            object.__setattr__(self, "evaluated", self.shown)
+
+
+def default_prompts(model: Any) -> ReportPrompts:
+    """The embedded model's task for the embedded model, else a few general sentences."""
+    if model.cfg.model_name != EMBEDDED:
+        return ReportPrompts([PromptText(text) for text in SAMPLE], what="the built-in sample")
+    sample = [p for p in tasks.sample_prompts() if p.n_hops > 1]
+    longest = sorted(sample, key=lambda p: -p.n_hops)
+    # From many hops to few, so that the iterations are seen to do the work.
+    shown = [longest[i * (len(longest) - 1) // (_SHOWN - 1)] for i in range(_SHOWN)]
+    corrupted = [tasks.corrupt(prompt) for prompt in shown]
+    evaluated = tasks.fact_chain_prompts(_EVALUATED, seed=1)
+    return ReportPrompts(
+        from_task(shown, corrupted), from_task(evaluated), "held-out prompts of the model's task"
+    )
+
+
+def report_html(
+    model: Any,
+    prompts: ReportPrompts | Sequence[PromptText | str] | None = None,
+    *,
+    n_iterations: int | None = None,
+    progress: bool = True,
+) -> str:
+    """The page as text.
+
+    It shows accuracy (or loss) per iteration, the answer after each iteration, three attention
+    metrics per iteration and layer, an activation-patching grid over iteration, layer and position,
+    and attention patterns. It loads nothing from anywhere when it is opened.
+
+    Args:
+        model: A looped model with a tokenizer.
+        prompts: What to look at; ``None``: :func:`default_prompts`.
+        n_iterations: Number of iterations; ``None``: the model's.
+        progress: Show progress bars.
+
+    Raises:
+        ValueError: The model has no tokenizer, there are no prompts, or the page would pass 6 MB.
+    """
+    if model.tokenizer is None:
+        raise ValueError(
+            f"{model.cfg.model_name} has no tokenizer, so a report cannot read prompts: call "
+            "model.set_tokenizer(...), or put the tokenizer's files beside the checkpoint"
+        )
+    if prompts is None:
+        prompts = default_prompts(model)
+    elif not isinstance(prompts, ReportPrompts):
+        prompts = ReportPrompts([PromptText(p) if isinstance(p, str) else p for p in prompts])
+    n_iterations = model.cfg.n_iterations if n_iterations is None else n_iterations
+    with torch.no_grad(), model.iterations(n_iterations):
+        sections = [
+            overview_section(model, len(prompts.evaluated), prompts.what),
+            readout_section(model, prompts.evaluated, prompts.what),
+            answers_section(model, prompts.shown[:_SHOWN]),
+            measurements_section(model, prompts.evaluated, prompts.what, progress),
+            patching_section(model, prompts.shown, progress),
+            attention_section(model, prompts.shown[0]),
+        ]
+        page = _render(model, sections, n_iterations)
+    if len(page.encode()) > MOST_BYTES:
+        raise ValueError(
+            f"the page would have {len(page.encode()):,} bytes, more than {MOST_BYTES:,}: "
+            "give shorter prompts or fewer iterations"
+        )
+    return page
+
+
+def write_report(
+    model: Any,
+    out: str | os.PathLike[str],
+    prompts: ReportPrompts | Sequence[PromptText | str] | None = None,
+    *,
+    n_iterations: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Write :func:`report_html` to a file; a failure leaves no half-written page.
+
+    Args:
+        model: As :func:`report_html`.
+        out: The file.
+        prompts: As :func:`report_html`.
+        n_iterations: As :func:`report_html`.
+        progress: As :func:`report_html`.
+
+    Returns:
+        The file's absolute path.
+
+    Raises:
+        ValueError: As :func:`report_html`.
+        OSError: The file cannot be written.
+    """
+    page = report_html(model, prompts, n_iterations=n_iterations, progress=progress)
+    write_whole(out, page.encode("utf-8"))
+    return Path(out).resolve()
+
+
+def _render(model: Any, sections: Sequence[Section], n_iterations: int) -> str:
+    from tl_loops import __version__
+
+    source = (resources.files("tl_loops") / "templates" / "report.html").read_text("utf-8")
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        source
+    )
+    return template.render(
+        title=f"{model.cfg.model_name} {model.cfg.notation}",
+        subtitle=sections[0].paragraphs[0],
+        sections=sections,
+        script=circuitsvis_script(),
+        version=__version__,
+    )
