@@ -1,4 +1,4 @@
-"""Circuits read from the weights alone: composition scores, biases, weights with norms folded in."""
+"""Circuits read from the weights alone: composition, biases, weights with norms folded in."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,7 +10,6 @@ from torch import Tensor
 from tl_loops.config import LoopedTransformerConfig
 from tl_loops.decomposition.path import (
     Carrier,
-    Freeze,
     FrozenNorm,
     Inject,
     Read,
@@ -29,11 +28,11 @@ from tl_loops.upstream import FactoredMatrix, TransformerBase, composition_score
 class EffectiveWeights(Mapping[str, Tensor]):
     """The weight matrices under TransformerLens's names, each with the norms next to it folded in.
 
-    What reads the residual stream (``W_Q``, ``W_K``, ``W_V``, ``W_in``, ``W_gate``, ``W_U``) has the
-    gain of its norm folded in, and the centring of LayerNorm; what writes to the stream (``W_O``,
-    ``W_out``) the gain of a norm behind it. Up to a factor at each position, which is the norm's
-    scale, these are the maps that the model applies; they do not change when norms are folded. The
-    weights of the model are left alone: a matrix is made when it is asked for.
+    What reads the residual stream (``W_Q``, ``W_K``, ``W_V``, ``W_in``, ``W_gate``, ``W_U``) has
+    the gain of its norm folded in, and the centring of LayerNorm; what writes to the stream
+    (``W_O``, ``W_out``) the gain of a norm behind it. Up to a factor at each position, which is the
+    norm's scale, these are the maps that the model applies; they do not change when norms are
+    folded. The weights of the model are left alone: a matrix is made when it is asked for.
     """
 
     _ATTENTION = ("W_Q", "W_K", "W_V", "W_O")
@@ -127,8 +126,8 @@ class Circuits(TransformerBase):
 
         def refuse(*_: Any) -> FrozenNorm:
             raise LoopedSemanticsError(
-                "a norm stands between a bias and this place, so what the biases add depends on the "
-                "position: take the row 'bias' of cache.get_full_resid_decomposition(layer, "
+                "a norm stands between a bias and this place, so what the biases add depends on "
+                "the position: take the row 'bias' of cache.get_full_resid_decomposition(layer, "
                 "return_labels=True)"
             )
 
@@ -141,15 +140,13 @@ class Circuits(TransformerBase):
             bias = block.attn.b_O if site.kind == "attn" else block.mlp.b_out
             return Rows(working(bias)[None], [site.label])
 
-        def pass_through(prefix: str, norm: Any) -> FrozenNorm:
-            return refuse() if any(biased.values()) else FrozenNorm.of(norm, None)
-
-        freeze: Freeze = refuse if cfg.normalization_type == "LN" else pass_through
+        total = torch.zeros(cfg.d_model, device=self.embed.W_E.device, dtype=cfg.dtype)
+        if not any(biased.values()) and self.ln_final.b is None:
+            return total
         target, anew = Target(layer, mlp_input), cfg.initial_state != "embed"
-        steps = list(path_steps(self, self.layout, target, freeze, anew))
+        steps = list(path_steps(self, self.layout, target, refuse, anew))
         stack = Carrier(rows).run(steps, cfg.injection is not None).stack
-        total = torch.zeros(cfg.d_model, device=self.embed.W_E.device)
-        return (total if stack is None else stack.sum(0)).to(cfg.dtype)
+        return total if stack is None else stack.sum(0).to(cfg.dtype)
 
     def all_composition_scores(  # type: ignore[override]
         self, mode: str, iterations_apart: int = 1
@@ -196,17 +193,12 @@ class Circuits(TransformerBase):
         cfg, layout = self.cfg, self.layout.with_iterations(apart + 1)
         names, heads = layout.physical_names(), cfg.n_heads
         physical: dict[str, Any] = self.physical_blocks()  # type: ignore[operator]
-        scores = self.W_O.new_zeros(len(names), heads, len(names), heads, dtype=torch.float32)
-        ends = {"prelude": (0, -1), "coda": (-1, apart)}
+        device = self.embed.W_E.device
+        scores = torch.zeros(len(names), heads, len(names), heads, device=device)
         writers: list[int] = []
 
         def block(index: int) -> Any:
             return physical[layout.physical_name(index)]
-
-        def stands(index: int, side: int) -> int:
-            """The iteration that a block counts as, as a writer (0) or a reader (1)."""
-            at = layout.coordinate(index)
-            return ends[at.phase][side] if at.iteration is None else at.iteration
 
         def rows(site: Site) -> Rows | None:
             if site.kind != "attn":
@@ -225,8 +217,11 @@ class Circuits(TransformerBase):
 
         carrier = Carrier(rows)
         anew = cfg.injection is not None or cfg.initial_state != "embed"
-        weights_only = lambda prefix, norm: FrozenNorm.of(norm, None, self.W_E.device)  # noqa: E731
-        for step in path_steps(self, layout, Target(layout.n_layers), weights_only, anew):
+
+        def without_scale(prefix: str, norm: Any) -> FrozenNorm:
+            return FrozenNorm.of(norm, None, device)
+
+        for step in path_steps(self, layout, Target(layout.n_layers), without_scale, anew):
             if isinstance(step, Inject) and step.site.iteration:
                 continue
             if isinstance(step, Read) and carrier.stack is not None:

@@ -87,8 +87,8 @@ class InheritedMethods(LoopedForward):
 
     def _refuse_processing(self, name: str, instead: str) -> NoReturn:
         raise LoopedSemanticsError(
-            f"{name} works on a state dict with weights of its own for every block, but here blocks "
-            f"share them: {instead}"
+            f"{name} works on a state dict with weights of its own for every block, but here "
+            f"blocks share them: {instead}"
         )
 
     def fold_layer_norm(
@@ -112,13 +112,13 @@ class InheritedMethods(LoopedForward):
         )
 
     def center_writing_weights(self, state_dict: StateDict) -> NoReturn:
-        """Refused: nothing here reads the stream through a centring norm alone.
+        """Refused, and not needed: it changes no output where it is exact.
 
         Raises:
             LoopedSemanticsError: Always.
         """
         self._refuse_processing(
-            "center_writing_weights", "leave it out; an RMS norm does not centre what it reads"
+            "center_writing_weights", "leave it out; where it is exact it changes no output"
         )
 
     def center_unembed(self, state_dict: StateDict) -> NoReturn:
@@ -216,7 +216,7 @@ class InheritedMethods(LoopedForward):
         return_shortformer_pos_embed: bool = True,
         device: str | torch.device | None = None,
     ) -> tuple[Tensor, None] | Tensor:
-        """The first residual stream of an embedding: with learned positions added, if there are any.
+        """The first residual stream of an embedding: with learned positions, if there are any.
 
         Args:
             embed: What ``hook_embed`` gives.

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from tl_loops.layout import LoopLayout
 from tl_loops.metrics import stages
+from tl_loops.profile_table import COLUMNS, Grouping, grouped, place_in_pass, table_rows
 from tl_loops.statistics import Moments
 
 if TYPE_CHECKING:
     import pandas
 
 Statistic = Literal["mean", "std", "count", "undefined"]
-Grouping = Literal["unrolled", "iteration", "layer"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,12 @@ class LoopProfile:
         return self._of(metric).mean
 
     def std(self, metric: str, ddof: int = 1) -> Float[Tensor, "block"]:
-        """Standard deviation over prompts (``ddof=1``: of the sample); NaN for ``ddof`` or fewer."""
+        """Standard deviation over prompts; NaN where ``ddof`` or fewer have a value.
+
+        Args:
+            metric: Name of a metric.
+            ddof: 1 for the sample's deviation, 0 for the population's.
+        """
         return self._of(metric).std(ddof)
 
     def count(self, metric: str) -> Int[Tensor, "block"]:
@@ -112,10 +117,8 @@ class LoopProfile:
         """
         if self.layout is None:
             return self.pass_depth
-        return torch.tensor(
-            [float(self.pass_depth[_place_in_pass(self.layout, i)]) for i in range(self.n_layers)],
-            dtype=torch.float64,
-        )
+        places = [place_in_pass(self.layout, block) for block in range(self.n_layers)]
+        return self.pass_depth[places]
 
     @property
     def pass_depth(self) -> Float[Tensor, "depth"]:
@@ -190,39 +193,12 @@ class LoopProfile:
 
         if by not in ("unrolled", "iteration", "layer"):
             raise ValueError(f"by={by!r}, expected 'unrolled', 'iteration' or 'layer'")
-        rows = self.rows()
+        rows = table_rows(self)
         if by != "unrolled":
-            rows = _grouped(rows, self._looped("to_frame"), by)
+            rows = grouped(rows, self._looped("to_frame"), by)
         table = pandas.DataFrame(rows, columns=list(COLUMNS))
         whole = {"block": "int64", "iteration": "Int64", "layer": "int64"}
         return table.astype({**whole, "count": "int64", "undefined": "int64"})
-
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows of :meth:`to_frame` without pandas; ``None`` where there is no value."""
-        depth = self.relative_depth.tolist()
-        rows = []
-        for metric in self.metrics:
-            moments = self.moments[metric]
-            mean, std = moments.mean.tolist(), moments.std().tolist()
-            count, undefined = moments.count.tolist(), moments.undefined.tolist()
-            for block in range(self.n_layers):
-                if count[block] + undefined[block] == 0:
-                    continue
-                at = None if self.layout is None else self.layout.coordinate(block)
-                values = (
-                    metric,
-                    block,
-                    None if at is None else at.phase,
-                    None if at is None else at.iteration,
-                    block if at is None else at.layer,
-                    depth[block],
-                    None if mean[block] != mean[block] else mean[block],
-                    None if std[block] != std[block] else std[block],
-                    count[block],
-                    undefined[block],
-                )
-                rows.append(dict(zip(COLUMNS, values, strict=True)))
-        return rows
 
     def merge(self, *others: "LoopProfile") -> "LoopProfile":
         """The profile of all prompts together, as if they had been measured in one run.
@@ -364,39 +340,3 @@ class LoopProfile:
                 "the unrolled view"
             )
         return self.layout
-
-
-COLUMNS = (
-    "metric",
-    "block",
-    "phase",
-    "iteration",
-    "layer",
-    "relative_depth",
-    "mean",
-    "std",
-    "count",
-    "undefined",
-)
-"""Columns of :meth:`LoopProfile.to_frame`."""
-
-
-def _place_in_pass(layout: LoopLayout, block: int) -> int:
-    at = layout.coordinate(block)
-    if at.phase == "prelude":
-        return at.layer
-    return layout.n_prelude + at.layer + (layout.n_core if at.phase == "coda" else 0)
-
-
-def _grouped(rows: list[dict[str, Any]], layout: LoopLayout, by: Grouping) -> list[dict[str, Any]]:
-    """The rows of each iteration's whole pass, or those of each core layer."""
-    metrics = list(dict.fromkeys(row["metric"] for row in rows))
-    core = [row for row in rows if row["iteration"] is not None]
-    if by == "layer":
-        return sorted(core, key=lambda r: (metrics.index(r["metric"]), r["layer"], r["iteration"]))
-    outer = [row for row in rows if row["iteration"] is None]
-    everywhere = [{**row, "iteration": t} for row in outer for t in range(layout.n_iterations)]
-    return sorted(
-        core + everywhere,
-        key=lambda r: (metrics.index(r["metric"]), r["iteration"], r["relative_depth"]),
-    )

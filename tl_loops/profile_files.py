@@ -18,10 +18,9 @@ import torch
 
 from tl_loops.files import write_whole
 from tl_loops.layout import LoopLayout
-from tl_loops.profile import COLUMNS, LoopProfile, Provenance
+from tl_loops.profile import LoopProfile, Provenance
+from tl_loops.profile_table import COLUMNS, Row, table_rows
 from tl_loops.statistics import Moments
-
-Row = dict[str, Any]
 
 _FORMAT = "tl_loops profile 1"
 _SIZES = ("n_prelude", "n_core", "n_coda")
@@ -84,7 +83,7 @@ def _header(profile: LoopProfile) -> Row:
 def _rows(profile: LoopProfile) -> list[Row]:
     """The rows of the table with the squared deviations, from which merging starts."""
     m2 = {name: moments.m2.tolist() for name, moments in profile.moments.items()}
-    return [{**row, "m2": m2[row["metric"]][row["block"]]} for row in profile.rows()]
+    return [{**row, "m2": m2[row["metric"]][row["block"]]} for row in table_rows(profile)]
 
 
 def _profile(header: Row, rows: list[Row], options: dict[str, Any]) -> LoopProfile:

@@ -34,7 +34,7 @@ _ITEM_SIZES = {
 }
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_HEADER = 100_000_000
-_PIECE = 1 << 16
+_PIECE = 1 << 18
 """Elements that are converted at a time, so that a conversion needs no second whole tensor."""
 
 
