@@ -173,16 +173,18 @@ def exit_logits(
 
 
 @torch.no_grad()
-def answers(
+def answers_per_exit(
     model: LoopedTransformer, prompts: list[Prompt], n_iterations: int, batch_size: int = 250
-) -> list[str]:
-    """The model's answer to each prompt: the likeliest next word."""
-    given: list[str] = []
+) -> list[list[str]]:
+    """The likeliest next word after iterations 1 to T: one list of answers an iteration count."""
+    given: list[list[str]] = [[] for _ in range(n_iterations)]
     with model.iterations(n_iterations):
         for first in range(0, len(prompts), batch_size):
-            texts = prompts[first : first + batch_size]
-            logits = model(torch.tensor([token_ids(prompt.text) for prompt in texts]))
-            given += [WORDS[index] for index in logits[:, -1].argmax(-1).tolist()]
+            texts = [prompt.text for prompt in prompts[first : first + batch_size]]
+            tokens = torch.tensor([token_ids(text) for text in texts])
+            best = exit_logits(model, tokens, n_iterations)[:, :, -1].argmax(-1)
+            for answers, exit_best in zip(given, best.tolist(), strict=True):
+                answers += [WORDS[index] for index in exit_best]
     return given
 
 
@@ -199,8 +201,7 @@ def accuracy_table(model: LoopedTransformer, n_prompts: int, most: int, seed: in
     heads = [f"k={k}" for k in range(1, TASK.max_hops + 1)]
     lines = ["| iterations | " + " | ".join(heads) + " | all k | person after min(t, k) hops |"]
     lines.append("|" + "---:|" * (len(heads) + 3))
-    for t in range(1, most + 1):
-        given = answers(model, everything, t)
+    for t, given in enumerate(answers_per_exit(model, everything, most), start=1):
         parts = [given[i * n_prompts : (i + 1) * n_prompts] for i in range(len(by_hops))]
         cells = [score(p, a) for p, a in zip(by_hops, parts, strict=True)]
         cells += [score(everything, given), score(everything, given, n_iterations=t)]

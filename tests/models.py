@@ -97,3 +97,40 @@ def tiny_tokens(batch: int = 2, pos: int = 9, seed: int = 3) -> torch.Tensor:
     """Random token ids."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, SIZES["d_vocab"], (batch, pos), generator=generator)
+
+
+VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("retrofitted", dict(injection=None, initial_state="embed")),
+    "biased_sandwich": (
+        "ouro",
+        dict(
+            n_prelude=1,
+            n_core=2,
+            n_coda=1,
+            n_iterations=3,
+            injection="concat",
+            attn_bias=True,
+            mlp_bias=True,
+        ),
+    ),
+    "layer_norm_between": (
+        "layer_norm",
+        dict(n_prelude=1, injection=None, initial_state="embed", norm_between_iterations=True),
+    ),
+    "huginn_without_coda": ("huginn", dict(n_coda=0)),
+    "branch_normed_between": (
+        "olmo_grouped",
+        dict(n_coda=0, norm_between_iterations=True, injection=None, initial_state="embed"),
+    ),
+    "biased_post_residual": (
+        "huginn",
+        dict(injection="add", initial_state="learned", attn_bias=True, mlp_bias=True),
+    ),
+}
+"""Combinations that no released model has, by name: the architecture varied, and the changes."""
+
+
+def any_model(name: str, **changes: Any):
+    """A model of :data:`ARCHITECTURES` or :data:`VARIATIONS`."""
+    architecture, variation = VARIATIONS.get(name, (name, {}))
+    return tiny_model(architecture, **{**variation, **changes})

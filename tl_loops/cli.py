@@ -52,9 +52,7 @@ def models(options: argparse.Namespace) -> None:
         rows.append((entry.name, cfg.notation, f"{cfg.n_params:,}", entry.source))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for name, notation, parameters, source in rows:
-        print(
-            f"{name:<{widths[0]}}  {notation:<{widths[1]}}  {parameters:>{widths[2]}}  {source}"
-        )
+        print(f"{name:<{widths[0]}}  {notation:<{widths[1]}}  {parameters:>{widths[2]}}  {source}")
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -154,7 +152,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--prompts", metavar="FILE", help="text (one a line) or JSON lines; else a sample"
         )
-        command.add_argument("--n-iterations", type=int, metavar="N", help="passes through the core")
+        command.add_argument(
+            "--n-iterations", type=int, metavar="N", help="passes through the core"
+        )
         command.add_argument(
             "--dtype",
             default="float32",

@@ -393,8 +393,7 @@ def _stream(
     for stored, spec in pairs:
         first = 0
         for part in spec.parts:
-            rows = read_rows(stored, first, first + part.rows, cfg.dtype, cfg.device)
+            memory = part.empty((part.rows, *stored.shape[1:]), cfg.dtype, cfg.device)
+            read_rows(stored, first, memory)
             first += part.rows
-            weight = part.view(rows)
-            del rows
-            yield part.name, weight
+            yield part.name, part.view(memory)

@@ -162,8 +162,9 @@ def _with_iterations(model: Any, n_iterations: int | None) -> AbstractContextMan
 
 def _plan(model: Any, metrics: Metrics, shortest: int) -> list[PlannedMetric]:
     """Resolve names and options, and refuse what the model cannot give."""
-    if isinstance(metrics, str):
-        metrics = available_metrics(model) if metrics == "all" else (metrics,)
+    metrics = (metrics,) if isinstance(metrics, str) else metrics
+    if tuple(metrics) == ("all",):
+        metrics = available_metrics(model)
     given = metrics if isinstance(metrics, Mapping) else {name: {} for name in metrics}
     if not given:
         raise ValueError("metrics is empty: give names, or 'all'")

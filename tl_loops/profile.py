@@ -320,10 +320,8 @@ class LoopProfile:
     def __repr__(self) -> str:
         p = self.provenance
         shape = f"{self.n_layers} layers" if p.notation is None else p.notation
-        return (
-            f"LoopProfile({p.model} {shape}, {p.n_prompts} prompts, "
-            f"{len(self.metrics)} metrics: {', '.join(self.metrics)})"
-        )
+        names = ", ".join(self.metrics[:5]) + (", ..." if len(self.metrics) > 5 else "")
+        return f"LoopProfile({p.model} {shape}, {p.n_prompts} prompts, metrics: {names})"
 
     def _of(self, metric: str) -> Moments:
         if metric not in self.moments:

@@ -59,6 +59,21 @@ def load_profile(path: str | os.PathLike[str]) -> LoopProfile:
         raise ValueError(f"{path} holds no whole profile of tl_loops: {error}") from error
 
 
+def check_file_ending(path: str | os.PathLike[str]) -> None:
+    """Refuse, before anything is measured, a file that a profile could not be written to.
+
+    Args:
+        path: Ends in ``.parquet``, ``.csv`` or ``.json``.
+
+    Raises:
+        ValueError: Another ending.
+        ImportError: pyarrow, which Parquet needs, is missing.
+    """
+    encode, _ = _codec(path)
+    if encode is _to_parquet:
+        _pyarrow()
+
+
 def _codec(path: str | os.PathLike[str]) -> tuple[Callable[..., bytes], Callable]:
     codecs = {
         ".parquet": (_to_parquet, _from_parquet),
@@ -91,8 +106,8 @@ def _profile(header: Row, rows: list[Row], options: dict[str, Any]) -> LoopProfi
     layout = None
     if header["n_core"] is not None:
         stacks = None if header["stacks"] is None else tuple(header["stacks"].split(" "))
-        sizes = (int(header[name]) for name in _SIZES)
-        layout = LoopLayout(*sizes, int(header["n_iterations"]), stacks)
+        sizes = {name: int(header[name]) for name in (*_SIZES, "n_iterations")}
+        layout = LoopLayout(**sizes, stacks=stacks)
     moments = {name: Moments.empty(n_layers) for name in options}
     for row in rows:
         one, block = moments[row["metric"]], int(row["block"])

@@ -12,7 +12,8 @@ from torch import Tensor
 from tl_loops.exit_curves import exit_curve
 from tl_loops.lens import coda_lens
 from tl_loops.measure import measure
-from tl_loops.patching import activation_patch, axis_labels
+from tl_loops.patching.activation import activation_patch
+from tl_loops.patching.grid import axis_labels
 from tl_loops.plots.attention import attention_view
 from tl_loops.plots.heatmap import Heatmap
 from tl_loops.prompts import PromptText
@@ -21,6 +22,7 @@ _ATTENTION_BYTES = 2_500_000
 _BYTES_A_WEIGHT = 6
 _LONGEST_TABLE = 64
 _BATCH = 64
+_WORTH_NAMING = 0.1
 
 _METRICS = {
     "sink_rate": ("Sink rate", "share of heads whose mean weight on position 0 is at least 0.3"),
@@ -136,9 +138,7 @@ def measurements_section(
     model: Any, prompts: Sequence[PromptText], what: str, progress: bool
 ) -> Section:
     """Sink rate, mixing score and ColSum concentration per iteration and layer."""
-    profile = measure(
-        model, [p.text for p in prompts], metrics=tuple(_METRICS), progress=progress
-    )
+    profile = measure(model, [p.text for p in prompts], metrics=tuple(_METRICS), progress=progress)
     layout, figures, notes = model.layout, [], []
     for name, (title, unit) in _METRICS.items():
         values = torch.as_tensor(profile.mean(name))
@@ -207,14 +207,12 @@ def patching_section(model: Any, prompts: Sequence[PromptText], progress: bool) 
         ).to_html().replace('class="heatmap"', 'class="heatmap dense tilted"')
         for layer in range(effect.shape[1])
     ]  # fmt: skip
-    t, layer, pos = (int(i) for i in (effect == effect.max()).nonzero()[0])
     text = [
         f"The clean prompt “{_text(model, clean)}” is answered {_word(model, right)}, the "
         f"corrupted one ({change}) {_word(model, wrong)}. Each cell runs the corrupted prompt with "
         "one position of the residual stream before one layer of one iteration taken from the "
         "clean run, and gives the share of the logit difference that this restores.",
-        f"The largest share, {float(effect.max()):.2f}, comes from iteration {t}, layer {layer} at "
-        f"{positions[pos]}.{note}",
+        _path_in_words(effect[:, 0], positions) + note,
     ]
     return Section("patching", title, text, figures)
 
@@ -227,7 +225,9 @@ def attention_section(model: Any, prompt: PromptText) -> Section:
     weights = cfg.n_core * cfg.n_heads * len(words) ** 2
     room = max(1, _ATTENTION_BYTES // _BYTES_A_WEIGHT)
     n_views = min(cfg.n_iterations, max(2, room // weights))
-    chosen = sorted({round(i * (cfg.n_iterations - 1) / max(1, n_views - 1)) for i in range(n_views)})
+    chosen = sorted(
+        {round(i * (cfg.n_iterations - 1) / max(1, n_views - 1)) for i in range(n_views)}
+    )
     n_heads = max(1, min(cfg.n_heads, room // (len(chosen) * cfg.n_core * len(words) ** 2)))
     figures = []
     for t in chosen:
@@ -306,9 +306,7 @@ def _by_length(
     ]
 
 
-def _pair(
-    model: Any, prompts: Sequence[PromptText]
-) -> tuple[Tensor, Tensor, int, int, str] | None:
+def _pair(model: Any, prompts: Sequence[PromptText]) -> tuple[Tensor, Tensor, int, int, str] | None:
     """A clean and a corrupted prompt of one length whose answers differ."""
     tokens = [model.to_tokens(p.text)[:1, -_LONGEST_TABLE:] for p in prompts]
     for prompt, clean in zip(prompts, tokens, strict=True):
@@ -342,8 +340,27 @@ def _corruptions(
     return candidates[:16]
 
 
+def _path_in_words(effect: Float[Tensor, "iteration pos"], positions: Sequence[str]) -> str:
+    """Which position restores the most, as a run of iterations after the other."""
+    runs: list[list[Any]] = []
+    for t, row in enumerate(effect):
+        share, place = float(row.max()), positions[int(row.argmax())]
+        if share < _WORTH_NAMING:
+            place = "no position"
+        if runs and runs[-1][2] == place:
+            runs[-1][1], runs[-1][3] = t, max(runs[-1][3], share)
+        else:
+            runs.append([t, t, place, share])
+    told = []
+    for first, last, place, share in runs:
+        when = f"iteration {first}" if first == last else f"iterations {first} to {last}"
+        much = f" (up to {share:.2f})" if place != "no position" else ""
+        told.append(f"in {when} {place}{much}")
+    return "The position that restores the most before layer 0: " + "; ".join(told) + "."
+
+
 def _where_it_matters(
-    effect: Float[Tensor, "iteration layer pos"], positions: Sequence[str], most: int = 24
+    effect: Float[Tensor, "iteration layer pos"], positions: Sequence[str], most: int = 48
 ) -> tuple[Tensor, list[str], str]:
     """The positions with the largest effect, in order, when there are too many to show."""
     if len(positions) <= most:

@@ -63,10 +63,11 @@ def model_fingerprint(model: Any) -> str:
     digest = hashlib.blake2b(digest_size=16)
     cfg = {name: v for name, v in model.cfg.to_dict().items() if name not in _NOT_THE_MODEL}
     digest.update(json.dumps(cfg, sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():  # shared weights come once
-        digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode())
+    # Shared weights come once. Without their names: those of a coda count the iterations.
+    for parameter in model.parameters():
+        digest.update(f"{parameter.dtype} {list(parameter.shape)}".encode())
         flat = parameter.detach().cpu().contiguous().reshape(-1)
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -75,7 +76,7 @@ def prompts_fingerprint(prompts: Sequence[Int[Tensor, "pos"]]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for tokens in prompts:
         digest.update(f"{tokens.shape[0]}:".encode())
-        digest.update(memoryview(tokens.numpy()))
+        digest.update(tokens.numpy().data)
     return digest.hexdigest()
 
 

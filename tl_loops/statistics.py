@@ -51,7 +51,7 @@ class Moments:
         defined = x.isfinite()
         n = defined.sum(-1)
         x = torch.where(defined, x, 0.0)
-        mean = x.sum(-1) / n  # 0/0 is NaN
+        mean = x.sum(-1) / n  # 0 / 0 is NaN
         deviation = torch.where(defined, x - mean.unsqueeze(-1), 0.0)
         return cls(n, (~defined).sum(-1), mean, deviation.square().sum(-1))
 
@@ -71,7 +71,8 @@ class Moments:
             )
         n = self.count + other.count
         delta = other.mean.nan_to_num(nan=0.0) - self.mean.nan_to_num(nan=0.0)
-        share = other.count / n.clamp(min=1)
+        # In float64: a quotient of integer tensors would be float32.
+        share = other.count.double() / n.clamp(min=1)
         mean = self.mean.nan_to_num(nan=0.0) + delta * share
         return Moments(
             count=n,

@@ -16,7 +16,7 @@ from transformer_lens.utilities.tokenize_utils import get_tokenizer_with_bos
 from tl_loops import loading
 from tl_loops.config import LoopedTransformerConfig
 from tl_loops.errors import CheckpointError, ConfigError, UnknownModelError
-from tl_loops.families.physical import physical_tensors, stored_as
+from tl_loops.families.physical import empty_as, physical_tensors
 from tl_loops.loading import (
     is_looped_name,
     load_config,
@@ -897,7 +897,7 @@ def test_a_config_written_by_hand_loads_whatever_its_architecture(tmp_path):
     )
     generator = torch.Generator().manual_seed(0)
     tensors = {
-        name: stored_as(torch.randn(tensor.shape, generator=generator), tensor.layout)
+        name: empty_as(tensor.shape, tensor.layout).normal_(generator=generator)
         for name, tensor in physical_tensors(cfg).items()
     }
     save_checkpoint(tmp_path / "c", cfg, tensors)

@@ -5,12 +5,15 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tl_loops.config import LoopedTransformerConfig
 from tl_loops.errors import CheckpointError
 
 View = Callable[[Tensor], Tensor]
+Shape = tuple[int, ...]
+Empty = Callable[[Shape, torch.dtype, torch.device | str | None], Tensor]
 Released = Mapping[str, Any]
 """The content of a released ``config.json``."""
 
@@ -51,6 +54,11 @@ def read(*keys: str, kind: type = int, default: Any = _REQUIRED) -> Field:
     return Field(keys, kind, default)
 
 
+def row_major(shape: Shape, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    """An uninitialised tensor with the usual strides."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
 @dataclass(frozen=True)
 class Part:
     """Some rows of a stored tensor that become one physical weight.
@@ -58,12 +66,14 @@ class Part:
     Attributes:
         name: Physical name, e.g. ``"core.0.attn.W_Q"``.
         rows: How many rows of the stored tensor it takes, counted from the end of the part before.
-        view: Turns these rows into the physical weight without a copy.
+        view: Turns these rows in memory into the physical weight, without a copy.
+        empty: Allocates the memory that they are read into, for a shape, type and device.
     """
 
     name: str
     rows: int
     view: View
+    empty: Empty = row_major
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ class TensorSpec:
     """One tensor that a checkpoint must hold: its key, its shape, and what it becomes."""
 
     key: str
-    shape: tuple[int, ...]
+    shape: Shape
     parts: tuple[Part, ...]
 
 
@@ -239,7 +249,7 @@ def head_bias(d_head: int) -> View:
     return lambda stored: stored.view(-1, d_head)
 
 
-def whole(key: str, shape: tuple[int, ...], name: str, view: View = as_is) -> TensorSpec:
+def whole(key: str, shape: Shape, name: str, view: View = as_is) -> TensorSpec:
     """A stored tensor that is one physical weight."""
     return TensorSpec(key, shape, (Part(name, shape[0], view),))
 

@@ -35,7 +35,10 @@ _ITEM_SIZES = {
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_HEADER = 100_000_000
 _PIECE = 1 << 18
-"""Elements that are converted at a time, so that a conversion needs no second whole tensor."""
+"""Elements that are converted at a time, so that a conversion needs no second whole tensor.
+
+Small enough that the buffers leave no holes between the weights in the allocator's memory.
+"""
 
 
 @dataclass(frozen=True)
@@ -246,53 +249,49 @@ def _entry(file: Path, key: str, entry: Any, data: int) -> StoredTensor:
     return StoredTensor(file, key, str(dtype), shape, data + begin, end - begin)
 
 
-def read_rows(
-    stored: StoredTensor,
-    first: int,
-    last: int,
-    dtype: torch.dtype,
-    device: torch.device | str | None,
-) -> Tensor:
-    """Rows ``first`` to ``last`` of a stored tensor, in memory of their own.
+def read_rows(stored: StoredTensor, first: int, target: Tensor) -> None:
+    """Fill a tensor with the rows of a stored one, from ``first`` on.
 
     The file is read, not mapped: mapped pages would count as memory beside the weights. A change of
-    type goes piece by piece.
+    type, strides or device goes piece by piece.
 
-    Returns:
-        ``[last - first, ...]``, row-major.
+    Args:
+        stored: What to read.
+        first: Row of it that becomes ``target[0]``.
+        target: ``[rows, *stored.shape[1:]]``, of any strides, floating type and device.
 
     Raises:
         CheckpointError: The file ends early or cannot be read.
     """
-    row = math.prod(stored.shape[1:])
-    loaded = torch.empty((last - first, *stored.shape[1:]), dtype=dtype, device=device)
-    flat, stored_dtype = loaded.view(-1), FLOATS[stored.dtype]
-    offset = stored.offset + first * row * stored_dtype.itemsize
+    stored_dtype, row = FLOATS[stored.dtype], math.prod(stored.shape[1:])
+    direct = target.is_contiguous() and target.device.type == "cpu" and target.dtype == stored_dtype
     try:
         with open(stored.file, "rb", buffering=0) as stream:
-            stream.seek(offset)
-            if loaded.device.type == "cpu" and dtype == stored_dtype:
-                _fill(stream, flat, stored)
-            else:
-                buffer = torch.empty(min(_PIECE, flat.numel()), dtype=stored_dtype)
-                for begin in range(0, flat.numel(), _PIECE):
-                    piece = buffer[: flat.numel() - begin]
-                    _fill(stream, piece, stored)
-                    flat[begin : begin + piece.numel()].copy_(piece)
+            stream.seek(stored.offset + first * row * stored_dtype.itemsize)
+            if direct:
+                _fill(stream, target.view(-1), stored)
+                return
+            step = max(1, _PIECE // max(1, row))
+            buffer = torch.empty((min(step, len(target)), *stored.shape[1:]), dtype=stored_dtype)
+            for begin in range(0, len(target), step):
+                piece = buffer[: len(target) - begin]
+                _fill(stream, piece.view(-1), stored)
+                target[begin : begin + step].copy_(piece)
     except OSError as error:
         raise CheckpointError(f"{stored.file}: key {stored.key!r}: {error}") from error
-    return loaded
 
 
 def same_values(one: StoredTensor, other: StoredTensor) -> bool:
     """Whether two stored tensors hold the same numbers, compared piece by piece."""
     if one.shape != other.shape:
         return False
-    rows, row = one.shape[0], max(1, math.prod(one.shape[1:]))
-    step = max(1, _PIECE // row)
+    rows, row = one.shape[0], math.prod(one.shape[1:])
+    step = max(1, _PIECE // max(1, row))
     for first in range(0, rows, step):
-        last = min(first + step, rows)
-        a, b = (read_rows(t, first, last, torch.float64, "cpu") for t in (one, other))
+        shape = (min(step, rows - first), *one.shape[1:])
+        a, b = (torch.empty(shape, dtype=torch.float64) for _ in range(2))
+        read_rows(one, first, a)
+        read_rows(other, first, b)
         if not torch.equal(a, b):
             return False
     return True

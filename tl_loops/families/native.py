@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,15 @@ from torch import Tensor
 
 from tl_loops.config import LoopedTransformerConfig, dtype_name
 from tl_loops.errors import CheckpointError, ConfigError
-from tl_loops.families.base import Family, KnownModel, Released, TensorSpec, whole
+from tl_loops.families.base import (
+    Empty,
+    Family,
+    KnownModel,
+    Part,
+    Released,
+    TensorSpec,
+    as_is,
+)
 from tl_loops.families.checkpoint import (
     CONFIG_FILE,
     FLOATS,
@@ -26,7 +34,7 @@ from tl_loops.families.checkpoint import (
     read_json,
     write_safetensors,
 )
-from tl_loops.families.physical import Layout, physical_tensors, stored_as
+from tl_loops.families.physical import Layout, empty_as, physical_tensors
 
 MODEL_TYPE = "tl_loops"
 FORMAT_VERSION = 1
@@ -56,12 +64,13 @@ def _derive(released: Released) -> dict[str, Any]:
 
 def _tensors(cfg: LoopedTransformerConfig) -> Iterator[TensorSpec]:
     for name, tensor in physical_tensors(cfg).items():
-        yield whole(name, tensor.shape, name, _relaid(tensor.layout))
+        part = Part(name, tensor.shape[0], as_is, _allocator(tensor.layout))
+        yield TensorSpec(name, tensor.shape, (part,))
 
 
-def _relaid(layout: Layout) -> Callable[[Tensor], Tensor]:
-    # Stored row-major in TransformerLens's orientation; the model wants F.linear's.
-    return lambda stored: stored_as(stored, layout)
+def _allocator(layout: Layout) -> Empty:
+    # Files are row-major in TransformerLens's orientation; the model wants F.linear's.
+    return lambda shape, dtype, device: empty_as(shape, layout, dtype, device)
 
 
 NATIVE = Family(

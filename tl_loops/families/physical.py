@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from tl_loops.config import LoopedTransformerConfig
@@ -101,12 +102,15 @@ def _norm(cfg: LoopedTransformerConfig, name: str, length: int) -> dict[str, Phy
     return found
 
 
-def stored_as(tensor: Tensor, layout: Layout) -> Tensor:
-    """The same values with the strides that ``layout`` asks for; a copy where they differ."""
-    if layout == "transposed":
-        return tensor.T.contiguous().T
-    if layout == "heads_in":
-        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
-    if layout == "heads_out":
-        return tensor.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-    return tensor.contiguous()
+def empty_as(
+    shape: tuple[int, ...],
+    layout: Layout,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """An uninitialised physical weight with the strides that ``layout`` asks for."""
+    order = {"plain": range(len(shape)), "transposed": (1, 0), "heads_in": (0, 2, 1)}.get(
+        layout, (2, 0, 1)
+    )
+    stored = torch.empty([shape[axis] for axis in order], dtype=dtype, device=device)
+    return stored.permute([list(order).index(axis) for axis in range(len(shape))])

@@ -1,7 +1,7 @@
 """From a residual to logits: through the final norm alone, or through all that follows the loop."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -12,6 +12,7 @@ from tl_loops.lens.points import LensPoint, PointSet
 from tl_loops.upstream import apply_softcap
 
 
+@runtime_checkable
 class Lens(Protocol):
     """Turns what is read at a point into logits."""
 

@@ -108,7 +108,7 @@ def track_entities(
     """
     if not entities:
         raise ValueError("entities is empty: name at least one token to follow")
-    wanted = dict(positions or {})
+    wanted: dict[str, Positions] = {} if positions is None else dict(positions)
     for name in wanted:
         if name not in entities:
             raise ValueError(f"positions names {name!r}, which is not among the entities")
