@@ -6,10 +6,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from tl_loops.decomposition.components import SliceLike, as_slice
 from tl_loops.decomposition.neurons import NeuronDecomposition
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout import ITERATION_HOOKS, LoopLayout
-from tl_loops.upstream import Slice, SliceInput
 
 
 class LoopedActivationCache(NeuronDecomposition):
@@ -78,7 +78,7 @@ class LoopedActivationCache(NeuronDecomposition):
         self.cache_dict = self._each_once(lambda tensor: tensor.to(device))
         return self
 
-    def apply_slice_to_batch_dim(self, batch_slice: Slice | SliceInput) -> "LoopedActivationCache":
+    def apply_slice_to_batch_dim(self, batch_slice: SliceLike) -> "LoopedActivationCache":
         """A cache of some batch rows.
 
         Args:
@@ -87,7 +87,7 @@ class LoopedActivationCache(NeuronDecomposition):
         Raises:
             ValueError: The cache has no batch axis.
         """
-        rows = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
+        rows = as_slice(batch_slice)
         if not self.has_batch_dim and rows.mode != "identity":
             raise ValueError("this cache has no batch axis to slice")
         keeps = self.has_batch_dim and rows.mode != "int"

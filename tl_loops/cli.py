@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from tl_loops import __version__
+from tl_loops.errors import LoopedSemanticsError
 from tl_loops.families.registry import catalogue
 from tl_loops.measurements.registry import MEASUREMENTS
 from tl_loops.prompts import PromptText, read_prompts
 
-USER_ERRORS = (ValueError, OSError, KeyError, NotImplementedError)
+USER_ERRORS = (ValueError, OSError, ImportError, LoopedSemanticsError)
 """What bad input raises; anything else is a fault of the program and keeps its traceback."""
 
 EMBEDDED = "tl-loops-tiny"
@@ -38,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except USER_ERRORS as error:
-        message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        print(f"tl-loops {options.name}: {' '.join(message.split())}", file=sys.stderr)
+        print(f"tl-loops {options.name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
@@ -69,7 +69,7 @@ def measure(options: argparse.Namespace) -> None:
         from tl_loops.report import default_prompts
 
         prompts = list(default_prompts(model).evaluated)
-    arguments = {} if options.metrics is None else {"metrics": tuple(options.metrics)}
+    arguments: dict[str, Any] = {} if options.metrics is None else {"metrics": tuple(options.metrics)}
     profile = run(
         model,
         [p.text for p in prompts],

@@ -99,8 +99,7 @@ def report_html(
         prompts = default_prompts(model)
     elif not isinstance(prompts, ReportPrompts):
         prompts = ReportPrompts([PromptText(p) if isinstance(p, str) else p for p in prompts])
-    n_iterations = model.cfg.n_iterations if n_iterations is None else n_iterations
-    with torch.no_grad(), model.iterations(n_iterations):
+    with torch.no_grad(), model.iterations(n_iterations or model.cfg.n_iterations):
         sections = [
             overview_section(model, len(prompts.evaluated), prompts.what),
             readout_section(model, prompts.evaluated, prompts.what),
@@ -109,7 +108,7 @@ def report_html(
             patching_section(model, prompts.shown, progress),
             attention_section(model, prompts.shown[0]),
         ]
-        page = _render(model, sections, n_iterations)
+        page = _render(model, sections)
     if len(page.encode()) > MOST_BYTES:
         raise ValueError(
             f"the page would have {len(page.encode()):,} bytes, more than {MOST_BYTES:,}: "
@@ -147,7 +146,7 @@ def write_report(
     return Path(out).resolve()
 
 
-def _render(model: Any, sections: Sequence[Section], n_iterations: int) -> str:
+def _render(model: Any, sections: Sequence[Section]) -> str:
     from tl_loops import __version__
 
     source = (resources.files("tl_loops") / "templates" / "report.html").read_text("utf-8")

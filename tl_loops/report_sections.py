@@ -366,7 +366,7 @@ def _where_it_matters(
     if len(positions) <= most:
         return effect, list(positions), ""
     strength = effect.abs().amax(dim=(0, 1))
-    kept = sorted(strength.topk(most).indices.tolist())
+    kept = sorted(int(i) for i in strength.topk(most).indices)
     left = float(strength[[i for i in range(len(positions)) if i not in kept]].max())
     note = (
         f" Of {len(positions)} positions the {most} with the largest effects are shown; "

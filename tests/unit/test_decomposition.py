@@ -1,4 +1,4 @@
-"""Components carried through norms and injections sum to the stream, and each is right by itself."""
+"""Components carried through norms and injections sum to the stream; each is right by itself."""
 
 import warnings
 
@@ -23,8 +23,13 @@ def folded(model):
 
 
 @pytest.fixture(params=NAMES, scope="module")
-def model(request):
-    return any_model(request.param)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(name):
+    return any_model(name)
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +38,10 @@ def cache(model):
 
 
 @pytest.fixture(params=["unfolded", "folded"], scope="module")
-def either(request, model):
-    """A cache of the model with its weights as they are, or folded."""
-    used = model if request.param == "unfolded" else folded(any_model(fixture_name(model)))
-    return used.run_with_cache(TOKENS)
-
-
-def fixture_name(model) -> str:
-    """The name under which a model was made."""
-    return next(n for n in NAMES if any_model(n).cfg.to_dict() == model.cfg.to_dict())
+def either(request, name):
+    """Logits and cache of the model with its weights as they are, or folded."""
+    model = any_model(name)
+    return (model if request.param == "unfolded" else folded(model)).run_with_cache(TOKENS)
 
 
 def stream(cache, layer, mlp_input=False):
@@ -523,7 +523,7 @@ def test_a_cache_goes_by_the_layout_of_its_own_run(model):
     assert_close(cache.stack_head_results(incl_remainder=True), same[1])
     assert len(cache.accumulated_resid()) == depth + 1
     cache.compute_head_results()
-    assert ("blocks.%d.attn.hook_result" % (depth - 1)) in cache
+    assert f"blocks.{depth - 1}.attn.hook_result" in cache
 
 
 def test_without_a_batch_axis(model):
@@ -555,9 +555,9 @@ def test_padded_and_cached_runs(model):
 
 
 @pytest.mark.parametrize("dtype, rtol", [(torch.bfloat16, 0.05), (torch.float64, 1e-12)])
-def test_other_precisions(model, dtype, rtol):
-    other = any_model(fixture_name(model)).to(dtype)
-    _, cache = other.run_with_cache(TOKENS)
+def test_other_precisions(name, dtype, rtol):
+    model = any_model(name).to(dtype)
+    _, cache = model.run_with_cache(TOKENS)
     expected = stream(cache, cache.layout.n_layers)
     for stack in (cache.decompose_resid(), cache.get_full_resid_decomposition()):
         assert stack.dtype == dtype

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,12 +25,20 @@ from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout import LoopLayout
 from tl_loops.upstream import Slice
 
+SliceLike = Slice | int | slice | tuple[int | None, ...] | list[int] | Tensor | np.ndarray | None
+"""What TransformerLens's ``Slice`` takes: an index drops its axis, a tuple is ``slice(*tuple)``."""
+
 _NAMES = {
     "embed": "hook_embed",
     "pos_embed": "hook_pos_embed",
     "initial_state": "hook_initial_state",
     "injection": "hook_injection",
 }
+
+
+def as_slice(selection: SliceLike) -> Slice:
+    """A ``Slice`` of what stands for one."""
+    return selection if isinstance(selection, Slice) else Slice(selection)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

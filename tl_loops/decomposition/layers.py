@@ -6,11 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tl_loops.decomposition.components import CachedRun
+from tl_loops.decomposition.components import CachedRun, SliceLike
 from tl_loops.decomposition.path import INJECTION_ROWS, FrozenNorm, Rows, Site, Target
 from tl_loops.decomposition.readout import Labelled, ResidualReadout, Stack
 from tl_loops.errors import LoopedSemanticsError
-from tl_loops.upstream import Slice, SliceInput
 
 Selection = int | slice | Sequence[int] | None
 """An index, a slice, several indices, or everything."""
@@ -73,7 +72,7 @@ class LayerDecomposition(ResidualReadout):
         mlp_input: bool = False,
         mode: str = "all",
         apply_ln: bool = False,
-        pos_slice: Slice | SliceInput = None,
+        pos_slice: SliceLike = None,
         incl_embeds: bool = True,
         return_labels: bool = False,
         *,
@@ -147,7 +146,7 @@ class LayerDecomposition(ResidualReadout):
         layer: int | None = -1,
         return_labels: bool = False,
         incl_remainder: bool = False,
-        pos_slice: Slice | SliceInput = None,
+        pos_slice: SliceLike = None,
         apply_ln: bool = False,
         *,
         mlp_input: bool = False,

@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_loops.decomposition.components import CachedRun
+from tl_loops.decomposition.components import CachedRun, SliceLike, as_slice
 from tl_loops.decomposition.layers import LayerDecomposition, Selection, in_selection, indices
 from tl_loops.decomposition.path import Rows, Site, Target, working
 from tl_loops.decomposition.readout import Labelled, affine
-from tl_loops.upstream import Slice, SliceInput
+from tl_loops.upstream import Slice
 
 
 class NeuronDecomposition(LayerDecomposition):
@@ -20,8 +20,8 @@ class NeuronDecomposition(LayerDecomposition):
     def stack_neuron_results(  # type: ignore[override]
         self,
         layer: int | None = -1,
-        pos_slice: Slice | SliceInput = None,
-        neuron_slice: Slice | SliceInput = None,
+        pos_slice: SliceLike = None,
+        neuron_slice: SliceLike = None,
         return_labels: bool = False,
         incl_remainder: bool = False,
         apply_ln: bool = False,
@@ -61,7 +61,7 @@ class NeuronDecomposition(LayerDecomposition):
         """
         run, target = self._run(pos_slice), self._target(layer, mlp_input, state_out)
         selected = self._selected(layers, iterations)
-        neurons = neuron_slice if isinstance(neuron_slice, Slice) else Slice(neuron_slice)
+        neurons = as_slice(neuron_slice)
         if project_output_onto is None:
             if selected is None:
                 n_neurons = np.size(neurons.indices(self.model.cfg.d_mlp))
@@ -118,7 +118,7 @@ class NeuronDecomposition(LayerDecomposition):
         mlp_input: bool = False,
         expand_neurons: bool = True,
         apply_ln: bool = False,
-        pos_slice: Slice | SliceInput = None,
+        pos_slice: SliceLike = None,
         return_labels: bool = False,
         project_output_onto: Float[Tensor, "d_model *output"] | None = None,
         *,
@@ -200,8 +200,8 @@ class NeuronDecomposition(LayerDecomposition):
     def get_neuron_results(
         self,
         layer: int,
-        neuron_slice: Slice | SliceInput = None,
-        pos_slice: Slice | SliceInput = None,
+        neuron_slice: SliceLike = None,
+        pos_slice: SliceLike = None,
         project_output_onto: Float[Tensor, "d_model *output"] | None = None,
     ) -> Tensor:
         """What each neuron of one block adds in its ``hook_mlp_out``.
@@ -227,7 +227,7 @@ class NeuronDecomposition(LayerDecomposition):
         run = self._run(pos_slice)
         index = indices(layer, self.layout.n_layers, "block")[0]
         site = Site("mlp", "", index)
-        neurons = neuron_slice if isinstance(neuron_slice, Slice) else Slice(neuron_slice)
+        neurons = as_slice(neuron_slice)
         if project_output_onto is None:
             rows = run.neurons(site, neurons)
             assert rows is not None

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_loops.decomposition.components import CachedRun
+from tl_loops.decomposition.components import CachedRun, SliceLike, as_slice
 from tl_loops.decomposition.path import FrozenNorm, Target, working
 from tl_loops.layout import LoopLayout
-from tl_loops.upstream import ActivationCache, Slice, SliceInput
+from tl_loops.upstream import ActivationCache
 
 Stack = Float[Tensor, "component ... d_model"]
 Labelled = tuple[Tensor, list[str]]
@@ -25,9 +25,8 @@ class ResidualReadout(ActivationCache):
     layout: LoopLayout
     model: Any
 
-    def _run(self, pos_slice: Slice | SliceInput) -> CachedRun:
-        pos = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
-        return CachedRun(self.cache_dict, self.model, self.layout, pos)
+    def _run(self, pos_slice: SliceLike) -> CachedRun:
+        return CachedRun(self.cache_dict, self.model, self.layout, as_slice(pos_slice))
 
     def _target(self, layer: int | None, mlp_input: bool, state_out: int | None) -> Target:
         depth = self.layout.n_layers
@@ -54,7 +53,7 @@ class ResidualReadout(ActivationCache):
         layer: int | None = None,
         incl_mid: bool = False,
         apply_ln: bool = False,
-        pos_slice: Slice | SliceInput = None,
+        pos_slice: SliceLike = None,
         mlp_input: bool = False,
         return_labels: bool = False,
         *,
@@ -117,8 +116,8 @@ class ResidualReadout(ActivationCache):
         residual_stack: Stack,
         layer: int | None = None,
         mlp_input: bool = False,
-        pos_slice: Slice | SliceInput = None,
-        batch_slice: Slice | SliceInput = None,
+        pos_slice: SliceLike = None,
+        batch_slice: SliceLike = None,
         has_batch_dim: bool = True,
         recompute_ln: bool = False,
         *,
@@ -147,7 +146,7 @@ class ResidualReadout(ActivationCache):
             LoopedSemanticsError: No norm reads the place.
         """
         run, target = self._run(pos_slice), self._target(layer, mlp_input, state_out)
-        rows = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
+        rows = as_slice(batch_slice)
         if has_batch_dim:
             residual_stack = rows.apply(residual_stack, dim=1)
         norm = run.reader(target)
@@ -169,8 +168,8 @@ class ResidualReadout(ActivationCache):
         residual_stack: Stack,
         tokens: str | int | Int[Tensor, "..."],
         incorrect_tokens: str | int | Int[Tensor, "..."] | None = None,
-        pos_slice: Slice | SliceInput = None,
-        batch_slice: Slice | SliceInput = None,
+        pos_slice: SliceLike = None,
+        batch_slice: SliceLike = None,
         has_batch_dim: bool = True,
         *,
         state_out: int | None = None,

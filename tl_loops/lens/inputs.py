@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tl_loops.upstream import get_attention_mask
 
-Positions = (
-    int | Sequence[int] | Int[Tensor, "read"] | Int[Tensor, "batch read"] | Literal["all", "last"]
-)
+# Shapes are checked below, with messages of their own.
+LensInput = str | list[str] | Tensor
+Positions = int | Sequence[int] | Tensor | Literal["all", "last"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ class LensInputs:
 
 def lens_inputs(
     model: Any,
-    input: str | list[str] | Int[Tensor, "*batch pos"],
+    input: LensInput,
     positions: Positions,
     attention_mask: Tensor | None = None,
     initial_state: Tensor | None = None,

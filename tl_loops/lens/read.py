@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_loops.lens.decode import CodaLens, ExitLens, Lens, LogitLens
-from tl_loops.lens.inputs import LensInputs, Positions, lens_inputs, with_iterations
+from tl_loops.lens.inputs import LensInput, LensInputs, Positions, lens_inputs, with_iterations
 from tl_loops.lens.points import LensPoint, PointSet, require_layout, select_points
 from tl_loops.lens.result import LensResult, TokenTrajectory, point_series
 from tl_loops.lens.tokens import TrackedTokens, tracked_ids
@@ -27,7 +27,7 @@ _POINTWISE = ("predictions", "top_tokens", "top_probabilities", "entropy")
 
 def read_lens(
     model: Any,
-    input: str | list[str] | Int[Tensor, "*batch pos"],
+    input: LensInput,
     lens: Lens,
     *,
     points: PointSet | str | Sequence[str] | None = None,
@@ -36,7 +36,7 @@ def read_lens(
     top_k: int = 5,
     keep_logits: bool = False,
     attention_mask: Tensor | None = None,
-    initial_state: Float[Tensor, "batch pos d_model"] | None = None,
+    initial_state: Tensor | None = None,
     n_iterations: int | None = None,
     batch_size: int | None = None,
 ) -> LensResult:
@@ -97,9 +97,7 @@ def read_lens(
     return _result(lens, chosen, inputs, tracked, parts)
 
 
-def logit_lens(
-    model: Any, input: str | list[str] | Int[Tensor, "*batch pos"], **options: Any
-) -> LensResult:
+def logit_lens(model: Any, input: LensInput, **options: Any) -> LensResult:
     """Final norm and unembedding applied to the residual behind each block.
 
     What lies between the point and the final norm is skipped: the rest of the loop, the norm
@@ -123,9 +121,7 @@ def logit_lens(
     return read_lens(model, input, LogitLens(), **options)
 
 
-def coda_lens(
-    model: Any, input: str | list[str] | Int[Tensor, "*batch pos"], **options: Any
-) -> LensResult:
+def coda_lens(model: Any, input: LensInput, **options: Any) -> LensResult:
     """The state of each iteration through all that the model does behind the loop.
 
     That is the norm before the coda, the coda's blocks on the whole sequence, the final norm and
@@ -149,9 +145,7 @@ def coda_lens(
     return read_lens(model, input, CodaLens(), **options)
 
 
-def exit_lens(
-    model: Any, input: str | list[str] | Int[Tensor, "*batch pos"], **options: Any
-) -> LensResult:
+def exit_lens(model: Any, input: LensInput, **options: Any) -> LensResult:
     """The exit of every iteration: ``model(tokens, exit_at=t)`` for all t, in one pass.
 
     Args:

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 Spellings = int | str | Sequence[int | str]
-TrackedTokens = int | str | Sequence[Spellings] | Int[Tensor, "batch"] | Int[Tensor, "batch _"]
+TrackedTokens = int | str | Sequence[Spellings] | Tensor
 
 ABSENT = -1
 """Fills rows of prompts that have fewer spellings than others."""

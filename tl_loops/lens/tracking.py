@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_loops.lens.decode import CodaLens, Lens
-from tl_loops.lens.inputs import Positions, lens_inputs
+from tl_loops.lens.inputs import LensInput, Positions, lens_inputs
 from tl_loops.lens.points import LensPoint
 from tl_loops.lens.read import read_lens
 from tl_loops.lens.tokens import TrackedTokens
@@ -78,7 +78,7 @@ class EntityTracks:
 
 def track_entities(
     model: Any,
-    input: str | list[str] | Int[Tensor, "*batch pos"],
+    input: LensInput,
     entities: Mapping[str, TrackedTokens],
     *,
     positions: Mapping[str, Positions] | None = None,

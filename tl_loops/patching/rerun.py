@@ -7,7 +7,8 @@ positions before the first edited one keep the base run's keys and values instea
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -222,7 +223,7 @@ class BaseRun:
             self.past = arguments["past_kv_cache"] = self._empty_past()
             if arguments.get("attention_mask") is None:
                 arguments["attention_mask"] = torch.ones_like(self.tokens)
-        with self.model.hooks(fwd_hooks=hooks):
+        with _hooked(self.model, hooks):
             self.logits = self.model(self.tokens, **arguments)
         if drawn:  # All cells share the draw of the base run.
             self.initial_state = self.values["hook_initial_state"]
@@ -355,11 +356,7 @@ class BaseRun:
             if start > self.crossing and self.injects:
                 arguments["injection"] = e
             found: dict[str, Tensor] = {}
-            hooks = self._hooks(cells[:n_cells], start, stop, found)
-            if hooks:
-                with self.model.hooks(fwd_hooks=hooks):
-                    x = self.model(source, **arguments)
-            else:
+            with _hooked(self.model, self._hooks(cells[:n_cells], start, stop, found)):
                 x = self.model(source, **arguments)
             e = found.get("hook_injection", e)
             read |= {name: found[name] for name in self.read if name in found}
@@ -502,6 +499,23 @@ def check_metric(
         f"metric must map the {what} of one cell, {list(shape)}, to a scalar, but it returns "
         f"{found}: reduce over batch and positions, for example with .mean()"
     )
+
+
+@contextmanager
+def _hooked(model: Any, hooks: Sequence[tuple[str, Callable]]) -> Iterator[None]:
+    """``model.hooks`` without its visit to every hook point of the model when it ends.
+
+    A run has as many stages as there are blocks, so that visit would cost more than the stages.
+    """
+    level = model.context_level + 1
+    points = [model.hook_dict[name] for name, _ in hooks]
+    try:
+        for point, (_, hook) in zip(points, hooks, strict=True):
+            point.add_hook(hook, level=level)
+        yield
+    finally:
+        for point in points:
+            point.remove_hooks("fwd", level=level)
 
 
 def _show(show: Callable[[Tensor], None], value: Tensor, hook: Any) -> None:

@@ -1,0 +1,111 @@
+"""The report in a real browser without a network: every figure is there and holds something."""
+
+import os
+import shutil
+
+import pytest
+import torch
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+if CHROMIUM is None and os.environ.get("CI") != "true":
+    pytest.skip("Debian's chromium is not installed", allow_module_level=True)
+
+from playwright.sync_api import Page, sync_playwright  # noqa: E402
+
+from tl_loops import LoopedTransformer  # noqa: E402
+from tl_loops.report import MOST_BYTES, write_report  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    torch.set_num_threads(1)
+    model = LoopedTransformer.from_pretrained_no_processing("tl-loops-tiny", device="cpu")
+    out = tmp_path_factory.mktemp("report") / "report.html"
+    return write_report(model, out, n_iterations=4, progress=False)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            args=[
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+                "--no-first-run",
+            ],
+        )
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser, report):
+    context = browser.new_context(viewport={"width": 1100, "height": 900})
+    page = context.new_page()
+    page.requests, page.problems = [], []
+    page.on("request", lambda request: page.requests.append(request.url))
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    context.route("http*://**", lambda route: route.abort())
+    page.goto(report.as_uri())
+    page.wait_for_selector(".attention-view canvas, .attention-view table, .attention-view img")
+    yield page
+    context.close()
+
+
+def test_it_is_one_small_file_that_asks_for_nothing(page: Page, report):
+    assert page.requests == [report.as_uri()]
+    assert page.problems == []
+    assert report.stat().st_size <= MOST_BYTES
+
+
+def test_every_figure_is_drawn(page: Page):
+    figures = page.locator("figure")
+    titles = figures.locator("figcaption").all_inner_texts()
+    assert len(titles) == len(set(titles)) >= 11
+    for figure in figures.all():
+        box = figure.bounding_box()
+        assert box is not None
+        assert box["width"] > 150
+        assert box["height"] > 60
+    for view in page.locator(".attention-view").all():
+        assert "r" in view.inner_text()
+        assert view.locator("canvas, svg, img, table").count() > 0
+
+
+def test_sections_and_contents_agree(page: Page):
+    links = [link.get_attribute("href") for link in page.locator("nav a").all()]
+    assert links == [f"#{s.get_attribute('id')}" for s in page.locator("main section").all()]
+    assert len(links) == 6
+
+
+def test_a_cell_tells_its_number_on_hover(page: Page):
+    cell = page.locator("#attention-metrics td[title]").first
+    cell.hover()
+    assert "iteration 0, layer 0: " in (cell.get_attribute("title") or "")
+
+
+def test_it_fits_a_phone_and_follows_the_dark_scheme(page: Page):
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 391
+    colour = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(colour)
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate(colour) != light
+
+
+def test_text_from_prompts_is_escaped(browser, report, tmp_path):
+    model = LoopedTransformer.from_pretrained_no_processing("tl-loops-tiny", device="cpu")
+    evil = "<img src=x onerror=alert(1)> </script> Ann likes Bob . 1 hops from Ann :"
+    out = write_report(model, tmp_path / "evil.html", [evil], n_iterations=2, progress=False)
+    page = browser.new_page()
+    dialogs: list[str] = []
+    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+    page.goto(out.as_uri())
+    assert dialogs == []
+    assert page.locator("img[onerror]").count() == 0
+    assert "<img src=x" in page.locator("#answers").inner_text()
+    page.close()
