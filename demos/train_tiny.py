@@ -5,7 +5,9 @@
 The model learns the task of ``tl_loops.tasks``: follow k facts that stand in the context, one hop
 an iteration. Every exit is trained: the state after iteration t goes through the coda, and the
 target is the person after min(t, k) hops. The task grows with success: more people in the context
-first (finding one fact is the slow part), then more iterations and hops.
+first (finding one fact is the slow part), then more iterations and hops. Once it is whole, every
+other batch starts from a state that already is up to 24 iterations old, through which no gradient
+flows; so the model also learns to hold its answer.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
+from transformer_lens.hook_points import HookPoint
 
 from tl_loops import LoopedTransformer, LoopedTransformerConfig
 from tl_loops.tasks import (
@@ -39,7 +42,9 @@ TASK = FactChainTask()
 WORDS = vocabulary(TASK)
 ID = {word: index for index, word in enumerate(WORDS)}
 
-N_ITERATIONS = 8  # the default of the saved model and the most in training
+N_ITERATIONS = 8  # the default of the saved model, and the most that gradients flow through
+OLDEST_STATE = 24  # iterations without gradient before a batch that teaches to hold
+MOST_HOLDING = 4  # iterations with gradient in such a batch
 MOST_QUESTIONS = 6
 
 
@@ -129,10 +134,16 @@ class Batch:
     targets: Int[Tensor, "iteration batch question"]
 
 
-def make_batch(size: int, stage: Stage, n_iterations: int, rng: random.Random) -> Batch:
+def make_batch(size: int, stage: Stage, iterations: range, rng: random.Random) -> Batch:
     """Training contexts: facts, 1 to 6 questions, and the answer of the last one.
 
     The loss reads every question, so that one context teaches several lookups.
+
+    Args:
+        size: Number of contexts.
+        stage: Sets how many people and hops there are.
+        iterations: Those whose exits are trained, counted from 0.
+        rng: Source of the draws.
     """
     n_people = max(stage.n_people - rng.randint(0, 2), 2)
     task = FactChainTask(n_people, min(TASK.max_hops, stage.n_iterations, n_people - 1))
@@ -147,29 +158,50 @@ def make_batch(size: int, stage: Stage, n_iterations: int, rng: random.Random) -
         paths = [follow(prompt.facts, start, k) for start, k in asked]
         more = " ".join(question(start, k) for start, k in asked[1:])
         rows.append(token_ids(f"{prompt.text} {more} {paths[-1][-1]}"))
-        targets.append(
-            [[ID[path[min(t, len(path) - 1)]] for path in paths] for t in range(n_iterations)]
-        )
+        targets.append([[ID[path[min(t, len(path) - 1)]] for path in paths] for t in iterations])
     tokens = torch.tensor(rows)
     asked_at = (tokens[0] == ID[":"]).nonzero()[:, 0]
     return Batch(tokens, asked_at, torch.tensor(targets).transpose(0, 1))
 
 
 def exit_logits(
-    model: LoopedTransformer, tokens: Int[Tensor, "batch pos"], n_iterations: int
+    model: LoopedTransformer, tokens: Int[Tensor, "batch pos"], iterations: range
 ) -> Float[Tensor, "iteration batch pos d_vocab"]:
-    """Logits of the exits after iterations 1 to T, each through the coda, from one run."""
+    """Logits of the exits after some successive iterations, each through the coda, from one run.
+
+    Iterations before the first of them run without gradient.
+    """
     layout = model.layout
-    states: list[Tensor] = []
+    kept: dict[str, Tensor] = {}
 
-    def keep(state: Tensor, hook: object) -> None:
-        states.append(state)
+    def keep(activation: Tensor, hook: HookPoint) -> None:
+        kept[str(hook.name)] = activation
 
-    names = [f"iter.{t}.hook_state_out" for t in range(n_iterations)]
+    def run(*args: Tensor, last: int, **kwargs: object) -> None:
+        """Run to the end of an iteration (its state is kept by its hook)."""
+        model(
+            *args, stop_at_layer=layout.index(iteration=last, layer=layout.n_core - 1) + 1, **kwargs
+        )
+
+    def state_out(t: int) -> str:
+        return f"iter.{t}.hook_state_out"
+
+    names = ["hook_injection", *(state_out(t) for t in range(iterations.stop))]
     with model.hooks(fwd_hooks=[(name, keep) for name in names]):
-        model(tokens, stop_at_layer=layout.core_start + n_iterations * layout.n_core)
-    logits = model(torch.cat(states), start_at_layer=layout.coda_start)
-    return logits.unflatten(0, (n_iterations, -1))
+        if iterations.start == 0:
+            run(tokens, last=iterations[-1])
+        else:
+            with torch.no_grad():
+                run(tokens, last=iterations.start - 1)
+            run(
+                kept[state_out(iterations.start - 1)],
+                last=iterations[-1],
+                start_at_iteration=iterations.start,
+                injection=kept["hook_injection"],
+            )
+    states = torch.cat([kept[state_out(t)] for t in iterations])
+    logits = model(states, start_at_layer=layout.coda_start)
+    return logits.unflatten(0, (len(iterations), -1))
 
 
 @torch.no_grad()
@@ -182,7 +214,7 @@ def answers_per_exit(
         for first in range(0, len(prompts), batch_size):
             texts = [prompt.text for prompt in prompts[first : first + batch_size]]
             tokens = torch.tensor([token_ids(text) for text in texts])
-            best = exit_logits(model, tokens, n_iterations)[:, :, -1].argmax(-1)
+            best = exit_logits(model, tokens, range(n_iterations))[:, :, -1].argmax(-1)
             for answers, exit_best in zip(given, best.tolist(), strict=True):
                 answers += [WORDS[index] for index in exit_best]
     return given
@@ -230,9 +262,14 @@ def train(model: LoopedTransformer, options: argparse.Namespace) -> None:
     for step in range(options.steps):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, options.steps, options.lr)
-        n_iterations = rng.randint(1, stage.n_iterations)
-        batch = make_batch(options.batch_size, stage, n_iterations, rng)
-        logits = exit_logits(model, batch.tokens, n_iterations)
+        hold = stage.harder() is None and step % 2 == 1
+        if hold:
+            first = rng.randint(1, OLDEST_STATE)
+            iterations = range(first, first + rng.randint(1, MOST_HOLDING))
+        else:
+            iterations = range(rng.randint(1, stage.n_iterations))
+        batch = make_batch(options.batch_size, stage, iterations, rng)
+        logits = exit_logits(model, batch.tokens, iterations)
         people = logits[:, :, batch.asked_at]
         ends = logits[:, :, -1]
         n_questions = len(batch.asked_at)
@@ -256,12 +293,12 @@ def train(model: LoopedTransformer, options: argparse.Namespace) -> None:
             seconds = time.monotonic() - began
             print(f"step {step + 1} loss {mean_loss:.4f} {stage} {seconds:.0f} s", flush=True)
         if (step + 1) % options.evaluate_every == 0:
-            print(accuracy_table(model, 100, N_ITERATIONS, options.evaluation_seed), flush=True)
+            print(accuracy_table(model, 100, 2 * N_ITERATIONS, options.evaluation_seed), flush=True)
     print(f"trained for {time.monotonic() - began:.0f} s")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Train tl-loops-tiny and save it.")
     parser.add_argument("--out", type=Path, required=True, help="directory to save into")
     parser.add_argument("--seed", type=int, default=0, help="weights, prompts, initial states")
     parser.add_argument("--steps", type=int, default=5000)
@@ -278,7 +315,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = LoopedTransformer(make_config(options.seed))
     print(model.cfg.describe())
-    train(model, options)
+    with model.iterations(OLDEST_STATE + MOST_HOLDING):
+        train(model, options)
 
     model.cfg.state_seed = 0  # from here on the state is a function of the position
     options.out.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ Importing this package registers the looped families, so that
 recurrent layer then has hook points of its own, over weights that exist once.
 """
 
-from tl_loops import metrics
+from tl_loops import attribution, lens, metrics, patching, plots, tasks
 from tl_loops.cache import LoopedActivationCache
 from tl_loops.config import LoopedTransformerConfig
 from tl_loops.errors import (
@@ -14,9 +14,12 @@ from tl_loops.errors import (
     LoopedSemanticsError,
     UnknownModelError,
 )
+from tl_loops.exit_curves import exit_curve
 from tl_loops.hooking import HookNameError
 from tl_loops.layout import BlockCoordinate, LoopLayout
+from tl_loops.measure import measure
 from tl_loops.model import LoopedTransformer
+from tl_loops.profile import LoopProfile
 from tl_loops.registration import register, unregister
 
 __version__ = "0.1.0"
@@ -27,13 +30,21 @@ __all__ = [
     "ConfigError",
     "HookNameError",
     "LoopLayout",
+    "LoopProfile",
     "LoopedActivationCache",
     "LoopedSemanticsError",
     "LoopedTransformer",
     "LoopedTransformerConfig",
     "UnknownModelError",
+    "attribution",
+    "exit_curve",
+    "lens",
+    "measure",
     "metrics",
+    "patching",
+    "plots",
     "register",
+    "tasks",
     "unregister",
 ]
 

@@ -158,7 +158,7 @@ def exit_curve(
 
 def _with_answers(
     model: Any, prompts: Iterable[str | Tensor], answers: Sequence[str | int | Tensor] | None
-) -> tuple[list[Int[Tensor, "pos"]], list[int]]:
+) -> tuple[list[Int[Tensor, "_"]], list[int]]:
     """Prompts with their answers behind them, and how many of the last tokens are targets."""
     if answers is None:
         tokens = token_prompts(model, prompts, at_least=2)

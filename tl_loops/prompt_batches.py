@@ -10,7 +10,7 @@ from torch import Tensor
 
 def token_prompts(
     model: Any, prompts: Iterable[str | Tensor], at_least: int = 1
-) -> list[Int[Tensor, "pos"]]:
+) -> list[Int[Tensor, "_"]]:
     """Tokenise prompts one by one: nothing is padded and nothing is cut off.
 
     Args:

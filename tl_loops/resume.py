@@ -71,7 +71,7 @@ def model_fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def prompts_fingerprint(prompts: Sequence[Int[Tensor, "pos"]]) -> str:
+def prompts_fingerprint(prompts: Sequence[Int[Tensor, "_"]]) -> str:
     """Hash of the prompts' tokens in their order."""
     digest = hashlib.blake2b(digest_size=16)
     for tokens in prompts:

@@ -30,6 +30,7 @@ __all__ = [
     "fact_chain_prompts",
     "follow",
     "question",
+    "sample_pair",
     "sample_prompts",
     "score",
     "split_of",
@@ -270,6 +271,24 @@ def sample_prompts(n_per_hop_count: int = 4) -> list[Prompt]:
     """The built-in sample: always the same held-out prompts, as many of each number of hops."""
     counts = range(1, FactChainTask().max_hops + 1)
     return [p for k in counts for p in fact_chain_prompts(n_per_hop_count, n_hops=k, seed=0)]
+
+
+def sample_pair(n_hops: int = 4) -> tuple[Prompt, Prompt]:
+    """A held-out prompt and its corrupted counterpart, which differs in one word.
+
+    Args:
+        n_hops: Hops that the question asks for; the last of them but one is led astray.
+
+    Raises:
+        ValueError: ``n_hops`` is out of range.
+    """
+    hop = max(1, n_hops - 1)
+    for prompt in fact_chain_prompts(20, n_hops=n_hops, seed=2):
+        try:
+            return prompt, corrupt(prompt, hop=hop)
+        except ValueError:
+            continue  # no single change at this hop gives another answer
+    raise ValueError(f"no prompt with {n_hops} hops can be corrupted at hop {hop}")
 
 
 def vocabulary(task: FactChainTask | None = None) -> list[str]:

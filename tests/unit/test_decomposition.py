@@ -61,8 +61,15 @@ def normed(norm, prefix, cache):
     return out if norm.b is None else out + norm.b
 
 
+def some_blocks(layout):
+    """Blocks at which something begins or ends, and one between."""
+    first, n_core = layout.core_start, layout.n_core
+    ends = (0, first, first + 1, first + n_core, layout.coda_start - 1, layout.n_layers - 1)
+    return sorted({*ends, min(layout.coda_start, layout.n_layers - 1)})
+
+
 def places(cache):
-    for layer in range(cache.layout.n_layers):
+    for layer in some_blocks(cache.layout):
         yield layer, False
         yield layer, True
     yield cache.layout.n_layers, False
@@ -73,9 +80,10 @@ def places(cache):
 
 def test_components_sum_to_the_stream_everywhere(either):
     _, cache = either
+    shown = ("whole", "parts", "by_iteration") if cache.model.cfg.injection else (None,)
     for layer, mlp_input in places(cache):
         expected = stream(cache, layer, mlp_input)
-        for injection in (None, "whole", "parts", "by_iteration"):
+        for injection in shown:
             stack, labels = cache.decompose_resid(
                 layer, mlp_input, return_labels=True, injection=injection
             )
@@ -178,7 +186,7 @@ def test_each_component_is_what_goes_missing_without_it(model, cache):
         return torch.zeros_like(x)
 
     sites = {"embed": "hook_embed", "pos_embed": "hook_pos_embed"}
-    for index in range(depth):
+    for index in some_blocks(cache.layout):
         for part in ("attn_out", "mlp_out"):
             sites[f"{cache.layout.label(index)}_{part}"] = f"blocks.{index}.hook_{part}"
     if "initial_state" in labels:
@@ -272,46 +280,30 @@ def test_one_mode_is_a_part_of_all(cache):
 # Agreement with TransformerLens where there is nothing but passes.
 
 
-def test_a_loop_without_specials_is_what_transformer_lens_says():
-    ours = folded(any_model("plain"))
-    cfg = ours.cfg
-    theirs = HookedTransformer(
-        dict(
-            n_layers=cfg.n_layers,
-            d_model=cfg.d_model,
-            d_head=cfg.d_head,
-            n_heads=cfg.n_heads,
-            d_mlp=cfg.d_mlp,
-            d_vocab=cfg.d_vocab,
-            n_ctx=cfg.n_ctx,
-            act_fn="silu",
-            gated_mlp=True,
-            normalization_type="RMSPre",
-            positional_embedding_type="rotary",
-            rotary_dim=cfg.d_head,
-            eps=cfg.eps,
-            device="cpu",
-        )
-    )
-    loaded = theirs.load_state_dict(ours.state_dict(), strict=False)
-    assert all(
-        k.endswith(
-            (
-                ".b_Q",
-                ".b_K",
-                ".b_V",
-                ".b_O",
-                ".b_in",
-                ".b_out",
-                "b_U",
-                "mask",
-                "IGNORE",
-                "_sin",
-                "_cos",
+def same_without_loop(looped):
+    """TransformerLens's own model with every unrolled block as a block of its own."""
+    cfg = looped.cfg
+    sizes = ("n_layers", "d_model", "d_head", "n_heads", "d_mlp", "d_vocab", "n_ctx", "eps")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = HookedTransformer(
+            dict(
+                {size: getattr(cfg, size) for size in sizes},
+                act_fn="silu",
+                gated_mlp=True,
+                normalization_type="RMSPre",
+                positional_embedding_type="rotary",
+                rotary_dim=cfg.d_head,
+                device="cpu",
             )
         )
-        for k in loaded.missing_keys
-    )
+    model.load_state_dict(looped.state_dict(), strict=False)
+    return model
+
+
+def test_a_loop_without_specials_is_what_transformer_lens_says():
+    ours = folded(any_model("plain"))
+    theirs = same_without_loop(ours)
     logits, cache = ours.run_with_cache(TOKENS)
     expected, reference = theirs.run_with_cache(TOKENS)
     assert_close(logits, expected, **CLOSE)
@@ -388,7 +380,7 @@ def test_a_given_initial_state_is_a_component(model):
 
 
 def test_the_state_that_leaves_an_iteration(model, cache):
-    for t in range(model.cfg.n_iterations):
+    for t in (0, model.cfg.n_iterations - 1):
         expected = cache[f"iter.{t}.hook_state_out"]
         assert_close(cache.decompose_resid(state_out=t).sum(0), expected, **CLOSE)
         full = cache.get_full_resid_decomposition(state_out=t)
@@ -414,7 +406,7 @@ def test_attributions_of_an_exit_sum_to_its_logits(model, cache):
 
 
 def test_from_an_iteration_on(model, cache):
-    for first in range(model.cfg.n_iterations):
+    for first in (0, 1, model.cfg.n_iterations - 1):
         stack, labels = cache.decompose_resid(from_iteration=first, return_labels=True)
         assert labels[0] == f"r{first}_state_in"
         assert not any(label.startswith(f"r{first - 1}.") for label in labels)
@@ -469,17 +461,17 @@ def test_projected_neurons_equal_neurons_projected(model, cache):
     onto = torch.randn(model.cfg.d_model, 3, generator=torch.Generator().manual_seed(1))
     depth = cache.layout.n_layers
     for layer, options in (
-        (depth, {}),
-        (depth, {"apply_ln": True, "neuron_slice": (4, 11)}),
+        (depth, {"apply_ln": True}),
         (cache.layout.coda_start - 1, {"mlp_input": True, "pos_slice": -1}),
         (depth, {"from_iteration": 1}),
         (depth, {"state_out": 1}),
         (depth, {"iterations": [0, 2]}),
     ):
-        plain, labels = cache.stack_neuron_results(layer, return_labels=True, **options)
+        options = {"neuron_slice": (4, 11), "return_labels": True, **options}
+        plain, labels = cache.stack_neuron_results(layer, **options)
         for directions in (onto, onto[:, 0]):
             projected, own = cache.stack_neuron_results(
-                layer, return_labels=True, project_output_onto=directions, **options
+                layer, project_output_onto=directions, **options
             )
             assert own == labels
             assert_close(projected, plain @ directions, **CLOSE)
@@ -623,7 +615,7 @@ def test_the_logit_lens_of_a_state_is_what_an_exit_reads_out():
 
 
 def test_at_a_layer_the_last_row_is_what_the_layer_reads(model, cache):
-    for layer in range(1, cache.layout.n_layers):
+    for layer in some_blocks(cache.layout):
         row = cache.accumulated_resid(layer, apply_ln=True)[-1]
         assert_close(row, cache.decompose_resid(layer, apply_ln=True).sum(0), **CLOSE)
 

@@ -389,7 +389,7 @@ def test_no_hook_stays_behind(model, tokens):
         ({"points": ["blocks.2.hook_resid_pre", "iter.0.0.hook_resid_pre"]}, ValueError, "twice"),
         ({"positions": 9}, ValueError, "9 positions"),
         ({"positions": [-10]}, ValueError, "-10 to -10"),
-        ({"positions": []}, ValueError, "positions has shape"),
+        ({"positions": []}, ValueError, "positions is empty"),
         ({"positions": torch.zeros(3, 1, dtype=torch.long)}, ValueError, r"\[2, read\]"),
         ({"positions": torch.zeros(2)}, ValueError, "integers"),
         ({"attention_mask": torch.ones(2, 8)}, ValueError, r"\[2, 9\]"),

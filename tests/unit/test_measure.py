@@ -24,9 +24,9 @@ from tl_loops.metrics import attention, dynamics, exits, massive, pairwise, resi
 from tl_loops.metrics.trajectories import TRAJECTORY_LABELS, classify_trajectory
 from tl_loops.profile import LoopProfile
 
-N_ITERATIONS = 5
-LENGTHS = (9, 5, 9, 12, 9, 5)
-FAST_METRICS = ("sink_score", "residual_norm", "successive_difference", "fixed_point_distance")
+N_ITERATIONS = 4
+LENGTHS = (9, 5, 9, 9)
+FAST_METRICS = ("sink_score", "successive_difference", "fixed_point_distance")
 
 
 def prompts(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[Tensor]:
@@ -187,7 +187,7 @@ def test_a_feedforward_model_is_measured_alike():
 
 def test_a_bfloat16_model_is_measured_in_float32():
     model = tiny_model("ouro", dtype=torch.bfloat16)
-    profile = quiet(model, prompts((9, 5)), "all", batch_size=1)
+    profile = quiet(model, prompts((9, 5)), ("mixing_score", "residual_entropy"))
     caches = []
     for tokens in prompts((9, 5)):
         cached = model.run_with_cache(tokens[None])[1]
@@ -199,7 +199,9 @@ def test_a_bfloat16_model_is_measured_in_float32():
         mixing = torch.stack([attention.mixing_score(p, validate=False).mean() for p in patterns])
         entropy = torch.stack([residual.residual_entropy(r) for r in resids])
         # bfloat16 statistics would be off by about 4e-3.
-        assert profile.mean("mixing_score")[block].item() == pytest.approx(mixing.mean().item(), 1e-5)
+        assert profile.mean("mixing_score")[block].item() == pytest.approx(
+            mixing.mean().item(), 1e-5
+        )
         assert profile.mean("residual_entropy")[block].item() == pytest.approx(
             entropy.mean().item(), 1e-5
         )
@@ -215,18 +217,11 @@ def test_values_lie_inside_their_bounds():
 # What does not change the numbers.
 
 
-@pytest.mark.parametrize("architecture", ["huginn", "ouro"])
-@pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_the_batch_size_does_not_matter(architecture, batch_size):
-    other = quiet(
-        looped(architecture), prompts(), "all", n_iterations=N_ITERATIONS, batch_size=batch_size
-    )
-    assert_same_moments(whole_profile(architecture), other, rtol=1e-4, atol=2e-5)
-
-
-def test_the_order_of_prompts_does_not_matter():
-    other = quiet(looped("huginn"), prompts()[::-1], "all", n_iterations=N_ITERATIONS)
-    assert_same_moments(whole_profile("huginn"), other, rtol=1e-4, atol=2e-5)
+@pytest.mark.parametrize(("batch_size", "reverse"), [(1, False), (100, True)])
+def test_neither_batch_size_nor_order_matter(batch_size, reverse):
+    model, given = looped("ouro"), prompts()[::-1] if reverse else prompts()
+    other = quiet(model, given, "all", n_iterations=N_ITERATIONS, batch_size=batch_size)
+    assert_same_moments(whole_profile("ouro"), other, rtol=1e-4, atol=2e-5)
 
 
 def test_the_same_call_gives_the_same_bits():
@@ -248,7 +243,7 @@ def test_the_model_is_left_as_it_was():
     before, blocks = model.cfg.n_iterations, list(model.blocks)
     with torch.no_grad():
         logits = model(prompts()[0])
-        quiet(model, prompts(), "all", n_iterations=7)
+        quiet(model, prompts((5,)), FAST_METRICS, n_iterations=7)
         assert model.cfg.n_iterations == before and list(model.blocks) == blocks
         assert not any(point.fwd_hooks for point in model.hook_dict.values())
         assert torch.equal(model(prompts()[0]), logits)
@@ -307,7 +302,9 @@ def test_fresh_initial_states_are_shared_by_the_two_passes():
     with model.hooks(fwd_hooks=[(name, keep) for name in names]):
         profile = quiet(model, prompts((9,)), "fixed_point_distance")
     distance = (states[names[0]] - states[names[2]]).norm(dim=-1).mean()
-    assert profile.mean("fixed_point_distance")[start].item() == pytest.approx(distance.item(), 1e-5)
+    assert profile.mean("fixed_point_distance")[start].item() == pytest.approx(
+        distance.item(), 1e-5
+    )
 
 
 def test_undefined_scores_are_counted_and_never_zero():
@@ -333,7 +330,7 @@ def live_bytes() -> int:
 
 @pytest.mark.parametrize("architecture", ["ouro", "huginn"])
 def test_what_is_held_does_not_grow_with_the_iterations(architecture):
-    model = tiny_model(architecture, n_ctx=256)
+    model = tiny_model(architecture, n_ctx=128)
     held: dict[int, int] = {}
 
     def measured(n_iterations: int) -> int:
@@ -347,12 +344,12 @@ def test_what_is_held_does_not_grow_with_the_iterations(architecture):
 
         names = [f"iter.{t}.hook_state_out" for t in (3, n_iterations - 1)]
         with model.iterations(n_iterations), model.hooks(fwd_hooks=[(n, look) for n in names]):
-            quiet(model, prompts((200, 200)), "all", batch_size=2)
+            quiet(model, prompts((96, 96)), "all", batch_size=2)
         return peak
 
-    held = {n: measured(n) for n in (4, 24)}
+    held = {n: measured(n) for n in (4, 16)}
     assert held[4] > 0
-    assert held[24] <= 1.05 * held[4], held
+    assert held[16] <= 1.05 * held[4], held
 
 
 # Checkpoints.
@@ -372,7 +369,7 @@ def interrupt_after(model: Any, n_passes: int) -> Callable[[], None]:
     return lambda: model.reset_hooks(including_permanent=True)
 
 
-@pytest.mark.parametrize("n_passes", [0, 1, 3, 6])
+@pytest.mark.parametrize("n_passes", [0, 1, 3])
 def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, n_passes):
     path, metrics = tmp_path / "run.ckpt", (*FAST_METRICS, "trajectory_slider")
     model = tiny_model("retrofitted")
@@ -522,7 +519,7 @@ def test_an_unknown_metric_suggests_near_ones(silent):
         ((), "metrics is empty"),
         ("exit_probability", "reads the halting gate, but this model has none"),
         ({"sink_rate": {"treshold": 0.1}}, "no option 'treshold': did you mean threshold"),
-        ({"residual_norm": {"agg": "sum"}}, "got agg='sum'"),
+        ({"residual_entropy": {"alpha": -1}}, "'residual_entropy': got alpha=-1"),
         ({"residual_norm": {"agg": "none"}}, "a profile needs one"),
         ({"sink_score": {"position": 5}}, "position=5"),
         ({"bos_norm_ratio": {"x": 1}}, "its options: none"),
@@ -582,7 +579,7 @@ def test_the_progress_bar_counts_prompts(capsys):
 
 def test_the_profile_says_where_it_comes_from():
     p = whole_profile("huginn").provenance
-    assert (p.notation, p.n_iterations) == ("(2, 2⊗5, 2)_I", 5)
+    assert (p.notation, p.n_iterations) == ("(2, 2⊗4, 2)_I", 4)
     assert (p.n_prompts, p.n_tokens) == (len(LENGTHS), sum(LENGTHS))
     assert p.weights == quiet(looped("huginn"), prompts((5,)), "residual_norm").provenance.weights
     assert p.weights != whole_profile("ouro").provenance.weights

@@ -100,8 +100,12 @@ class CachedRun:
             return self.read(f"blocks.{target.layer}.{name}")
         resid = self.read(f"blocks.{self.layout.n_layers - 1}.hook_resid_post")
         if self.model.cfg.norm_before_coda and not self.layout.n_coda:
-            norm = self.freeze("ln_coda", self.model.ln_final)
-            resid = norm(resid) if norm.bias is None else norm(resid) + norm.bias
+            # As the model computes it, rounding included.
+            norm = self.model.ln_final
+            normalized = self.pos.apply(self.raw("ln_coda.hook_normalized"), dim=-2)
+            normalized = normalized.to(self.model.cfg.dtype)
+            normalized = normalized if norm.w is None else normalized * norm.w
+            resid = working(normalized if norm.b is None else normalized + norm.b)
         return resid
 
     def reader(self, target: Target) -> FrozenNorm | None:

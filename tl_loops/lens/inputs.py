@@ -130,10 +130,12 @@ def _resolve(positions: Positions, tokens: Tensor, mask: Tensor | None) -> Tenso
             return every[-1:].expand(batch, 1)
         return (every * mask).amax(-1, keepdim=True)
     index = torch.as_tensor(positions, device=tokens.device)
+    if not index.numel():
+        raise ValueError("positions is empty")
     if index.is_floating_point() or index.dtype == torch.bool or index.ndim > 2:
         raise ValueError("positions must be integers: one, a list, or [batch, read]")
     index = index.long().reshape(1, -1) if index.ndim < 2 else index.long()
-    if not index.numel() or index.shape[0] not in (1, batch):
+    if index.shape[0] not in (1, batch):
         raise ValueError(
             f"positions has shape {list(index.shape)}, expected indices for all prompts or "
             f"[{batch}, read]"

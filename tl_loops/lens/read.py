@@ -187,16 +187,9 @@ def capture(
 
         return keep
 
-    def only_positions(x: Tensor, hook: Any) -> Tensor:
-        return inputs.select(x)  # The unembedding need not make logits that nobody reads.
-
     hooks = [(point.name, keeper(not whole(point))) for point in points]
-    logits = model.run_with_hooks(
-        inputs.tokens,
-        fwd_hooks=[*hooks, ("unembed.hook_in", only_positions)],
-        **inputs.forward_arguments,
-    )
-    return residuals, logits
+    logits = model.run_with_hooks(inputs.tokens, fwd_hooks=hooks, **inputs.forward_arguments)
+    return residuals, inputs.select(logits)
 
 
 def _checked_top_k(model: Any, top_k: int) -> int:

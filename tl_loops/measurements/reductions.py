@@ -50,7 +50,7 @@ def last_step_over_tokens(
     *states: Float[Tensor, "batch pos d_model"], function: Callable[..., Tensor], **options: Any
 ) -> PerPrompt:
     """The same for a metric that keeps the tokens."""
-    return last_step(*states, function=function, **options).mean(-1)
+    return function(torch.stack(states), **options)[-1].mean(-1)
 
 
 def against_last(

@@ -70,7 +70,8 @@ class Unembed(nn.Module):
             return self.__dict__["_embed"].W_E.T
         return super().__getattr__(name)
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch read d_vocab"]:
+        # A hook on hook_in may keep the positions alone that somebody wants to read.
         return self.hook_out(F.linear(self.hook_in(x), self.W_U.T, self.b_U))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
