@@ -213,12 +213,14 @@ def open_tensors(
     family, headers = _family(checkpoint), checkpoint.headers
     specs = {spec.key: spec for spec in family.tensors(cfg)}
     problems = list(headers.problems)
+    names = sorted({stored.file.name for stored in headers.tensors.values()})
+    files = names[0] if len(names) == 1 else f"all {len(names)} weight files"
     for key, spec in specs.items():
         stored = headers.tensors.get(key)
         if stored is not None:
             problems += _tensor_problems(stored, spec.shape)
         elif key not in headers.lost:
-            problems.append(f"key {key!r} is missing, expected shape {spec.shape}")
+            problems.append(f"{files}: key {key!r} is missing, expected shape {spec.shape}")
     for key, stored in headers.tensors.items():
         if key in specs or key in family.ignored:
             continue

@@ -330,7 +330,8 @@ def test_all_wrong_tensors_are_named_at_once(tmp_path):
     tensors["model.layers.3.input_layernorm.weight"] = torch.zeros(48)
     message = refusal(write(tmp_path / "c", "ouro", tensors))
     assert str(tmp_path / "c") in message
-    assert "key 'model.layers.1.mlp.up_proj.weight' is missing, expected shape (80, 48)" in message
+    missing = "key 'model.layers.1.mlp.up_proj.weight' is missing, expected shape (80, 48)"
+    assert f"model.safetensors: {missing}" in message
     assert "model.safetensors: key 'model.norm.weight' has shape (47,), expected (48,)" in message
     assert "key 'model.layers.3.input_layernorm.weight' of shape (48,) is unexpected" in message
 
@@ -471,6 +472,15 @@ def test_a_shard_without_a_key_that_the_index_places_there_is_named(tmp_path):
     save_file({k: t for k, t in load_file(file).items() if k != "model.norm.weight"}, file)
     message = refusal(directory)
     assert f"{file.name}: lacks key 'model.norm.weight'" in message and message.count("\n") == 1
+
+
+def test_a_key_that_no_shard_holds_is_named_with_its_shape(tmp_path):
+    tensors = raw("ouro")
+    del tensors["model.norm.weight"]
+    directory = write(tmp_path / "c", "ouro", tensors)
+    shard(directory)
+    expected = "all 3 weight files: key 'model.norm.weight' is missing, expected shape (48,)"
+    assert expected in refusal(directory)
 
 
 def test_a_key_in_two_files_is_refused(tmp_path):
@@ -618,6 +628,15 @@ def test_a_file_and_an_empty_directory_are_refused(tmp_path):
 def test_a_revision_of_local_files_is_refused():
     with pytest.raises(ConfigError, match="revision='main'"):
         resolve(FIXTURES / "ouro", revision="main")
+
+
+def test_the_packaged_model_loads_without_network(no_network):
+    checkpoint = resolve("TL-Loops-Tiny")
+    cfg = load_config(checkpoint, device="cpu")
+    tensors = dict(open_tensors(checkpoint, cfg))
+    assert sum(tensor.numel() for tensor in tensors.values()) == cfg.n_params
+    assert load_tokenizer(checkpoint) is not None
+    assert checkpoint.name == cfg.model_name == "tl-loops-tiny"
 
 
 # Hub ------------------------------------------------------------------------------------------
@@ -778,6 +797,7 @@ def test_native_files_are_plain_safetensors_in_transformer_lens_orientation(tmp_
     assert all(tensor.is_contiguous() for tensor in stored.values())
     document = json.loads((tmp_path / "c" / "config.json").read_text())
     assert document["model_type"] == "tl_loops" and document["format_version"] == 1
+    assert document["config"]["dtype"] == "float32"
     assert document["config"]["n_core"] == 3 and document["config"]["block_norm"] == "sandwich"
     assert not {"device", "n_params", "seed"} & document["config"].keys()
 

@@ -88,7 +88,7 @@ NATIVE = Family(
 
 
 def config_to_json(cfg: LoopedTransformerConfig) -> dict[str, Any]:
-    """The fields of a config that differ from their defaults, in a form that JSON can hold.
+    """The fields of a config that differ from their defaults, and its dtype, as JSON can hold them.
 
     Raises:
         ConfigError: A field holds something that JSON cannot; it is named.
@@ -96,7 +96,8 @@ def config_to_json(cfg: LoopedTransformerConfig) -> dict[str, Any]:
     fields = {}
     for described in dataclasses.fields(cfg):
         value = getattr(cfg, described.name)
-        if described.name not in _OF_THIS_RUN and value != described.default:
+        differs = value != described.default or described.name == "dtype"
+        if differs and described.name not in _OF_THIS_RUN:
             fields[described.name] = _plain(described.name, value)
     return fields
 

@@ -109,7 +109,7 @@ def patch_grid(
         progress: As in :func:`activation_patch`.
     """
     changes: dict[str, Tensor] = {}
-    observe = {}
+    observe, explicit = {}, []
     if not torch.is_grad_enabled():
         # Where both runs agree to the last bit a patch does nothing. With gradients it does: the
         # patched value no longer depends on the corrupted prompt.
@@ -117,7 +117,9 @@ def patch_grid(
             name: partial(_note_changes, changes, name, grid.activation, values[name])
             for name in grid.names
         }
-    run.execute(grid.names, observe)
+        # Fused and explicit attention differ in the last bit: take the way that the cache took.
+        explicit = [name for name in keys if name.endswith(("attn_scores", "pattern"))]
+    run.execute(grid.names, observe, explicit)
     cells = [_cell(grid.activation, region, values, changes, run.n_pos) for region in grid.regions]
     scores = run.score(cells, score, batch_size, progress, f"patch {grid.activation.name}")
     return scores.reshape(grid.shape)
