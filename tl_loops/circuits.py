@@ -16,7 +16,7 @@ from tl_loops.decomposition.path import (
     Rows,
     Site,
     Target,
-    part_label,
+    part_labels,
     path_steps,
     working,
 )
@@ -90,7 +90,7 @@ class Circuits(TransformerBase):
     def all_head_labels(self) -> list[str]:
         """Labels of the heads of all unrolled blocks: ``"p.L0H1"``, ``"r3.L1H4"``, ``"c.L0H2"``."""
         blocks, heads = range(self.layout.n_layers), range(self.cfg.n_heads)
-        return [part_label(self.layout, block, "H", head) for block in blocks for head in heads]
+        return [label for i in blocks for label in part_labels(self.layout, i, "H", heads)]
 
     def tl_parameters(self) -> EffectiveWeights:
         """Weight matrices by TransformerLens's names, with the norms next to them folded in.

@@ -102,8 +102,8 @@ class ExitCurve:
 @torch.no_grad()
 def exit_curve(
     model: Any,
-    prompts: Iterable[str | Tensor],
-    answers: Sequence[str | int | Tensor] | None = None,
+    prompts: Iterable[Any],
+    answers: Sequence[Any] | None = None,
     n_iterations: int | None = None,
     batch_size: int = 8,
     progress: bool = True,
@@ -157,7 +157,7 @@ def exit_curve(
 
 
 def _with_answers(
-    model: Any, prompts: Iterable[str | Tensor], answers: Sequence[str | int | Tensor] | None
+    model: Any, prompts: Iterable[Any], answers: Sequence[Any] | None
 ) -> tuple[list[Int[Tensor, "_"]], list[int]]:
     """Prompts with their answers behind them, and how many of the last tokens are targets."""
     if answers is None:

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_loops.layout import LoopLayout
@@ -34,7 +33,7 @@ Metrics = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
 
 def measure(
     model: Any,
-    prompts: Iterable[str | Tensor],
+    prompts: Iterable[Any],
     metrics: Metrics = DEFAULT_METRICS,
     n_iterations: int | None = None,
     batch_size: int = 8,

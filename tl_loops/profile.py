@@ -4,6 +4,7 @@ import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -310,12 +311,12 @@ class LoopProfile:
         if self.layout is None:
             by = "unrolled"
         try:
-            from tl_loops.plots import plot_profile
+            plots = import_module("tl_loops.plots")
         except ImportError as error:
             raise ImportError(
                 f"plots need a library that is missing ({error}): pip install 'tl-loops[plots]'"
             ) from error
-        return plot_profile(self, metric, by=by, **options)
+        return plots.plot_profile(self, metric, by=by, **options)
 
     def __repr__(self) -> str:
         p = self.provenance

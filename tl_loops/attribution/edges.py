@@ -19,6 +19,7 @@ from tl_loops.attribution.gradients import (
     metric_gradients,
     moved,
     path_nodes,
+    run_metric,
 )
 from tl_loops.decomposition.path import part_label
 from tl_loops.layout import LoopLayout, Phase
@@ -216,7 +217,7 @@ def _edge_scores(
     ]
     columns = []
     with differentiating():
-        value = metric(model.run_with_hooks(tokens, fwd_hooks=hooks, **arguments)).reshape(())
+        value = run_metric(model, tokens, metric, hooks, arguments)
         names = list(leaves)
         for receiver in receivers:
             if receiver.kind == "logits":

@@ -1,7 +1,7 @@
 """Gradients of a metric at hook points, along a path from the corrupted to the clean run."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -70,12 +70,16 @@ def check_differentiable(metric: Metric, model: Any, shape: tuple[int, ...]) -> 
         )
 
 
-def differentiating() -> ExitStack:
+@contextmanager
+def differentiating() -> Iterator[None]:
     """A block of code in which gradients are recorded, whatever the mode outside."""
-    stack = ExitStack()
-    stack.enter_context(torch.inference_mode(False))
-    stack.enter_context(torch.enable_grad())
-    return stack
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def recordable(value: Any) -> Any:
+    """A copy of a tensor that was made in inference mode, which autograd refuses; else the value."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def keep(kept: dict[str, Tensor]) -> Callable:
@@ -134,6 +138,18 @@ def difference(clean: Tensor, corrupted: Tensor) -> Tensor:
     return torch.where(clean == corrupted, 0.0, clean - corrupted)
 
 
+def run_metric(
+    model: Any,
+    tokens: Int[Tensor, "batch pos"],
+    metric: Metric,
+    hooks: Hooks,
+    arguments: Mapping[str, Any],
+) -> Float[Tensor, ""]:
+    """The metric of one run with hooks; gradients are recorded where they are enabled."""
+    given = {name: recordable(value) for name, value in arguments.items()}
+    return metric(model.run_with_hooks(recordable(tokens), fwd_hooks=hooks, **given)).reshape(())
+
+
 def metric_gradients(
     model: Any,
     tokens: Int[Tensor, "batch pos"],
@@ -160,7 +176,7 @@ def metric_gradients(
     kept: dict[str, Tensor] = {}
     hooks: Hooks = [*before, *((name, keep(kept)) for name in names)]
     with differentiating():
-        value = metric(model.run_with_hooks(tokens, fwd_hooks=hooks, **arguments)).reshape(())
+        value = run_metric(model, tokens, metric, hooks, arguments)
         gradients = torch.autograd.grad(value, [kept[name] for name in names], allow_unused=True)
     return (
         {name: kept[name].detach() for name in names},

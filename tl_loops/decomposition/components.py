@@ -1,7 +1,7 @@
 """What each part of a cached run contributes to the residual stream."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from tl_loops.decomposition.path import (
     Site,
     Step,
     Target,
-    part_label,
+    part_labels,
     path_steps,
     pull_back,
     working,
@@ -58,6 +58,7 @@ class CachedRun:
     model: Any
     layout: LoopLayout
     pos: Slice
+    _paths: dict[tuple, list[Step]] = field(default_factory=dict)
 
     @cached_property
     def blocks(self) -> dict[str, Any]:
@@ -184,13 +185,16 @@ class CachedRun:
 
     def steps(self, target: Target, from_iteration: int | None = None) -> list[Step]:
         """What happened to the stream from the embedding to a target."""
+        known = self._paths.get((target, from_iteration))
+        if known is not None:
+            return known
         in_loop = target.state_out is not None or target.layer >= self.layout.core_start
         replaced = in_loop and from_iteration is None and self._replaced()
         device = next(iter(self.activations.values())).device
         path = path_steps(
             self.model, self.layout, target, self.freeze, replaced, from_iteration, device
         )
-        return list(path)
+        return self._paths.setdefault((target, from_iteration), list(path))
 
     def carry(
         self,
@@ -261,7 +265,7 @@ class CachedRun:
             W_O = working(self.block(site.block).attn.W_O).to(z)
             values = torch.einsum("...he,hed->h...d", z, W_O)
         norm = self._behind_branch(site)
-        labels = [part_label(self.layout, site.block, "H", h) for h in range(values.shape[0])]
+        labels = part_labels(self.layout, site.block, "H", range(values.shape[0]))
         return Rows(values if norm is None else norm(values), labels)
 
     def _neurons(self, site: Site, neurons: Slice) -> tuple[Tensor, Tensor, list[str]]:
@@ -269,7 +273,7 @@ class CachedRun:
         W_out = working(self.block(site.block).mlp.W_out)
         kept = torch.as_tensor(neurons.indices(W_out.shape[0])) % W_out.shape[0]
         acts = self.read(f"blocks.{site.block}.mlp.hook_post")
-        labels = [part_label(self.layout, site.block, "N", int(n)) for n in kept]
+        labels = part_labels(self.layout, site.block, "N", kept.tolist())
         return acts[..., kept], W_out[kept].to(acts), labels
 
     def neurons(self, site: Site, neurons: Slice) -> Rows | None:

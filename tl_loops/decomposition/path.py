@@ -6,8 +6,9 @@ held at what they were in one run, all of these are linear; so each component ca
 later place, and a direction at that place can be pulled back to each component.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_loops.layout import LoopLayout
+from tl_loops.layout import BlockCoordinate, LoopLayout
 
 SiteKind = Literal[
     "embed", "pos_embed", "initial_state", "state_in", "injection", "attn", "mlp", "norm_bias"
@@ -30,11 +31,11 @@ def working(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def part_label(layout: LoopLayout, block: int, part: str, number: int) -> str:
-    """Label of a head (part ``"H"``) or a neuron (``"N"``): ``"r3.L1H4"``, ``"p.L0H2"``."""
+def part_labels(layout: LoopLayout, block: int, part: str, numbers: Iterable[int]) -> list[str]:
+    """Labels of heads (part ``"H"``) or neurons (``"N"``): ``"r3.L1H4"``, ``"p.L0H2"``."""
     at = layout.coordinate(block)
     place = at.phase[0] if at.iteration is None else f"r{at.iteration}{at.stack or ''}"
-    return f"{place}.L{at.layer}{part}{number}"
+    return [f"{place}.L{at.layer}{part}{number}" for number in numbers]
 
 
 # Linear maps.
@@ -185,6 +186,13 @@ class Target:
     state_out: int | None = None
 
 
+@lru_cache(maxsize=32)
+def _described(layout: LoopLayout) -> list[tuple[BlockCoordinate, str, str]]:
+    """Coordinate, label and physical name of every block."""
+    names = [layout.physical_name(index) for index in range(layout.n_layers)]
+    return list(zip(layout.coordinates(), layout.labels(), names, strict=True))
+
+
 def path_steps(
     model: Any,
     layout: LoopLayout,
@@ -227,11 +235,11 @@ def path_steps(
         if frozen.bias is not None:
             yield Write(Site("norm_bias", f"{label}_norm_bias", iteration=iteration, norm=frozen))
 
+    n_layers, coda_start = layout.n_layers, layout.coda_start
     yield Write(Site("embed", "embed"))
     if cfg.positional_embedding_type == "standard":
         yield Write(Site("pos_embed", "pos_embed"))
-    for index in range(layout.n_layers):
-        at, label = layout.coordinate(index), layout.label(index)
+    for index, (at, label, physical) in enumerate(_described(layout)):
         t = at.iteration
         if t is not None and t < first:
             continue
@@ -246,11 +254,11 @@ def path_steps(
             if cfg.injection is not None:
                 yield Map(carry)
                 yield Inject(prepare, Site("injection", f"r{t}_injection", iteration=t))
-        if index == layout.coda_start and cfg.norm_before_coda:
+        if index == coda_start and cfg.norm_before_coda:
             yield from normed("ln_coda", model.ln_final, "coda", None)
         if target.state_out is None and index == target.layer and not target.mlp_input:
             return
-        block = blocks[layout.physical_name(index)]
+        block = blocks[physical]
         yield Read(index)
         yield Write(Site("attn", f"{label}_attn_out", index))
         if post_residual:
@@ -262,7 +270,7 @@ def path_steps(
             yield Map(freeze(f"blocks.{index}.ln2_post", block.ln2_post))
         if t is not None and at.layer == layout.n_core - 1:
             # Without a coda the norm behind the last iteration is the final norm itself.
-            is_final = index == layout.n_layers - 1
+            is_final = index == n_layers - 1
             if cfg.norm_between_iterations and (not is_final or target.state_out == t):
                 prefix = "ln_final" if is_final else f"iter.{t}.norm"
                 yield from normed(prefix, model.ln_final, f"r{t}", t)

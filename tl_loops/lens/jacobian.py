@@ -243,7 +243,7 @@ def _add_prompt(
 
     names = dict.fromkeys(point.name for point in (*sources, *targets))
     hooks: list[tuple[str, Callable]] = [(name, keep) for name in names]
-    tokens = prompt.expand(rows, -1)
+    tokens = prompt.repeat(rows, 1)
     # The mask of ones keeps a pad token in a prompt from being taken for padding.
     model.run_with_hooks(
         tokens,

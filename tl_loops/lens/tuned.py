@@ -168,13 +168,13 @@ def train_tuned_lens(
                 )
             optimizer.step()
             decay.step()
-    return TunedLens(
-        tuple(point.alias for point in chosen),
-        torch.stack(weights).detach(),
-        torch.stack(biases).detach(),
-        losses,
-        model_sizes(model.cfg),
-    )
+        return TunedLens(
+            tuple(point.alias for point in chosen),
+            torch.stack(weights).detach(),
+            torch.stack(biases).detach(),
+            losses,
+            model_sizes(model.cfg),
+        )
 
 
 def _translate(resid: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

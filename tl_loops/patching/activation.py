@@ -1,6 +1,6 @@
 """Activation patching over named axes: put the clean run's activations into the corrupted run."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -85,9 +85,8 @@ def activation_patch(
     values = _values(model, grid, clean_cache, (tokens.shape[0], tokens.shape[1]))
     run = BaseRun(model, tokens, arguments=forward_arguments)
     check_metric(metric, model, logits_shape(model, tokens))
-    return patch_grid(
-        run, grid, values, lambda output: metric(output.logits), batch_size, progress
-    )
+    score = logits_score(metric)
+    return patch_grid(run, grid, values, score, batch_size, progress, clean_cache.keys())
 
 
 def patch_grid(
@@ -97,6 +96,7 @@ def patch_grid(
     score: Score,
     batch_size: int | None,
     progress: bool,
+    cached: Iterable[str] = (),
 ) -> Float[Tensor, "..."]:
     """Run and score all cells of a grid.
 
@@ -107,6 +107,7 @@ def patch_grid(
         score: Maps a cell's output to a scalar.
         batch_size: As in :func:`activation_patch`.
         progress: As in :func:`activation_patch`.
+        cached: Every hook name of the cache that the values come from.
     """
     changes: dict[str, Tensor] = {}
     observe, explicit = {}, []
@@ -118,7 +119,7 @@ def patch_grid(
             for name in grid.names
         }
         # Fused and explicit attention differ in the last bit: take the way that the cache took.
-        explicit = [name for name in keys if name.endswith(("attn_scores", "pattern"))]
+        explicit = [name for name in cached if name.endswith(("hook_attn_scores", "hook_pattern"))]
     run.execute(grid.names, observe, explicit)
     cells = [_cell(grid.activation, region, values, changes, run.n_pos) for region in grid.regions]
     scores = run.score(cells, score, batch_size, progress, f"patch {grid.activation.name}")
@@ -136,18 +137,21 @@ def replace(
     activation: Activation, value: Tensor, pos: slice, head: slice | None, src: slice | None,
     n_pos: int,
 ) -> Edit:
-    """An edit that copies a part of ``value`` over the same part of a run's activation."""
+    """An edit that copies a part of ``value`` over the same part of a run's activation.
+
+    Both may lack positions in front; those of ``value`` that do are left as they are.
+    """
     pos_dim = activation.pos_dim
 
     def edit(rows: Tensor) -> None:
         # A run that leaves out the first positions shows the last ones.
-        left_out = n_pos - rows.shape[pos_dim]
-        first = max(pos.start, left_out)
+        left_out, lacking = n_pos - rows.shape[pos_dim], n_pos - value.shape[pos_dim]
+        first = max(pos.start, left_out, lacking)
         if first >= pos.stop:
             return
         here, there = [slice(None)] * rows.ndim, [slice(None)] * rows.ndim
         here[pos_dim] = slice(first - left_out, pos.stop - left_out)
-        there[pos_dim] = slice(first, pos.stop)
+        there[pos_dim] = slice(first - lacking, pos.stop - lacking)
         if head is not None and activation.head_dim is not None:
             here[activation.head_dim] = there[activation.head_dim] = head
         if src is not None:
@@ -155,6 +159,11 @@ def replace(
         rows[tuple(here)] = value[tuple(there)].to(rows)
 
     return edit
+
+
+def logits_score(metric: Metric) -> Score:
+    """Scores a cell by a metric on its logits."""
+    return lambda output: metric(output.logits)
 
 
 def _values(
@@ -188,16 +197,14 @@ def _cell(
     edits: list[tuple[str, Edit]] = []
     first = n_pos
     for name in region.names:
-        for pos in region.pos:
-            for head in region.head or (None,):
-                for src in region.src_pos or (None,):
-                    start = pos.start
-                    if name in changes:
-                        part = changes[name][tuple(p for p in (pos, head, src) if p is not None)]
-                        differs = part.reshape(part.shape[0], -1).any(-1).nonzero()
-                        if not len(differs):
-                            continue
-                        start += int(differs[0])
-                    edits.append((name, replace(activation, values[name], pos, head, src, n_pos)))
-                    first = min(first, start)
+        for pos, head, src in region.parts():
+            start = pos.start
+            if name in changes:
+                part = changes[name][tuple(p for p in (pos, head, src) if p is not None)]
+                differs = part.reshape(part.shape[0], -1).any(-1).nonzero()
+                if not len(differs):
+                    continue
+                start += int(differs[0])
+            edits.append((name, replace(activation, values[name], pos, head, src, n_pos)))
+            first = min(first, start)
     return Cell(edits, min(first, n_pos - 1))

@@ -1,7 +1,7 @@
 """Grids of patches: named axes turned into the region that each cell covers."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,10 @@ class Region:
     def first_pos(self) -> int:
         """The first position that is covered."""
         return self.pos[0].start
+
+    def parts(self) -> Iterator[tuple[slice, slice | None, slice | None]]:
+        """The blocks (position, head, source) of contiguous index ranges that make it up."""
+        return itertools.product(self.pos, self.head or (None,), self.src_pos or (None,))
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def make_grid(
     where = {_SYNONYMS.get(axis, axis): chosen for axis, chosen in (where or {}).items()}
     _checked_axes(model, found, list(where), "where")
     ranges = _ranges(model, found, axes, n_pos, where)
-    values = {axis: _chosen(axis, size, where.get(axis)) for axis, size in ranges.items()}
+    values = {axis: chosen_values(axis, size, where.get(axis)) for axis, size in ranges.items()}
     cells = {axis: [(value,) for value in values[axis]] for axis in axes}
     if window != 1:
         _check_window(window, axes)
@@ -104,9 +108,9 @@ def make_grid(
         regions.append(
             Region(
                 _hook_names(model, found, cover),
-                _parts(cover["pos"]),
-                _parts(cover["head"]) if "head" in cover else None,
-                _parts(cover["src_pos"]) if "src_pos" in cover else None,
+                contiguous_parts(cover["pos"]),
+                contiguous_parts(cover["head"]) if "head" in cover else None,
+                contiguous_parts(cover["src_pos"]) if "src_pos" in cover else None,
             )
         )
     named = tuple(tuple(part[0] for part in cells[axis]) for axis in axes)
@@ -222,18 +226,24 @@ def _ranges(
     return ranges
 
 
-def _chosen(axis: str, size: int, selection: Selection | None) -> tuple[int, ...]:
+def chosen_values(axis: str, size: int, selection: Selection | None) -> tuple[int, ...]:
+    """The index values along an axis, counted from 0.
+
+    Raises:
+        ValueError: The selection is empty or names a value twice.
+        IndexError: A value is out of range.
+    """
     if selection is None:
         return tuple(range(size))
     chosen = [selection] if isinstance(selection, int) else list(selection)
     if not chosen:
-        raise ValueError(f"where[{axis!r}] is empty: give at least one value or leave it out")
+        raise ValueError(f"the selection of {axis} is empty: give at least one value, or leave it out")
     for value in chosen:
         if not -size <= value < size:
             raise IndexError(f"there is no {axis} {value}: there are {size}, counted from 0")
     positive = [value % size for value in chosen]
     if len(set(positive)) != len(positive):
-        raise ValueError(f"where[{axis!r}] names a value twice: {chosen}")
+        raise ValueError(f"the selection of {axis} names a value twice: {chosen}")
     return tuple(positive)
 
 
@@ -249,7 +259,7 @@ def _windows(axis: str, values: tuple[int, ...], window: int) -> list[tuple[int,
         raise ValueError(f"window={window} is longer than the {axis} axis, which has {len(values)}")
     if values[-1] - values[0] != len(values) - 1 or list(values) != sorted(values):
         raise ValueError(
-            f"a window slides over neighbours, but where[{axis!r}] is {list(values)}: give a range"
+            f"a window slides over neighbours, but the selection of {axis} is {list(values)}: give a range"
         )
     return [values[first : first + window] for first in range(len(values) - window + 1)]
 
@@ -272,7 +282,7 @@ def _hook_names(
     return tuple(activation.hook_name(block) for block in blocks)
 
 
-def _parts(values: Sequence[int]) -> tuple[slice, ...]:
+def contiguous_parts(values: Sequence[int]) -> tuple[slice, ...]:
     """The values as contiguous slices, in ascending order."""
     parts: list[slice] = []
     for value in sorted(values):

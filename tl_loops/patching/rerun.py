@@ -192,12 +192,15 @@ class BaseRun:
         self,
         names: Iterable[str],
         observe: Mapping[str, Callable[[Tensor], None]] | None = None,
+        explicit: Iterable[str] = (),
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """Run the prompt without edits and keep what the cells start from.
 
         Args:
             names: Hook points that cells will edit.
             observe: Functions that are shown activations on the way, by hook name.
+            explicit: Hook points of attention scores or patterns that are made to fire for the
+                functions, so that they see what an unfused run gives.
 
         Returns:
             The logits.
@@ -215,8 +218,10 @@ class BaseRun:
         kept = [*self.read, *(["hook_injection"] if self.injects and self.restarts else [])]
         kept += ["hook_initial_state"] if drawn else []
         hooks += [(name, partial(keep, self.values, name)) for name in kept]
-        for name, show in (observe or {}).items():
-            hooks.append((name, partial(_show, show)))
+        shows = [(name, partial(_show, show)) for name, show in (observe or {}).items()]
+        unfused = [(name, _nothing) for name in explicit if name in self.model.hook_dict]
+        if not unfused:
+            hooks += shows
 
         arguments = self._arguments(1, 0, 0)
         if self.truncates:
@@ -227,6 +232,9 @@ class BaseRun:
             self.logits = self.model(self.tokens, **arguments)
         if drawn:  # All cells share the draw of the base run.
             self.initial_state = self.values["hook_initial_state"]
+        if shows and unfused:  # A run of its own, so that the cells start from the fused one.
+            with _hooked(self.model, shows + unfused):
+                self.model(self.tokens, **self._arguments(1, 0, 0))
         assert self.logits is not None
         return self.logits
 
@@ -257,6 +265,8 @@ class BaseRun:
         batch_size: int | None = None,
         progress: bool = False,
         description: str | None = None,
+        *,
+        keep_graph: bool = False,
     ) -> Float[Tensor, "cell"]:
         """Run cells and score each.
 
@@ -266,11 +276,12 @@ class BaseRun:
             batch_size: Cells in one forward pass; ``None``: as many as fit in half a gigabyte.
             progress: Show a progress bar.
             description: Its text.
+            keep_graph: With gradients enabled, keep what the backward pass needs. Otherwise the
+                runs are repeated in the backward pass, so that memory stays bounded by
+                ``batch_size`` there, too.
 
         Returns:
-            One number a cell, in float32 (float64 where ``score`` gives float64). With gradients
-            enabled it carries them; the runs are then repeated in the backward pass rather than
-            kept, so that memory stays bounded by ``batch_size`` there, too.
+            One number a cell, in float32 (float64 where ``score`` gives float64).
         """
         assert self.logits is not None
         results: list[Tensor | None] = [None] * len(cells)
@@ -284,8 +295,8 @@ class BaseRun:
                 bar.update(len(unedited))
             for batch in self._plan(cells, batch_size):
                 run = partial(self._score_batch, [cells[i] for i in batch], score)
-                graph = torch.is_grad_enabled()
-                values = checkpoint(run, use_reentrant=False) if graph else run()
+                repeat = torch.is_grad_enabled() and not keep_graph
+                values = checkpoint(run, use_reentrant=False) if repeat else run()
                 for i, value in zip(batch, values, strict=True):
                     results[i] = value
                 bar.update(len(batch))
@@ -520,6 +531,10 @@ def _hooked(model: Any, hooks: Sequence[tuple[str, Callable]]) -> Iterator[None]
 
 def _show(show: Callable[[Tensor], None], value: Tensor, hook: Any) -> None:
     show(value)
+
+
+def _nothing(value: Tensor, hook: Any) -> None:
+    """Look at nothing: a hook that only makes its hook point fire."""
 
 
 def _behind(base: Tensor, n_past: int, new: Tensor) -> Tensor:

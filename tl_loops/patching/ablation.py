@@ -1,0 +1,298 @@
+"""Ablation over named axes, and of massive activations at the block that makes them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_loops.metrics.massive import massive_activations
+from tl_loops.patching.activation import Metric, logits_score, logits_shape, patch_grid
+from tl_loops.patching.grid import Grid, Selection, make_grid
+from tl_loops.patching.rerun import (
+    BaseRun,
+    Cell,
+    Edit,
+    as_tokens,
+    check_batch_size,
+    check_metric,
+)
+from tl_loops.patching.sites import check_cache, layout_of, take
+
+Method = Literal["zero", "mean", "resample"]
+
+
+def ablate(
+    model: Any,
+    tokens: Any,
+    metric: Metric,
+    activation: str = "z",
+    axes: Sequence[str] = ("block", "head"),
+    method: Method = "zero",
+    reference: Any = None,
+    *,
+    mean_over: Literal["batch", "batch_pos"] = "batch",
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool = True,
+    window: int = 1,
+    where: Mapping[str, Selection] | None = None,
+    **forward_arguments: Any,
+) -> Float[Tensor, "..."]:
+    """The effect of removing each part of an activation.
+
+    Args:
+        model: A looped model, or a plain HookedTransformer.
+        tokens: [batch, pos], or text.
+        metric: Maps the logits [batch, pos, d_vocab] of one cell to a scalar.
+        activation: As in :func:`tl_loops.patching.activation_patch`.
+        axes: As in :func:`tl_loops.patching.activation_patch`.
+        method: ``"zero"``; ``"mean"``: the mean over the reference prompts; ``"resample"``: each
+            prompt gets the activation of a reference prompt drawn at random, the same one in all
+            cells.
+        reference: Cache of the reference prompts, for ``"mean"`` and ``"resample"``.
+        mean_over: Whether the mean is over prompts, or over prompts and positions (which also lets
+            reference prompts have another length; not for patterns).
+        seed: Of the draw of ``"resample"``.
+        batch_size: As in :func:`tl_loops.patching.activation_patch`.
+        progress: Show a progress bar.
+        window: As in :func:`tl_loops.patching.activation_patch`.
+        where: As in :func:`tl_loops.patching.activation_patch`.
+        **forward_arguments: As in :func:`tl_loops.patching.activation_patch`.
+
+    Returns:
+        The metric of each ablated run, one axis a name.
+
+    Raises:
+        ValueError: As :func:`tl_loops.patching.activation_patch`; or a missing or needless
+            reference.
+        IndexError: A value in ``where`` is out of range.
+
+    Source: zero and mean ablation as in 2211.00593, section 2; resampling as in causal scrubbing.
+    """
+    tokens = as_tokens(model, tokens)
+    check_batch_size(batch_size)
+    grid = make_grid(model, activation, axes, tokens.shape[1], window, where)
+    if method not in ("zero", "mean", "resample"):
+        raise ValueError(f"method must be 'zero', 'mean' or 'resample', got {method!r}")
+    if (reference is None) != (method == "zero"):
+        need = "needs none" if method == "zero" else "needs reference=, a cache of other prompts"
+        raise ValueError(f"method={method!r} {need}")
+    if reference is not None:
+        check_cache(reference, model, grid.names)
+    run = BaseRun(model, tokens, arguments=forward_arguments)
+    shape = (tokens.shape[0], tokens.shape[1])
+    if method == "zero":
+        values = _zeros(model, grid, shape)
+    elif method == "mean":
+        values = _means(model, grid, reference, shape, mean_over)
+    else:
+        values = _resampled(model, grid, reference, shape, seed)
+    check_metric(metric, model, logits_shape(model, tokens))
+    return patch_grid(run, grid, values, logits_score(metric), batch_size, progress)
+
+
+def _zeros(model: Any, grid: Grid, shape: tuple[int, int]) -> dict[str, Tensor]:
+    zero = torch.zeros((), device=next(model.parameters()).device)
+    heads, (_, n_pos) = grid.activation.n_heads(model.cfg), shape
+    # The last axis broadcasts, whatever its width.
+    size: tuple[int, ...] = (1, n_pos, 1)
+    if grid.activation.kind == "heads":
+        size = (1, n_pos, heads or 1, 1)
+    elif grid.activation.kind == "pattern":
+        size = (1, heads or 1, n_pos, n_pos)
+    return dict.fromkeys(grid.names, zero.expand(size))
+
+
+def _means(
+    model: Any, grid: Grid, reference: Any, shape: tuple[int, int], mean_over: str
+) -> dict[str, Tensor]:
+    activation, heads, (_, n_pos) = grid.activation, grid.activation.n_heads(model.cfg), shape
+    if mean_over not in ("batch", "batch_pos"):
+        raise ValueError(f"mean_over must be 'batch' or 'batch_pos', got {mean_over!r}")
+    if mean_over == "batch_pos" and activation.kind == "pattern":
+        raise ValueError(
+            "a mean over positions has no meaning for patterns: use mean_over='batch'"
+        )
+    values = {}
+    for name in grid.names:
+        value = reference[name]
+        length = n_pos if mean_over == "batch" else value.shape[activation.pos_dim]
+        value = take(reference, activation, name, (value.shape[0], length), heads)
+        if mean_over == "batch":
+            values[name] = value.float().mean(0, keepdim=True)
+        else:
+            mean = value.float().mean((0, 1), keepdim=True)
+            values[name] = mean.expand(1, n_pos, *mean.shape[2:])
+    return values
+
+
+def _resampled(
+    model: Any, grid: Grid, reference: Any, shape: tuple[int, int], seed: int
+) -> dict[str, Tensor]:
+    heads, (batch, n_pos) = grid.activation.n_heads(model.cfg), shape
+    n_reference = reference[grid.names[0]].shape[0]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(n_reference, (batch,), generator=generator)
+    values = {}
+    for name in grid.names:
+        value = take(reference, grid.activation, name, (n_reference, n_pos), heads)
+        values[name] = value[drawn.to(value.device)]
+    return values
+
+
+@dataclass(frozen=True)
+class MassiveSite:
+    """One massive activation at the block that makes it.
+
+    Attributes:
+        block: First unrolled block whose output has it while its input has not; -1 where the
+            embedding already has it.
+        label: Its label, such as ``"r1.0"``; ``"embed"`` for -1.
+        row: Prompt.
+        pos: Position.
+        dim: Dimension of the residual stream.
+        value: Its value there.
+    """
+
+    block: int
+    label: str
+    row: int
+    pos: int
+    dim: int
+    value: float
+
+
+def find_massive_sites(
+    model: Any, tokens: Any, magnitude: float = 100, ratio: float = 1000, **forward_arguments: Any
+) -> list[MassiveSite]:
+    """Massive activations of the residual stream, each where it first appears.
+
+    One that vanishes and is made again, as happens from iteration to iteration, is listed at each
+    block that makes it.
+
+    Args:
+        model: A looped model, or a plain HookedTransformer.
+        tokens: [batch, pos], or text.
+        magnitude: Absolute threshold, see :func:`tl_loops.metrics.massive.massive_activations`.
+        ratio: Threshold relative to the median.
+        **forward_arguments: ``attention_mask`` (padding is left out) or ``initial_state``.
+
+    Returns:
+        The sites in order of depth, prompt, position and dimension.
+
+    Source: 2402.17762, section 2.
+    """
+    tokens = as_tokens(model, tokens)
+    run = BaseRun(model, tokens, arguments=forward_arguments)
+    layout, n_layers = layout_of(model), model.cfg.n_layers
+    real = None if run.mask is None else run.mask.bool()
+    present: dict[str, dict[tuple[int, ...], float]] = {}
+
+    def look(name: str, resid: Tensor) -> None:
+        found = massive_activations(resid, magnitude, ratio, real)
+        where = map(tuple, found.index.tolist())
+        present[name] = dict(zip(where, found.value.tolist(), strict=True))
+
+    names = [f"blocks.{i}.hook_resid_{end}" for i in range(n_layers) for end in ("pre", "post")]
+    with torch.no_grad():
+        run.execute([], {name: partial(look, name) for name in names})
+    sites = []
+    for block in range(-1, n_layers):
+        before = present[f"blocks.{block}.hook_resid_pre"] if block >= 0 else {}
+        after = present[f"blocks.{block}.hook_resid_post" if block >= 0 else names[0]]
+        label = "embed" if block < 0 else layout.label(block) if layout is not None else f"b{block}"
+        for (row, pos, dim), value in sorted(after.items()):
+            if (row, pos, dim) not in before:
+                sites.append(MassiveSite(block, label, row, pos, dim, value))
+    return sites
+
+
+def ablate_massive(
+    model: Any,
+    tokens: Any,
+    metric: Metric,
+    sites: Sequence[MassiveSite],
+    method: Literal["zero", "mean", "mlp_pos", "mlp"] = "zero",
+    *,
+    together: bool = False,
+    batch_size: int | None = None,
+    progress: bool = True,
+    **forward_arguments: Any,
+) -> Float[Tensor, "site"]:
+    """The effect of taking massive activations away at the block that makes them.
+
+    Args:
+        model: The model that the sites were found on.
+        tokens: The same prompts.
+        metric: Maps the logits [batch, pos, d_vocab] of one cell to a scalar.
+        sites: From :func:`find_massive_sites`.
+        method: ``"zero"``: the entry in the block's output becomes 0; ``"mean"``: it becomes the
+            mean of that entry over the prompts; ``"mlp_pos"``: the block's MLP adds nothing at that
+            position; ``"mlp"``: it adds nothing at any position of that prompt.
+        together: Take all sites away in one run rather than each in its own.
+        batch_size: Cells in one forward pass.
+        progress: Show a progress bar.
+        **forward_arguments: As in :func:`tl_loops.patching.activation_patch`.
+
+    Returns:
+        The metric of the run without each site; one entry with ``together``.
+
+    Raises:
+        ValueError: No sites, a site that the prompts or the model do not have, a site of the
+            embedding with a method that needs an MLP, a metric that returns no scalar.
+
+    Source: 2402.17762 (zero and mean); 2510.06477 (the MLP at that position); 2604.11791,
+    appendix E.3 (the whole MLP output).
+    """
+    tokens = as_tokens(model, tokens)
+    check_batch_size(batch_size)
+    if not sites:
+        raise ValueError(
+            "there are no sites to ablate: lower magnitude or ratio in find_massive_sites"
+        )
+    if method not in ("zero", "mean", "mlp_pos", "mlp"):
+        raise ValueError(f"method must be 'zero', 'mean', 'mlp_pos' or 'mlp', got {method!r}")
+    for site in sites:
+        inside = site.row < tokens.shape[0] and site.pos < tokens.shape[1]
+        if not (inside and -1 <= site.block < model.cfg.n_layers and site.dim < model.cfg.d_model):
+            raise ValueError(f"{site} is not in prompts of shape {tuple(tokens.shape)} on this model")
+        if site.block < 0 and method.startswith("mlp"):
+            raise ValueError(f"method={method!r} needs a block, but {site} is the embedding's")
+    run = BaseRun(model, tokens, arguments=forward_arguments)
+    check_metric(metric, model, logits_shape(model, tokens))
+    names = [_site_hook(site, method) for site in sites]
+    seen: dict[str, Tensor] = {}
+    observe = {name: partial(seen.__setitem__, name) for name in names} if method == "mean" else {}
+    run.execute(names, observe)
+    edits: list[tuple[str, Edit]] = []
+    for name, site in zip(names, sites, strict=True):
+        value = 0.0
+        if method == "mean":
+            value = float(seen[name][:, site.pos, site.dim].float().mean())
+        edits.append((name, partial(_set_site, site, method, value, run.n_pos)))
+    firsts = [0 if method == "mlp" else site.pos for site in sites]
+    cells = [Cell([edit], first) for edit, first in zip(edits, firsts, strict=True)]
+    if together:
+        cells = [Cell(edits, min(firsts))]
+    return run.score(cells, logits_score(metric), batch_size, progress, "ablate massive")
+
+
+def _site_hook(site: MassiveSite, method: str) -> str:
+    """Where a site is taken away: the MLP of its block, or the stream behind it."""
+    if site.block < 0:
+        return "blocks.0.hook_resid_pre"
+    return f"blocks.{site.block}.hook_{'mlp_out' if method.startswith('mlp') else 'resid_post'}"
+
+
+def _set_site(site: MassiveSite, method: str, value: float, n_pos: int, rows: Tensor) -> None:
+    pos = site.pos - (n_pos - rows.shape[1])  # Positions in front may be left out.
+    if method == "mlp":
+        rows[site.row] = 0.0
+    elif pos >= 0 and method == "mlp_pos":
+        rows[site.row, pos] = 0.0
+    elif pos >= 0:
+        rows[site.row, pos, site.dim] = value

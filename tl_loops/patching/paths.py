@@ -1,0 +1,220 @@
+"""Path patching: what a sender tells a receiver directly, with everything between held fixed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_loops.patching.activation import Metric, logits_score, logits_shape, replace
+from tl_loops.patching.grid import Grid, Selection, make_grid
+from tl_loops.patching.rerun import (
+    BaseRun,
+    Cell,
+    Edit,
+    as_tokens,
+    check_batch_size,
+    check_metric,
+)
+from tl_loops.patching.sites import Activation, check_cache, find_activation, take
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the unrolled computation.
+
+    Attributes:
+        activation: As in :func:`tl_loops.patching.activation_patch`.
+        iteration: Iteration of a core block; negative counts from the last.
+        layer: Layer of the core; left out: all.
+        block: Unrolled block, instead of iteration and layer.
+        head: One or several heads; left out: all.
+        pos: One or several positions; left out: all.
+    """
+
+    activation: str
+    iteration: Selection | None = None
+    layer: Selection | None = None
+    block: Selection | None = None
+    head: Selection | None = None
+    pos: Selection | None = None
+
+    def grid(self, model: Any, n_pos: int) -> Grid:
+        """The single region that the site covers.
+
+        Raises:
+            ValueError: The activation is unknown or has no such axis.
+            IndexError: A coordinate is out of range.
+        """
+        names = ("iteration", "layer", "block", "head", "pos")
+        where = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return make_grid(model, self.activation, (), n_pos, where=where)
+
+
+Sites = Site | Sequence[Site]
+
+
+def path_patch(
+    model: Any,
+    corrupted_tokens: Any,
+    clean_cache: Any,
+    metric: Metric,
+    senders: Sequence[Sites],
+    receivers: Sequence[Sites],
+    *,
+    freeze: Sequence[str] = ("attn_out", "mlp_out"),
+    batch_size: int | None = None,
+    progress: bool = True,
+    **forward_arguments: Any,
+) -> Float[Tensor, "sender receiver"]:
+    """The effect of what each sender tells each receiver directly.
+
+    For each pair: (1) a run in which the sender is patched from the clean cache while the outputs
+    named by ``freeze`` keep their corrupted values in every block from the sender on (but for the
+    output that the sender itself is part of); norms, injection and the residual stream are run. (2)
+    What reaches the receiver there is put into the receiver of a corrupted run, in which everything
+    behind it is run. The metric of the second run is the entry. It is that of the corrupted run
+    where the receiver lies before the sender.
+
+    Args:
+        model: A looped model, or a plain HookedTransformer.
+        corrupted_tokens: [batch, pos], or text.
+        clean_cache: Cache of the clean run, with the senders' activations.
+        metric: Maps the logits [batch, pos, d_vocab] of one cell to a scalar.
+        senders: Sites; a list in place of a site is patched together.
+        receivers: Sites that read the residual stream, such as ``Site("resid_pre", 3, 0)``,
+            ``Site("q", 3, 0, head=1)`` or ``Site("injected", 2)``; a list likewise.
+        freeze: Outputs that are held fixed; ``("attn_out",)`` lets the MLPs pass effects on.
+        batch_size: Cells in one forward pass; ``None``: chosen.
+        progress: Show a progress bar.
+        **forward_arguments: As in :func:`tl_loops.patching.activation_patch`.
+
+    Returns:
+        One row a sender, one column a receiver.
+
+    Raises:
+        ValueError: As :func:`tl_loops.patching.activation_patch`; or no senders or receivers.
+        IndexError: A coordinate is out of range.
+
+    Source: 2304.05969 (definition, with MLPs fixed); 2211.00593, section 3.1 (with MLPs run).
+    """
+    tokens = as_tokens(model, corrupted_tokens)
+    check_batch_size(batch_size)
+    if not len(senders) or not len(receivers):
+        raise ValueError("path patching needs at least one sender and one receiver")
+    frozen = [find_activation(model, name) for name in freeze]
+    for activation in frozen:
+        if activation.kind != "stream":
+            raise ValueError(
+                f"freeze names outputs of a block such as 'attn_out' or 'mlp_out', got "
+                f"{activation.name!r}"
+            )
+    n_pos = tokens.shape[1]
+    sending = [[site.grid(model, n_pos) for site in _group(sites)] for sites in senders]
+    receiving = [[site.grid(model, n_pos) for site in _group(sites)] for sites in receivers]
+    check_cache(clean_cache, model, [n for grids in sending for grid in grids for n in grid.names])
+    shape = (tokens.shape[0], n_pos)
+    clean = [[_clean_edits(model, grid, clean_cache, shape) for grid in grids] for grids in sending]
+    run = BaseRun(model, tokens, arguments=forward_arguments)
+    check_metric(metric, model, logits_shape(model, tokens))
+
+    starts = [min(run.stage(n) for grid in grids for n in grid.names) for grids in sending]
+    held: dict[str, Tensor] = {}
+    names = [a.hook_name(i) for i in range(min(starts), model.cfg.n_layers) for a in frozen]
+    touched = [n for grids in sending + receiving for grid in grids for n in grid.names]
+    run.execute(touched, {name: partial(held.__setitem__, name) for name in names})
+
+    # Senders go in groups, since what reaches the receivers is kept until it has been used.
+    size = run.automatic_batch_size() if batch_size is None else batch_size
+    rows = []
+    for first in range(0, len(senders), size):
+        cells, reached = [], []
+        for k in range(first, min(first + size, len(senders))):
+            edits = [edit for part in clean[k] for edit in part]
+            got: dict[str, Tensor] = {}
+            for name in dict.fromkeys(n for grids in receiving for g in grids for n in g.names):
+                if run.stage(name) >= starts[k]:
+                    edits.append((name, partial(_note, got, name)))
+            edits += _freezing(run, frozen, held, sending[k], starts[k])
+            first_pos = min(grid.regions[0].first_pos for grid in sending[k])
+            cells.append(Cell(edits, first_pos))
+            reached.append((got, first_pos))
+        run.score(cells, lambda output: 0.0, batch_size, keep_graph=True)
+        cells = [_receiver_cell(grids, *what, n_pos) for what in reached for grids in receiving]
+        scores = run.score(cells, logits_score(metric), batch_size, progress, "path patch")
+        rows.append(scores.reshape(len(reached), len(receivers)))
+    return torch.cat(rows)
+
+
+def _group(sites: Sites) -> Sequence[Site]:
+    return [sites] if isinstance(sites, Site) else sites
+
+
+def _clean_edits(
+    model: Any, grid: Grid, cache: Any, shape: tuple[int, int]
+) -> list[tuple[str, Edit]]:
+    activation, (region,) = grid.activation, grid.regions
+    heads = activation.n_heads(model.cfg)
+    return [
+        (name, replace(activation, value, pos, head, src, shape[1]))
+        for name in region.names
+        for value in [take(cache, activation, name, shape, heads)]
+        for pos, head, src in region.parts()
+    ]
+
+
+def _note(got: dict[str, Tensor], name: str, rows: Tensor) -> None:
+    got[name] = rows.clone()
+
+
+def _freezing(
+    run: BaseRun,
+    frozen: Sequence[Activation],
+    held: dict[str, Tensor],
+    sender: Sequence[Grid],
+    start: int,
+) -> list[tuple[str, Edit]]:
+    """Edits that hold outputs from the sender on, but for the one that the sender is part of."""
+    own = {_output_of(name) for grid in sender for name in grid.names}
+    edits = []
+    for block in range(start, run.cfg.n_layers):
+        for activation in frozen:
+            name = activation.hook_name(block)
+            if name not in own:
+                everywhere = slice(0, run.n_pos)
+                edit = replace(activation, held[name], everywhere, None, None, run.n_pos)
+                edits.append((name, edit))
+    return edits
+
+
+def _output_of(name: str) -> str:
+    """The block output that an activation is part of, or the name itself."""
+    kind, _, rest = name.partition(".")
+    if kind != "blocks":
+        return name
+    block, _, part = rest.partition(".")
+    if part.startswith(("attn.", "ln1", "hook_attn_in", "hook_q_in", "hook_k_in", "hook_v_in")):
+        return f"blocks.{block}.hook_attn_out"
+    if part.startswith(("mlp.", "ln2", "hook_mlp_in")):
+        return f"blocks.{block}.hook_mlp_out"
+    return name
+
+
+def _receiver_cell(
+    receiver: Sequence[Grid], got: dict[str, Tensor], first_pos: int, n_pos: int
+) -> Cell:
+    """A corrupted run whose receiver gets what reached it."""
+    edits: list[tuple[str, Edit]] = []
+    first = n_pos - 1
+    for grid in receiver:
+        (region,) = grid.regions
+        for name in region.names:
+            if name not in got:
+                continue
+            for pos, head, src in region.parts():
+                edits.append((name, replace(grid.activation, got[name], pos, head, src, n_pos)))
+            first = min(first, max(first_pos, region.first_pos))
+    return Cell(edits, first)

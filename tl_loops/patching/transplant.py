@@ -1,0 +1,108 @@
+"""Transplants: the state of one iteration, of this run or another, put into another iteration."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_loops.patching.activation import Metric, logits_score, logits_shape, replace
+from tl_loops.patching.grid import Selection, chosen_values, contiguous_parts
+from tl_loops.patching.rerun import (
+    BaseRun,
+    Cell,
+    as_tokens,
+    check_batch_size,
+    check_metric,
+)
+from tl_loops.patching.sites import find_activation, layout_of, take
+
+
+def transplant_states(
+    model: Any,
+    corrupted_tokens: Any,
+    clean_cache: Any,
+    metric: Metric,
+    activation: Literal["state_in", "injected", "state_out"] = "state_out",
+    *,
+    sources: Sequence[int] | None = None,
+    targets: Sequence[int] | None = None,
+    pos: Selection | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+    **forward_arguments: Any,
+) -> Float[Tensor, "source target"]:
+    """The effect of putting the state of iteration a of one run into iteration b of another.
+
+    Args:
+        model: A looped model.
+        corrupted_tokens: [batch, pos], or text.
+        clean_cache: Cache of the run that gives the states. It may have another number of
+            iterations, or be a run of the same prompt.
+        metric: Maps the logits [batch, pos, d_vocab] of one cell to a scalar.
+        activation: The state that leaves an iteration, that enters one (whose entry 0 is the
+            initial state), or that enters its first layer behind the injection.
+        sources: Iterations of the cached run; ``None``: all that the cache holds.
+        targets: Iterations of the corrupted run; ``None``: all.
+        pos: Positions that are transplanted; ``None``: all.
+        batch_size: As in :func:`tl_loops.patching.activation_patch`.
+        progress: Show a progress bar.
+        **forward_arguments: As in :func:`tl_loops.patching.activation_patch`.
+
+    Returns:
+        The metric of each run; its diagonal is ``activation_patch(..., axes=("iteration",))``.
+
+    Raises:
+        ValueError: The model has no loop, prompts of different length, a cache without the state,
+            a metric that returns no scalar.
+        IndexError: An iteration or a position is out of range.
+    """
+    layout = layout_of(model)
+    if layout is None:
+        raise ValueError("a model without a loop has no states between iterations")
+    if activation not in ("state_in", "injected", "state_out"):
+        raise ValueError(
+            f"activation must be 'state_in', 'injected' or 'state_out', got {activation!r}"
+        )
+    tokens = as_tokens(model, corrupted_tokens)
+    check_batch_size(batch_size)
+    found = find_activation(model, activation)
+    n_sources = _cached_iterations(clean_cache, found.rest)
+    source = chosen_values("source iteration", n_sources, sources)
+    target = chosen_values("target iteration", layout.n_iterations, targets)
+    parts = contiguous_parts(chosen_values("pos", tokens.shape[1], pos))
+    shape = (tokens.shape[0], tokens.shape[1])
+    missing = [t for t in source if found.hook_name(t) not in clean_cache.keys()]
+    if missing:
+        raise ValueError(
+            f"the cache lacks {found.hook_name(missing[0])!r}: run run_with_cache on the clean "
+            "prompt with a names_filter that keeps it"
+        )
+    states = {t: take(clean_cache, found, found.hook_name(t), shape, None) for t in source}
+    run = BaseRun(model, tokens, arguments=forward_arguments)
+    check_metric(metric, model, logits_shape(model, tokens))
+    cells = []
+    for a in source:
+        for b in target:
+            name = found.hook_name(b)
+            edits = [
+                (name, replace(found, states[a], part, None, None, run.n_pos)) for part in parts
+            ]
+            cells.append(Cell(edits, parts[0].start))
+    run.execute([found.hook_name(b) for b in target])
+    scores = run.score(cells, logits_score(metric), batch_size, progress, f"transplant {activation}")
+    return scores.reshape(len(source), len(target))
+
+
+def _cached_iterations(cache: Mapping[str, Tensor] | Any, rest: str) -> int:
+    """How many iterations the cached run had, as far as the cache shows."""
+    held = [
+        int(name.split(".")[1])
+        for name in cache.keys()
+        if name.startswith("iter.") and name.endswith(f".{rest}")
+    ]
+    if not held:
+        raise ValueError(
+            f"the cache holds no iter.*.{rest}: run run_with_cache with a names_filter that keeps it"
+        )
+    return max(held) + 1
