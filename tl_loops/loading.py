@@ -213,13 +213,13 @@ def open_tensors(
     family, headers = _family(checkpoint), checkpoint.headers
     specs = {spec.key: spec for spec in family.tensors(cfg)}
     problems = list(headers.problems)
-    names = sorted({stored.file.name for stored in headers.tensors.values()})
-    files = names[0] if len(names) == 1 else f"all {len(names)} weight files"
+    names = {stored.file.name for stored in headers.tensors.values()}
+    files = "".join(names) if len(names) == 1 else f"all {len(names)} weight files"
     for key, spec in specs.items():
         stored = headers.tensors.get(key)
         if stored is not None:
             problems += _tensor_problems(stored, spec.shape)
-        elif key not in headers.lost:
+        elif key not in headers.lost and not headers.incomplete:
             problems.append(f"{files}: key {key!r} is missing, expected shape {spec.shape}")
     for key, stored in headers.tensors.items():
         if key in specs or key in family.ignored:
@@ -235,8 +235,8 @@ def open_tensors(
         problems += _tied_problems(headers.tensors, *family.tied)
     if problems:
         raise _refusal(checkpoint, problems)
-    order = sorted(specs, key=lambda key: _place(headers.tensors[key]))
-    return _stream([(headers.tensors[key], specs[key]) for key in order], cfg)
+    pairs = [(headers.tensors[key], spec) for key, spec in specs.items()]
+    return _stream(sorted(pairs, key=lambda pair: (pair[0].file.name, pair[0].offset)), cfg)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -383,10 +383,6 @@ def _tied_problems(tensors: dict[str, StoredTensor], head: str, embedding: str) 
         f"{tensors[head].file.name}: key {head!r} differs from {embedding!r}, but {CONFIG_FILE} "
         "ties them; expected equal values, or tied embeddings switched off there"
     ]
-
-
-def _place(stored: StoredTensor) -> tuple[str, int]:
-    return stored.file.name, stored.offset
 
 
 def _stream(

@@ -1,8 +1,8 @@
 """One batch through the model: every activation is reduced in its hook and let go."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -150,7 +150,7 @@ def reduce_batch(
     if plan.needs_last_calls:
         last, initial_state = _last_calls(model, tokens, plan)
         hooks.append(("hook_initial_state", lambda _, hook: initial_state))
-    batch = _Batch(plan, last)
+    batch = _Batch(plan, last, tokens.shape[0], tokens.device)
     hooks += [(point.hook_name, batch.hook(point)) for point in plan.points]
     _run(model, tokens, hooks, return_type=None)
     return batch.finish()
@@ -194,23 +194,28 @@ def _last_calls(
     return last, start[0]
 
 
-@dataclass
 class _Batch:
     """What the hooks of one forward pass share.
 
-    Attributes:
-        plan: What is read.
-        last: What the last calls give, from a pass before.
-        before: The calls before the present one, as many as a metric needs.
-        series: Numbers per token by path and by the function that makes them.
-        values: One value a prompt, by metric and block.
+    Whatever outlives a hook has its place from the start: small tensors that are made between large
+    ones and stay would leave the allocator with holes that no large one fits into again.
     """
 
-    plan: StreamPlan
-    last: dict[CallKey, Tensor]
-    before: dict[CallKey, deque[Tensor]] = field(default_factory=dict)
-    series: dict[tuple[CallKey, Any], list[Tensor]] = field(default_factory=dict)
-    values: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    def __init__(
+        self, plan: StreamPlan, last: dict[CallKey, Tensor], batch: int, device: torch.device
+    ):
+        self.plan = plan
+        self.last = last
+        # The calls before the present one, as many as a metric needs.
+        self.before: dict[CallKey, deque[Tensor]] = {}
+        self.series: dict[tuple[CallKey, Callable], Tensor] = {}
+        self.n_calls = Counter(point.key for point in plan.points)
+        self.calls_seen: Counter[CallKey] = Counter()
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.values = {
+            metric.name: torch.full((len(metric.blocks), batch), torch.nan, dtype=dtype).to(device)
+            for metric in plan.metrics
+        }
 
     def hook(self, point: _Point) -> Callable[[Tensor, Any], None]:
         """The hook of one point."""
@@ -228,18 +233,17 @@ class _Batch:
                 raise ValueError(f"{point.hook_name}: {error}") from error
         sampled = set()
         for metric in point.metrics:
-            m, key = metric.measurement, point.key
+            m = metric.measurement
             if m.needs == "series":
-                assert key is not None and m.per_token is not None
                 if m.per_token not in sampled:  # Several metrics share one series.
-                    more = (self.last[key],) if m.against_last else ()
-                    self.series.setdefault((key, m.per_token), []).append(m.per_token(x, *more))
+                    self._sample(point, m, x)
                     sampled.add(m.per_token)
             elif point.block in metric.blocks:
-                self._put(
-                    metric, point.block, m.function(*self._arguments(m, key, x), **metric.options)
-                )
-        self._remember(point, x)
+                arguments = self._arguments(m, point.key, x)
+                self._put(metric, point.block, m.function(*arguments, **metric.options))
+        if point.key is not None:
+            self.calls_seen[point.key] += 1
+            self._remember(point, point.key, x)
 
     def _arguments(self, m: Measurement, key: CallKey | None, x: Tensor) -> tuple[Tensor, ...]:
         if m.needs == "value":
@@ -249,35 +253,39 @@ class _Batch:
             return x, self.last[key]
         return *list(self.before[key])[1 - m.window :], x
 
-    def _remember(self, point: _Point, x: Tensor) -> None:
+    def _remember(self, point: _Point, key: CallKey, x: Tensor) -> None:
         n = max(m.measurement.window for m in point.metrics) - 1
-        if n and point.key is not None:
-            self.before.setdefault(point.key, deque(maxlen=n)).append(x)
+        if n:
+            self.before.setdefault(key, deque(maxlen=n)).append(x)
+
+    def _sample(self, point: _Point, m: Measurement, x: Tensor) -> None:
+        key = point.key
+        assert key is not None and m.per_token is not None
+        value = m.per_token(x, self.last[key]) if m.against_last else m.per_token(x)
+        if (key, m.per_token) not in self.series:
+            self.series[key, m.per_token] = value.new_empty(self.n_calls[key], *value.shape)
+        self.series[key, m.per_token][self.calls_seen[key]] = value
 
     def _put(self, metric: PlannedMetric, block: int, value: Tensor) -> None:
-        self.values.setdefault(metric.name, {})[block] = value
+        self.values[metric.name][metric.blocks.index(block)] = value
 
     def finish(self) -> dict[str, Float[Tensor, "block batch"]]:
         """Reduce the series, and give all values."""
         for metric in self.plan.metrics:
             if metric.measurement.needs == "series":
                 self._finish_series(metric)
-        return {
-            metric.name: torch.stack([self.values[metric.name][b] for b in metric.blocks])
-            .cpu()
-            .double()
-            for metric in self.plan.metrics
-        }
+        return {name: values.cpu().double() for name, values in self.values.items()}
 
     def _finish_series(self, metric: PlannedMetric) -> None:
         m = metric.measurement
+        assert m.per_token is not None
         blocks: dict[CallKey, list[int]] = {}
         for point in self.plan.points:
             if metric in point.metrics and point.block in metric.blocks:
                 assert point.key is not None
                 blocks.setdefault(point.key, []).append(point.block)
         for key, path in blocks.items():
-            value = m.function(torch.stack(self.series[key, m.per_token]), **metric.options)
+            value = m.function(self.series[key, m.per_token], **metric.options)
             rows = value if value.ndim == 2 else value.unsqueeze(0)
             for block, row in zip(path, rows, strict=True):
                 self._put(metric, block, row)

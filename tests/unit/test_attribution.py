@@ -101,8 +101,8 @@ def test_a_linear_model_is_attributed_exactly(model, method):
     with linear(model):
         cache = clean_cache(model)
         for activation, axes, where in (
-            ("resid_pre", ("block", "pos"), {"pos": [1, 3]}),
-            ("z", ("iteration", "layer", "head"), {"layer": 0}),
+            ("resid_pre", ("block", "pos"), {"pos": 3, "block": [0, 1, -1]}),
+            ("z", ("iteration", "layer", "head"), {"layer": 0, "head": 1}),
             ("state_out", ("iteration",), {}),
         ):
             exact = patch(model, cache, metric, activation, axes, where=where)
@@ -124,7 +124,7 @@ def test_a_linear_model_is_attributed_exactly(model, method):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_attribution_is_the_derivative_of_patching(architecture):
     """For a clean run at distance eps the error falls as eps squared, in every cell."""
-    model = tiny_model(architecture, initializer_range=0.15, dtype=torch.float64)
+    model = tiny_model(architecture, n_iterations=2, initializer_range=0.15, dtype=torch.float64)
     clean, corrupted = clean_cache(model), clean_cache(model, CORRUPTED)
     eps = 1e-4
     nearby = {
@@ -133,11 +133,10 @@ def test_attribution_is_the_derivative_of_patching(architecture):
         if "attn_scores" not in name
     }
     for activation, axes in GRIDS:
-        exact = patch(model, nearby, curved, activation, axes) / eps
-        first = attribution_patch(model, CORRUPTED, clean, curved, activation, axes)
+        where = {"pos": [1, 4]} if "pos" in axes else {}
+        exact = patch(model, nearby, curved, activation, axes, where=where) / eps
+        first = attribution_patch(model, CORRUPTED, clean, curved, activation, axes, where=where)
         assert first.dtype == torch.float64 and first.abs().max() > 0
-        covers_one = {"block", "iteration", "layer"} & set(axes) or activation == "embed"
-        assert covers_one
         scale = exact.abs().max()
         close(first / scale, exact / scale, atol=2e-3, rtol=0, msg=f"{activation} {axes}")
 
@@ -237,11 +236,13 @@ def test_grouped_keys_have_their_own_heads(models):
 # --- integrated gradients ---
 
 
-def test_integrated_over_the_activation_a_hook_point_is_complete(model):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_integrated_over_the_activation_a_hook_point_is_complete(architecture):
     """The fundamental theorem: all cells of a hook point sum to the patch of all of it."""
+    model = tiny_model(architecture, initializer_range=0.05)
     cache = clean_cache(model)
     for activation in ("resid_mid", "pattern"):
-        exact = patch(model, cache, curved, activation, ("block",), where={"block": [1, -1]})
+        exact = patch(model, cache, curved, activation, ("block",), where={"block": 1})
         ours = attribution_patch(
             model,
             CORRUPTED,
@@ -249,14 +250,16 @@ def test_integrated_over_the_activation_a_hook_point_is_complete(model):
             curved,
             activation,
             ("block", "pos"),
-            where={"block": [1, -1]},
+            where={"block": 1},
             method="integrated_activation",
-            n_steps=24,
+            n_steps=32,
         )
-        close(ours.sum(1).double(), exact, atol=2e-3, rtol=2e-3)
+        close(ours.sum(1).double(), exact, atol=1e-5, rtol=5e-3)
 
 
-def test_integrated_over_the_inputs_the_embedding_is_complete(model):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_integrated_over_the_inputs_the_embedding_is_complete(architecture):
+    model = tiny_model(architecture, initializer_range=0.05)
     ours = attribution_patch(
         model,
         CORRUPTED,
@@ -265,11 +268,11 @@ def test_integrated_over_the_inputs_the_embedding_is_complete(model):
         "embed",
         ("pos",),
         method="integrated_inputs",
-        n_steps=24,
+        n_steps=64,
     )
     with torch.no_grad():
         change = curved(model(CLEAN)) - curved(model(CORRUPTED))
-    close(ours.sum(), change, atol=2e-3, rtol=2e-3)
+    close(ours.sum(), change, atol=1e-5, rtol=5e-3)
     assert ours[[0, 2, 4]].abs().max() == 0
 
 
@@ -354,7 +357,7 @@ def test_bad_arguments_are_refused_before_any_pass(models, options, error, messa
 
 def test_caches_that_do_not_fit_are_refused(models):
     model = models["huginn"]
-    with pytest.raises(ValueError, match="6 positions.*5"):
+    with pytest.raises(ValueError, match="6 positions"):
         attribution_patch(model, CORRUPTED, clean_cache(model, tiny_tokens(pos=6)), metric)
     with model.iterations(4):
         longer = clean_cache(model)

@@ -25,13 +25,12 @@ def model(request, models):
     return models[request.param]
 
 
-def path_patch(model, sender, receiver, heads, value, measure):
+def path_patch(model, corrupted, sender, receiver, heads, value, measure):
     """The metric when the receiver alone sees ``value`` of the sender, by two runs with hooks.
 
     In the first every other component keeps its corrupted output, so that the sender reaches the
     receiver along the stream alone. In the second the receiver's output is replaced by the result.
     """
-    _, corrupted = model.run_with_cache(CORRUPTED)
     writes = ("attn.hook_z", "hook_mlp_out") if heads else ("hook_attn_out", "hook_mlp_out")
     seen = {}
 
@@ -58,7 +57,7 @@ def path_patch(model, sender, receiver, heads, value, measure):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("heads", [False, True])
 def test_scores_are_derivatives_of_path_patching(architecture, heads):
-    model = tiny_model(architecture, initializer_range=0.15, dtype=torch.float64)
+    model = tiny_model(architecture, n_iterations=2, initializer_range=0.15, dtype=torch.float64)
     clean, corrupted = clean_cache(model), clean_cache(model, CORRUPTED)
     result = edges(model, clean, curved, heads=heads, split_qkv=heads)
     eps = 1e-5
@@ -67,8 +66,7 @@ def test_scores_are_derivatives_of_path_patching(architecture, heads):
         (s, r)
         for s, sender in enumerate(result.senders)
         for r, receiver in enumerate(result.receivers)
-        if (sender.block, receiver.block)
-        in ((None, 1), (0, 0), (0, n_blocks - 1), (1, 3), (2, n_blocks - 1), (3, None))
+        if (sender.block, receiver.block) in ((None, 1), (0, 0), (1, n_blocks - 1), (3, None))
         and sender.head in (None, 1)
         and receiver.head in (None, 1)
     ]
@@ -83,13 +81,13 @@ def test_scores_are_derivatives_of_path_patching(architecture, heads):
                 only[:, :, sender.head] = step[:, :, sender.head]
                 step = only
             ends = [
-                path_patch(model, sender, receiver, heads, value + sign * step, curved)
+                path_patch(model, corrupted, sender, receiver, heads, value + sign * step, curved)
                 for sign in (1, -1)
             ]
             expected = (ends[0] - ends[1]) / (2 * eps)
             close(result.scores[s, r], expected, atol=1e-7, rtol=1e-5)
             compared += bool(expected.abs() > 1e-6)
-    assert compared >= 8
+    assert compared >= 5
 
 
 def test_edges_into_a_receiver_sum_to_its_attribution_in_a_linear_model(model):
@@ -127,7 +125,7 @@ def test_nothing_is_sent_backwards(models):
             read = (receiver.block or 0) + order[receiver.kind]
             if sent >= read:
                 assert result.scores[s, r] == 0
-    assert result.scores[:, -1].abs().min() > 0
+    assert result.scores[1:, -1].abs().min() > 0
 
 
 def test_components_are_labelled_by_iteration_and_layer(models):
@@ -175,11 +173,16 @@ def test_integrated_over_the_inputs_the_edge_from_embedding_to_logits_is_complet
         for name, parameter in model.physical_named_parameters():
             if name.endswith(("W_O", "W_out")):
                 parameter.zero_()
-    result = edges(model, clean_cache(model), curved, method="integrated_inputs", n_steps=16)
+
+    def everywhere(logits):
+        return logits.log_softmax(-1)[..., 3].sum()
+
+    cache = clean_cache(model)
+    result = edges(model, cache, everywhere, method="integrated_inputs", n_steps=32)
     with torch.no_grad():
-        change = curved(model(CLEAN)) - curved(model(CORRUPTED))
+        change = everywhere(model(CLEAN)) - everywhere(model(CORRUPTED))
     close(result.scores[0, -1], change, atol=1e-4, rtol=1e-3)
-    one = edges(model, clean_cache(model), curved)
+    one = edges(model, cache, everywhere)
     assert (one.scores[0, -1] - change).abs() > 1e-3
 
 

@@ -107,8 +107,7 @@ def test_components_sum_to_what_each_norm_makes_of_the_stream(either):
         assert_close(stack.sum(0), expected, **CLOSE)
 
 
-def test_heads_neurons_and_biases_sum_to_the_stream(either):
-    _, cache = either
+def test_heads_neurons_and_biases_sum_to_the_stream(cache):
     depth = cache.layout.n_layers
     for layer, mlp_input in ((0, True), (cache.layout.core_start + 1, False), (depth, False)):
         for expand in (True, False):
@@ -542,7 +541,10 @@ def test_padded_and_cached_runs(model):
     assert_close(full.sum(0), stream(cache, cache.layout.n_layers), **CLOSE)
 
 
-@pytest.mark.parametrize("dtype, rtol", [(torch.bfloat16, 0.02), (torch.float64, 1e-12)])
+PRECISIONS = [(name, torch.bfloat16, 0.02) for name in NAMES] + [("huginn", torch.float64, 1e-12)]
+
+
+@pytest.mark.parametrize("name, dtype, rtol", PRECISIONS)
 def test_other_precisions(name, dtype, rtol):
     model = any_model(name).to(dtype)
     _, cache = model.run_with_cache(TOKENS)

@@ -167,9 +167,9 @@ def test_llama3_scaling_becomes_ntk_by_parts():
 
 
 LLAMA3 = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
+    "factor": 9.0,
+    "low_freq_factor": 2.0,
+    "high_freq_factor": 5.0,
     "original_max_position_embeddings": 32,
 }
 
@@ -192,8 +192,9 @@ LLAMA3 = {
 )
 def test_all_spellings_of_rotary_scaling_give_the_same_config(spelling):
     cfg = config("ouro", **spelling)
-    assert cfg.rotary_base == 1e6 and cfg.NTK_by_parts_factor == 8.0
-    assert cfg.NTK_original_ctx_len == 32
+    assert cfg.rotary_base == 1e6 and cfg.NTK_original_ctx_len == 32
+    assert cfg.NTK_by_parts_factor == 9.0
+    assert (cfg.NTK_by_parts_low_freq_factor, cfg.NTK_by_parts_high_freq_factor) == (2.0, 5.0)
 
 
 def test_linear_rotary_scaling_and_the_default_type():

@@ -13,12 +13,12 @@ from tl_loops.attribution.gradients import (
     check_arguments,
     check_differentiable,
     difference,
-    inner_product,
+    effect,
     metric_gradients,
     moved,
     path_nodes,
 )
-from tl_loops.patching.activation import logits_shape
+from tl_loops.patching.checks import logits_shape
 from tl_loops.patching.grid import Grid, Region, Selection, make_grid
 from tl_loops.patching.rerun import as_tokens
 from tl_loops.patching.sites import Activation, check_cache, take
@@ -123,8 +123,8 @@ def attribution_patch(
 def _effect(activation: Activation, gradient: Tensor, delta: Tensor) -> Tensor:
     """Gradient times (clean - corrupted) as [pos], [pos, head] or [pos, head, src]."""
     if activation.kind == "pattern":
-        return inner_product(gradient, delta, 3).transpose(0, 1)
-    return inner_product(gradient, delta, 2 if activation.kind == "heads" else 1)
+        return effect(gradient, delta, 3).transpose(0, 1)
+    return effect(gradient, delta, 2 if activation.kind == "heads" else 1)
 
 
 def _cells(grid: Grid, effects: Mapping[str, Tensor]) -> Tensor:

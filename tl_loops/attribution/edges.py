@@ -15,7 +15,7 @@ from tl_loops.attribution.gradients import (
     check_arguments,
     check_differentiable,
     differentiating,
-    inner_product,
+    effect,
     metric_gradients,
     moved,
     path_nodes,
@@ -23,7 +23,7 @@ from tl_loops.attribution.gradients import (
 )
 from tl_loops.decomposition.path import part_label
 from tl_loops.layout import LoopLayout, Phase
-from tl_loops.patching.activation import logits_shape
+from tl_loops.patching.checks import logits_shape
 from tl_loops.patching.rerun import as_tokens
 from tl_loops.patching.sites import check_cache, find_activation, layout_of, take
 
@@ -255,7 +255,7 @@ def _column(
         if gradient is not None:
             # [pos, head] of z, else [pos]
             kept = 2 if name.endswith("hook_z") else 1
-            effects[name] = inner_product(gradient, delta[name].expand_as(gradient), kept).sum(0)
+            effects[name] = effect(gradient, delta[name].expand_as(gradient), kept).sum(0)
     like = next(iter(delta.values()))
     working = torch.float64 if like.dtype == torch.float64 else torch.float32
     nothing = torch.zeros((), dtype=working, device=like.device)

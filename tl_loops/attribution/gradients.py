@@ -50,8 +50,8 @@ def check_differentiable(metric: Metric, model: Any, shape: tuple[int, ...]) -> 
     if not callable(metric):
         raise ValueError(f"metric must be a function of the logits, got {type(metric).__name__}")
     like = model.embed.W_E
-    draw = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.detach())
     with differentiating():
+        draw = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.detach())
         value = metric(draw.requires_grad_())
     if not isinstance(value, Tensor):
         raise ValueError(
@@ -78,7 +78,7 @@ def differentiating() -> Iterator[None]:
 
 
 def recordable(value: Any) -> Any:
-    """A copy of a tensor that was made in inference mode, which autograd refuses; else the value."""
+    """A copy of a tensor made in inference mode, which autograd refuses; else the value itself."""
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
@@ -187,16 +187,20 @@ def metric_gradients(
     )
 
 
-def inner_product(
-    a: Float[Tensor, "..."], b: Float[Tensor, "..."], kept_dims: int
+def effect(
+    gradient: Float[Tensor, "..."], delta: Float[Tensor, "..."], kept_dims: int
 ) -> Float[Tensor, "..."]:
-    """Sum of ``a * b`` over the batch and the trailing axes, in float32 or better.
+    """Sum of ``gradient * delta`` over the batch and the trailing axes, in float32 or better.
+
+    Where nothing changes the effect is 0, also where the gradient is undefined (the scores of a
+    padded query that sees no key).
 
     Args:
-        a: [batch, ...].
-        b: The same shape.
+        gradient: [batch, ...].
+        delta: The same shape.
         kept_dims: How many axes behind the batch are kept.
     """
-    working = torch.float64 if a.dtype == torch.float64 else torch.float32
-    product = (a.to(working) * b.to(working)).sum(0)
+    working = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+    product = gradient.to(working) * delta.to(working)
+    product = torch.where(delta == 0, 0.0, product).sum(0)
     return product.flatten(kept_dims).sum(-1) if product.ndim > kept_dims else product

@@ -38,6 +38,11 @@ def part_labels(layout: LoopLayout, block: int, part: str, numbers: Iterable[int
     return [f"{place}.L{at.layer}{part}{number}" for number in numbers]
 
 
+def part_label(layout: LoopLayout, block: int, part: str, number: int) -> str:
+    """One of :func:`part_labels`."""
+    return part_labels(layout, block, part, [number])[0]
+
+
 # Linear maps.
 
 

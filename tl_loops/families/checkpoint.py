@@ -61,11 +61,13 @@ class Headers:
         tensors: All stored tensors by key.
         problems: What is wrong with files, one line each.
         lost: Keys that the index assigns to files that could not be read.
+        incomplete: Whether a file could not be read of which no index tells what it holds.
     """
 
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     lost: set[str] = field(default_factory=set)
+    incomplete: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,13 @@ class Checkpoint:
             CheckpointError: The directory holds no safetensors file at all.
         """
         headers = Headers()
+        unreadable = False
         for file in self._weight_files(headers):
             try:
                 found = read_header(file)
             except CheckpointError as problem:
                 headers.problems.append(str(problem))
+                unreadable = True
                 continue
             size = file.stat().st_size
             end = max((tensor.offset + tensor.nbytes for tensor in found), default=size)
@@ -120,7 +124,7 @@ class Checkpoint:
                     other = headers.tensors[tensor.key].file.name
                     headers.problems.append(f"{file.name}: key {tensor.key!r} is also in {other}")
                 headers.tensors[tensor.key] = tensor
-        self._check_index(headers)
+        self._check_index(headers, unreadable)
         return headers
 
     def _weight_files(self, headers: Headers) -> list[Path]:
@@ -153,10 +157,11 @@ class Checkpoint:
                 )
         return weight_map
 
-    def _check_index(self, headers: Headers) -> None:
-        if (self.directory / WEIGHTS_FILE).is_file() or not (self.directory / INDEX_FILE).is_file():
-            return
+    def _check_index(self, headers: Headers, unreadable: bool) -> None:
         readable = {tensor.file.name for tensor in headers.tensors.values()}
+        if (self.directory / WEIGHTS_FILE).is_file() or not (self.directory / INDEX_FILE).is_file():
+            headers.incomplete = unreadable
+            return
         for key, name in self._weight_map.items():
             stored = headers.tensors.get(key)
             if stored is None and name not in readable:

@@ -10,16 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_loops.metrics.massive import massive_activations
-from tl_loops.patching.activation import Metric, logits_score, logits_shape, patch_grid
+from tl_loops.patching.activation import Metric, logits_score, patch_grid
+from tl_loops.patching.checks import as_tokens, check_batch_size, check_metric, logits_shape
 from tl_loops.patching.grid import Grid, Selection, make_grid
-from tl_loops.patching.rerun import (
-    BaseRun,
-    Cell,
-    Edit,
-    as_tokens,
-    check_batch_size,
-    check_metric,
-)
+from tl_loops.patching.rerun import BaseRun, Cell, Edit
 from tl_loops.patching.sites import check_cache, layout_of, take
 
 Method = Literal["zero", "mean", "resample"]
@@ -114,9 +108,7 @@ def _means(
     if mean_over not in ("batch", "batch_pos"):
         raise ValueError(f"mean_over must be 'batch' or 'batch_pos', got {mean_over!r}")
     if mean_over == "batch_pos" and activation.kind == "pattern":
-        raise ValueError(
-            "a mean over positions has no meaning for patterns: use mean_over='batch'"
-        )
+        raise ValueError("a mean over positions has no meaning for patterns: use mean_over='batch'")
     values = {}
     for name in grid.names:
         value = reference[name]
@@ -259,7 +251,9 @@ def ablate_massive(
     for site in sites:
         inside = site.row < tokens.shape[0] and site.pos < tokens.shape[1]
         if not (inside and -1 <= site.block < model.cfg.n_layers and site.dim < model.cfg.d_model):
-            raise ValueError(f"{site} is not in prompts of shape {tuple(tokens.shape)} on this model")
+            raise ValueError(
+                f"{site} is not in prompts of shape {tuple(tokens.shape)} on this model"
+            )
         if site.block < 0 and method.startswith("mlp"):
             raise ValueError(f"method={method!r} needs a block, but {site} is the embedding's")
     run = BaseRun(model, tokens, arguments=forward_arguments)

@@ -8,16 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.patching.checks import as_tokens, check_batch_size, check_metric, logits_shape
 from tl_loops.patching.grid import Grid, Region, Selection, make_grid
-from tl_loops.patching.rerun import (
-    BaseRun,
-    Cell,
-    Edit,
-    Score,
-    as_tokens,
-    check_batch_size,
-    check_metric,
-)
+from tl_loops.patching.rerun import BaseRun, Cell, Edit, Score
 from tl_loops.patching.sites import Activation, check_cache, take
 
 Metric = Callable[[Tensor], Any]
@@ -82,7 +75,7 @@ def activation_patch(
     check_batch_size(batch_size)
     grid = make_grid(model, activation, axes, tokens.shape[1], window, where)
     check_cache(clean_cache, model, grid.names)
-    values = _values(model, grid, clean_cache, (tokens.shape[0], tokens.shape[1]))
+    values = take_all(model, grid, clean_cache, (tokens.shape[0], tokens.shape[1]))
     run = BaseRun(model, tokens, arguments=forward_arguments)
     check_metric(metric, model, logits_shape(model, tokens))
     score = logits_score(metric)
@@ -126,15 +119,12 @@ def patch_grid(
     return scores.reshape(grid.shape)
 
 
-def logits_shape(model: Any, tokens: Tensor) -> tuple[int, int, int]:
-    """Shape of the logits of a prompt."""
-    cfg = model.cfg
-    vocabulary = cfg.d_vocab_out if cfg.d_vocab_out > 0 else cfg.d_vocab
-    return (tokens.shape[0], tokens.shape[1], vocabulary)
-
-
 def replace(
-    activation: Activation, value: Tensor, pos: slice, head: slice | None, src: slice | None,
+    activation: Activation,
+    value: Tensor,
+    pos: slice,
+    head: slice | None,
+    src: slice | None,
     n_pos: int,
 ) -> Edit:
     """An edit that copies a part of ``value`` over the same part of a run's activation.
@@ -166,9 +156,8 @@ def logits_score(metric: Metric) -> Score:
     return lambda output: metric(output.logits)
 
 
-def _values(
-    model: Any, grid: Grid, cache: Any, shape: tuple[int, int]
-) -> dict[str, Tensor]:
+def take_all(model: Any, grid: Grid, cache: Any, shape: tuple[int, int]) -> dict[str, Tensor]:
+    """All that a grid puts in, from a cache; see :func:`tl_loops.patching.sites.take`."""
     heads = grid.activation.n_heads(model.cfg)
     return {name: take(cache, grid.activation, name, shape, heads) for name in grid.names}
 

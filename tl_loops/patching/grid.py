@@ -95,7 +95,9 @@ def make_grid(
     _checked_axes(model, found, list(where), "where")
     ranges = _ranges(model, found, axes, n_pos, where)
     values = {axis: chosen_values(axis, size, where.get(axis)) for axis, size in ranges.items()}
-    cells = {axis: [(value,) for value in values[axis]] for axis in axes}
+    cells: dict[str, list[tuple[int, ...]]] = {
+        axis: [(value,) for value in values[axis]] for axis in axes
+    }
     if window != 1:
         _check_window(window, axes)
         axis = "iteration" if "iteration" in axes else "block"
@@ -161,7 +163,8 @@ def axis_labels(
         return {"iteration": "r", "layer": "l", "block": "b", "head": "H"}[axis] + str(value)
 
     labels = [
-        [label(axis, v) for v in values] for axis, values in zip(grid.axes, grid.values, strict=True)
+        [label(axis, v) for v in values]
+        for axis, values in zip(grid.axes, grid.values, strict=True)
     ]
     if window != 1:
         at = grid.axes.index("iteration" if "iteration" in grid.axes else "block")
@@ -211,7 +214,7 @@ def _ranges(
         by_core = bool({"iteration", "layer"} & used)
         if by_core and "block" in used:
             raise ValueError(
-                "'block' in axes or where excludes 'iteration' and 'layer': they name the same depth"
+                "'block' excludes 'iteration' and 'layer', in axes and where: both name the depth"
             )
         if layout is not None and by_core:
             ranges |= {"iteration": layout.n_iterations, "layer": layout.n_core}
@@ -237,7 +240,9 @@ def chosen_values(axis: str, size: int, selection: Selection | None) -> tuple[in
         return tuple(range(size))
     chosen = [selection] if isinstance(selection, int) else list(selection)
     if not chosen:
-        raise ValueError(f"the selection of {axis} is empty: give at least one value, or leave it out")
+        raise ValueError(
+            f"the selection of {axis} is empty: give at least one value, or leave it out"
+        )
     for value in chosen:
         if not -size <= value < size:
             raise IndexError(f"there is no {axis} {value}: there are {size}, counted from 0")
@@ -259,7 +264,8 @@ def _windows(axis: str, values: tuple[int, ...], window: int) -> list[tuple[int,
         raise ValueError(f"window={window} is longer than the {axis} axis, which has {len(values)}")
     if values[-1] - values[0] != len(values) - 1 or list(values) != sorted(values):
         raise ValueError(
-            f"a window slides over neighbours, but the selection of {axis} is {list(values)}: give a range"
+            f"a window slides over neighbours, but the selection of {axis} is {list(values)}: "
+            "give a range"
         )
     return [values[first : first + window] for first in range(len(values) - window + 1)]
 
@@ -277,7 +283,9 @@ def _hook_names(
         blocks = cover["layer"]
         if layout is not None:
             blocks = tuple(
-                layout.index(iteration=t, layer=l) for t in cover["iteration"] for l in blocks
+                layout.index(iteration=t, layer=layer)
+                for t in cover["iteration"]
+                for layer in cover["layer"]
             )
     return tuple(activation.hook_name(block) for block in blocks)
 

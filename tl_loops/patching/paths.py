@@ -9,16 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_loops.patching.activation import Metric, logits_score, logits_shape, replace
+from tl_loops.patching.activation import Metric, logits_score, replace
+from tl_loops.patching.checks import as_tokens, check_batch_size, check_metric, logits_shape
 from tl_loops.patching.grid import Grid, Selection, make_grid
-from tl_loops.patching.rerun import (
-    BaseRun,
-    Cell,
-    Edit,
-    as_tokens,
-    check_batch_size,
-    check_metric,
-)
+from tl_loops.patching.rerun import BaseRun, Cell, Edit
 from tl_loops.patching.sites import Activation, check_cache, find_activation, take
 
 
@@ -131,7 +125,8 @@ def path_patch(
     size = run.automatic_batch_size() if batch_size is None else batch_size
     rows = []
     for first in range(0, len(senders), size):
-        cells, reached = [], []
+        cells: list[Cell] = []
+        reached: list[tuple[dict[str, Tensor], int]] = []
         for k in range(first, min(first + size, len(senders))):
             edits = [edit for part in clean[k] for edit in part]
             got: dict[str, Tensor] = {}
@@ -143,7 +138,11 @@ def path_patch(
             cells.append(Cell(edits, first_pos))
             reached.append((got, first_pos))
         run.score(cells, lambda output: 0.0, batch_size, keep_graph=True)
-        cells = [_receiver_cell(grids, *what, n_pos) for what in reached for grids in receiving]
+        cells = [
+            _receiver_cell(grids, got, first_pos, n_pos)
+            for got, first_pos in reached
+            for grids in receiving
+        ]
         scores = run.score(cells, logits_score(metric), batch_size, progress, "path patch")
         rows.append(scores.reshape(len(reached), len(receivers)))
     return torch.cat(rows)

@@ -1,9 +1,9 @@
 """Many edited runs of one prompt: the prefix that an edit cannot change is computed once.
 
 A cell is one edited run. Its numbers are those of a full forward pass with hooks. What makes it
-cheap: the base run is kept at every block where some cell begins, so that a cell starts there; cells
-share forward passes along the batch axis and join it as their block comes; and on causal models the
-positions before the first edited one keep the base run's keys and values instead of being run.
+cheap: the base run is kept at every block where some cell begins, so that a cell starts there;
+cells share forward passes along the batch axis and join as their block comes; and on causal models
+the positions before the first edited one keep the base run's keys and values and are not run.
 """
 
 from collections import defaultdict
@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
@@ -138,7 +138,8 @@ class BaseRun:
         expected = (self.batch, self.n_pos, self.cfg.d_model)
         if state is not None and tuple(state.shape) != expected:
             raise ValueError(
-                f"initial_state must be [batch, pos, d_model] = {expected}, got {tuple(state.shape)}"
+                f"initial_state must be [batch, pos, d_model] = {expected}, got "
+                f"{tuple(state.shape)}"
             )
 
     def _attention_mask(self, mask: Tensor | None) -> Tensor | None:
@@ -415,7 +416,8 @@ class BaseRun:
             shown = self.mask[:, n_past:] if start == 0 else self.mask
             arguments["attention_mask"] = self._rows(shown, n_cells)
         elif n_past and start == 0:
-            arguments["attention_mask"] = self._rows(torch.ones_like(self.tokens[:, n_past:]), n_cells)
+            new = torch.ones_like(self.tokens[:, n_past:])
+            arguments["attention_mask"] = self._rows(new, n_cells)
         if self.initial_state is not None and start <= self.crossing:
             arguments["initial_state"] = self._rows(self.initial_state[:, n_past:], n_cells)
         if n_past:
@@ -441,75 +443,6 @@ class BaseRun:
             return value
         repeated = value.unsqueeze(0).expand(n_cells, *value.shape)
         return repeated.reshape(n_cells * self.batch, *value.shape[1:])
-
-
-def as_tokens(model: Any, tokens: Any) -> Int[Tensor, "batch pos"]:
-    """Tokens with a batch axis, from text, one prompt or several.
-
-    Raises:
-        ValueError: Neither text nor integer tokens [batch, pos].
-    """
-    if isinstance(tokens, (str, list)):
-        tokens = model.to_tokens(tokens)
-    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.ndim not in (1, 2):
-        found = (
-            f"a {tokens.dtype} tensor of shape {tuple(tokens.shape)}"
-            if isinstance(tokens, Tensor)
-            else type(tokens).__name__
-        )
-        raise ValueError(f"the prompts must be text or integer tokens [batch, pos], got {found}")
-    if tokens.numel() == 0:
-        raise ValueError(f"the prompts are empty: got tokens of shape {tuple(tokens.shape)}")
-    tokens = tokens[None] if tokens.ndim == 1 else tokens
-    return tokens.to(next(model.parameters()).device)
-
-
-def check_batch_size(batch_size: int | None) -> None:
-    """Refuse a batch size that is not a positive integer or None.
-
-    Raises:
-        ValueError: It is not.
-    """
-    if batch_size is None:
-        return
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(
-            f"batch_size (cells in one forward pass) must be at least 1 or None, got {batch_size!r}"
-        )
-
-
-def check_metric(
-    metric: Callable[[Tensor], Any], model: Any, shape: tuple[int, ...], what: str = "logits"
-) -> None:
-    """Call a metric once on random numbers, so that a wrong one fails before any forward pass.
-
-    Args:
-        metric: Maps [batch, pos, d_vocab] (or another shape) to a scalar.
-        model: Gives device and dtype.
-        shape: Of the metric's input.
-        what: What the input is called in the message.
-
-    Raises:
-        ValueError: The metric is not callable or does not return a scalar.
-    """
-    if not callable(metric):
-        raise ValueError(f"metric must be a function of the {what}, got {type(metric).__name__}")
-    like = next(model.parameters())
-    draw = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        value = metric(draw.to(like))
-    if isinstance(value, Tensor):
-        if value.numel() == 1:
-            return
-        found = f"a tensor of shape {tuple(value.shape)}"
-    elif isinstance(value, (int, float)) or (hasattr(value, "item") and getattr(value, "size", 1) == 1):
-        return
-    else:
-        found = type(value).__name__
-    raise ValueError(
-        f"metric must map the {what} of one cell, {list(shape)}, to a scalar, but it returns "
-        f"{found}: reduce over batch and positions, for example with .mean()"
-    )
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def repeat_schedule(model: Any, iteration: int, times: int = 2) -> list[int]:
         ValueError: ``times`` is below 1.
     """
     if times < 1:
-        raise ValueError(f"times must be at least 1, got {times}; to leave it out use skip_schedule")
+        raise ValueError(f"times must be at least 1, got {times}; skip_schedule leaves it out")
     n = _loop_of(model).n_iterations
     (repeated,) = chosen_values("iteration", n, iteration)
     return [t for t in range(n) for _ in range(times if t == repeated else 1)]

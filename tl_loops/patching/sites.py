@@ -12,7 +12,20 @@ from tl_loops.layout import LoopLayout, activation_name
 
 Kind = Literal["stream", "heads", "pattern", "iteration", "run"]
 
-_HEADS = ("q", "k", "v", "z", "rot_q", "rot_k", "result", "q_input", "k_input", "v_input", "attn_in")
+_STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_in", "pre", "post")
+_HEADS = (
+    "q",
+    "k",
+    "v",
+    "z",
+    "rot_q",
+    "rot_k",
+    "result",
+    "attn_in",
+    "q_input",
+    "k_input",
+    "v_input",
+)
 _KEY_VALUE = ("k", "v", "rot_k", "k_input", "v_input")
 _PATTERNS = ("pattern", "attn_scores")
 _ITERATION = ("state_in", "injected", "state_out", "exit_gate")
@@ -78,7 +91,8 @@ class Activation:
         """Canonical hook name at a block or, between iterations, at an iteration."""
         if self.kind == "run":
             return self.rest
-        return f"iter.{index}.{self.rest}" if self.kind == "iteration" else f"blocks.{index}.{self.rest}"
+        where = "iter" if self.kind == "iteration" else "blocks"
+        return f"{where}.{index}.{self.rest}"
 
     def n_heads(self, cfg: Any) -> int | None:
         """Number of heads that the hook point shows; ``None`` without a head axis."""
@@ -110,18 +124,14 @@ def find_activation(model: Any, name: str) -> Activation:
         try:
             rest = activation_name(name)
         except ValueError:
-            every = (*_ITERATION, *_RUN, *_HEADS, *_PATTERNS, "resid_pre", "resid_mid", "resid_post")
-            every += ("attn_out", "mlp_out", "mlp_in", "pre", "post")
+            every = (*_STREAM, *_HEADS, *_PATTERNS, *_ITERATION, *_RUN)
             near = difflib.get_close_matches(name, every, n=3)
             hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(every)}"
             raise ValueError(f"unknown activation {name!r}: {hint}") from None
         short = rest.rsplit("hook_", 1)[-1] if rest.startswith(("hook_", "attn.", "mlp.")) else rest
         kind = "heads" if short in _HEADS else "pattern" if short in _PATTERNS else "stream"
         found = Activation(short, kind, rest)
-    if kind != "run" and kind != "iteration":
-        first = found.hook_name(0)
-    else:
-        first = found.hook_name(0 if kind == "iteration" else None)
+    first = found.hook_name(0)
     if first not in model.hook_dict:
         raise ValueError(f"this model has no activation {name!r}: there is no hook point {first!r}")
     flag = _FLAGS.get(short)
@@ -133,7 +143,10 @@ def find_activation(model: Any, name: str) -> Activation:
 
 
 def take(
-    cache: Mapping[str, Tensor] | Any, activation: Activation, name: str, shape: tuple[int, int],
+    cache: Mapping[str, Tensor] | Any,
+    activation: Activation,
+    name: str,
+    shape: tuple[int, int],
     heads: int | None,
 ) -> Tensor:
     """One activation of a cache, with its batch axis, checked against the prompts it goes into.
@@ -156,7 +169,7 @@ def take(
     if found != n_pos:
         raise ValueError(
             f"the clean prompt has {found} positions but the corrupted one has {n_pos}: patching "
-            "needs prompts of the same number of tokens; choose or pad the prompts so that they match"
+            "needs prompts with the same number of tokens; choose or pad them so that they match"
         )
     if value.shape[0] not in (1, batch):
         raise ValueError(

@@ -6,15 +6,10 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_loops.patching.activation import Metric, logits_score, logits_shape, replace
+from tl_loops.patching.activation import Metric, logits_score, replace
+from tl_loops.patching.checks import as_tokens, check_batch_size, check_metric, logits_shape
 from tl_loops.patching.grid import Selection, chosen_values, contiguous_parts
-from tl_loops.patching.rerun import (
-    BaseRun,
-    Cell,
-    as_tokens,
-    check_batch_size,
-    check_metric,
-)
+from tl_loops.patching.rerun import BaseRun, Cell
 from tl_loops.patching.sites import find_activation, layout_of, take
 
 
@@ -90,7 +85,9 @@ def transplant_states(
             ]
             cells.append(Cell(edits, parts[0].start))
     run.execute([found.hook_name(b) for b in target])
-    scores = run.score(cells, logits_score(metric), batch_size, progress, f"transplant {activation}")
+    scores = run.score(
+        cells, logits_score(metric), batch_size, progress, f"transplant {activation}"
+    )
     return scores.reshape(len(source), len(target))
 
 
@@ -103,6 +100,7 @@ def _cached_iterations(cache: Mapping[str, Tensor] | Any, rest: str) -> int:
     ]
     if not held:
         raise ValueError(
-            f"the cache holds no iter.*.{rest}: run run_with_cache with a names_filter that keeps it"
+            f"the cache holds no iter.*.{rest}: run run_with_cache with a names_filter that keeps "
+            "it"
         )
     return max(held) + 1
