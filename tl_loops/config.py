@@ -225,7 +225,7 @@ class LoopedTransformerConfig(BaseConfig):
             attention += (heads + kv) * self.d_head
         if self.attn_bias:
             attention += kv * self.d_head + d
-        if self.qk_norm == "full":
+        if self.qk_norm == "full" and self.norm_has_weight:
             attention += (heads + kv) * self.d_head
         mlp = d * mlp_width * (2 + self.gated_mlp) + (mlp_width + d) * self.mlp_bias
         norms = (

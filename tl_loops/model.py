@@ -257,6 +257,7 @@ class LoopedTransformer(Generation, InheritedMethods, Circuits, PhysicalWeights)
             state_seed=state_seed,
             **{name: value for name, value in overrides.items() if value is not None},
         )
+        weights = loading.open_tensors(source, cfg)
         if tokenizer is None:
             tokenizer = loading.load_tokenizer(source)
         model = cls(
@@ -264,7 +265,7 @@ class LoopedTransformer(Generation, InheritedMethods, Circuits, PhysicalWeights)
             tokenizer,
             move_to_device=move_to_device,
             default_padding_side=default_padding_side,
-            weights=loading.open_tensors(source, cfg),
+            weights=weights,
         )
         model.process_weights_(
             fold_ln=fold_ln,

@@ -114,6 +114,8 @@ class PhysicalWeights(TransformerBase):
 
         Takes what ``torch.nn.Module.to`` takes, and TransformerLens's ``print_details``.
         """
+        if len(args) > 1 and isinstance(args[1], bool):  # TransformerLens's second argument
+            args, print_details = (args[0], *args[2:]), args[1]
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore
         nn.Module.to(self, *args, **kwargs)
         if device is not None:

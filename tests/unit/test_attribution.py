@@ -97,7 +97,9 @@ def patch(model, cache, measure, activation, axes, **options):
 
 
 @pytest.mark.parametrize("method", ["gradient", "integrated_inputs", "integrated_activation"])
-def test_a_linear_model_is_attributed_exactly(model, method):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_linear_model_is_attributed_exactly(architecture, method):
+    model = tiny_model(architecture, n_iterations=2, initializer_range=0.15)
     with linear(model):
         cache = clean_cache(model)
         for activation, axes, where in (
@@ -115,7 +117,7 @@ def test_a_linear_model_is_attributed_exactly(model, method):
                 axes,
                 where=where,
                 method=method,
-                n_steps=2,
+                n_steps=1,
             )
             close(ours.double(), exact, atol=2e-5, rtol=1e-4)
             assert exact.abs().max() > 1e-3
@@ -123,14 +125,14 @@ def test_a_linear_model_is_attributed_exactly(model, method):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_attribution_is_the_derivative_of_patching(architecture):
-    """For a clean run at distance eps the error falls as eps squared, in every cell."""
+    """For a clean run at distance eps patching changes the metric by eps times its derivative."""
     model = tiny_model(architecture, n_iterations=2, initializer_range=0.15, dtype=torch.float64)
     clean, corrupted = clean_cache(model), clean_cache(model, CORRUPTED)
-    eps = 1e-4
+    eps = 1e-6
     nearby = {
         name: value + eps * (clean[name] - value)
         for name, value in corrupted.items()
-        if "attn_scores" not in name
+        if "attn_scores" not in name  # -inf where masked
     }
     for activation, axes in GRIDS:
         where = {"pos": [1, 4]} if "pos" in axes else {}
@@ -138,7 +140,7 @@ def test_attribution_is_the_derivative_of_patching(architecture):
         first = attribution_patch(model, CORRUPTED, clean, curved, activation, axes, where=where)
         assert first.dtype == torch.float64 and first.abs().max() > 0
         scale = exact.abs().max()
-        close(first / scale, exact / scale, atol=2e-3, rtol=0, msg=f"{activation} {axes}")
+        close(first / scale, exact / scale, atol=1e-3, rtol=0, msg=f"{activation} {axes}")
 
 
 def test_a_small_change_of_the_prompt_correlates_with_patching(models):
@@ -239,7 +241,7 @@ def test_grouped_keys_have_their_own_heads(models):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_integrated_over_the_activation_a_hook_point_is_complete(architecture):
     """The fundamental theorem: all cells of a hook point sum to the patch of all of it."""
-    model = tiny_model(architecture, initializer_range=0.05)
+    model = tiny_model(architecture, n_iterations=2, initializer_range=0.05)
     cache = clean_cache(model)
     for activation in ("resid_mid", "pattern"):
         exact = patch(model, cache, curved, activation, ("block",), where={"block": 1})
@@ -252,14 +254,14 @@ def test_integrated_over_the_activation_a_hook_point_is_complete(architecture):
             ("block", "pos"),
             where={"block": 1},
             method="integrated_activation",
-            n_steps=32,
+            n_steps=16,
         )
         close(ours.sum(1).double(), exact, atol=1e-5, rtol=5e-3)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_integrated_over_the_inputs_the_embedding_is_complete(architecture):
-    model = tiny_model(architecture, initializer_range=0.05)
+    model = tiny_model(architecture, n_iterations=2, initializer_range=0.05)
     ours = attribution_patch(
         model,
         CORRUPTED,
@@ -268,11 +270,11 @@ def test_integrated_over_the_inputs_the_embedding_is_complete(architecture):
         "embed",
         ("pos",),
         method="integrated_inputs",
-        n_steps=64,
+        n_steps=32,
     )
     with torch.no_grad():
         change = curved(model(CLEAN)) - curved(model(CORRUPTED))
-    close(ours.sum(), change, atol=1e-5, rtol=5e-3)
+    close(ours.sum(), change, atol=1e-5, rtol=2e-2)
     assert ours[[0, 2, 4]].abs().max() == 0
 
 
@@ -296,9 +298,9 @@ def test_numbers_do_not_depend_on_the_gradient_mode(models, mode):
     assert not inside.requires_grad
 
 
-def test_frozen_weights(models):
+def test_frozen_weights():
     model = tiny_model("olmo_grouped", initializer_range=0.15)
-    for activation, axes in GRIDS:
+    for activation, axes in (("resid_pre", ("block", "pos")), ("pattern", ("block", "head"))):
         model.requires_grad_(True)
         free = attribution_patch(model, CORRUPTED, clean_cache(model), metric, activation, axes)
         model.requires_grad_(False)

@@ -168,7 +168,7 @@ def test_sums_by_iteration_hold_the_core_alone(models):
 
 def test_integrated_over_the_inputs_the_edge_from_embedding_to_logits_is_complete():
     """In a model whose blocks add nothing, that edge is the whole model."""
-    model = tiny_model("retrofitted", initializer_range=0.15)
+    model = tiny_model("retrofitted", n_iterations=1, initializer_range=0.15)
     with torch.no_grad():
         for name, parameter in model.physical_named_parameters():
             if name.endswith(("W_O", "W_out")):
@@ -178,7 +178,7 @@ def test_integrated_over_the_inputs_the_edge_from_embedding_to_logits_is_complet
         return logits.log_softmax(-1)[..., 3].sum()
 
     cache = clean_cache(model)
-    result = edges(model, cache, everywhere, method="integrated_inputs", n_steps=32)
+    result = edges(model, cache, everywhere, method="integrated_inputs", n_steps=20)
     with torch.no_grad():
         change = everywhere(model(CLEAN)) - everywhere(model(CORRUPTED))
     close(result.scores[0, -1], change, atol=1e-4, rtol=1e-3)

@@ -18,6 +18,11 @@ def test_dictionary_round_trip(architecture: str):
     assert LoopedTransformerConfig.from_dict(cfg.to_dict()) == cfg
 
 
+def test_weightless_norms_count_nothing():
+    model = tiny_model("weightless", qk_norm="full")
+    assert model.cfg.n_params == sum(p.numel() for p in model.parameters())
+
+
 def test_published_parameter_counts():
     ouro = LoopedTransformerConfig(
         n_core=24,

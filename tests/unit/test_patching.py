@@ -49,7 +49,7 @@ def plain() -> HookedTransformer:
     return HookedTransformer(cfg).eval()
 
 
-def prompts(batch: int = 2, pos: int = 7, shared: int = 2) -> tuple[Tensor, Tensor]:
+def prompts(batch: int = 2, pos: int = 4, shared: int = 1) -> tuple[Tensor, Tensor]:
     """A clean and a corrupted prompt that share their first tokens."""
     clean, corrupted = tiny_tokens(batch, pos, seed=3), tiny_tokens(batch, pos, seed=4)
     corrupted[:, :shared] = clean[:, :shared]
@@ -83,7 +83,14 @@ def patched_run(
             value[:, pos] = clean[:, pos]
         return value
 
-    return score(model.run_with_hooks(tokens, fwd_hooks=[(n, hook) for n in names], **arguments))
+    points = [model.hook_dict[name] for name in names]
+    for point in points:
+        point.add_hook(hook, level=99)
+    try:
+        return score(model(tokens, **arguments))
+    finally:
+        for point in points:
+            point.remove_hooks(level=99)
 
 
 def definition(
@@ -163,7 +170,7 @@ def test_equals_one_forward_pass_a_cell(models, architecture, activation, axes):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, None])
-@pytest.mark.parametrize("shared", [0, 5])
+@pytest.mark.parametrize("shared", [0, 3])
 def test_batch_size_and_shared_prefix_do_not_matter(models, batch_size, shared):
     model = models["huginn"]
     clean, corrupted = prompts(shared=shared)
@@ -176,7 +183,7 @@ def test_batch_size_and_shared_prefix_do_not_matter(models, batch_size, shared):
     assert expected.std() > 1e-3
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(data=st.data())
 def test_any_grid_equals_the_definition(models, data):
     model = models[data.draw(st.sampled_from(["retrofitted", "ouro", "olmo_grouped"]))]
@@ -190,7 +197,7 @@ def test_any_grid_equals_the_definition(models, data):
     if data.draw(st.booleans()) and len(axes) < 3:
         axes.append("pos")
     axes = data.draw(st.permutations(axes))
-    clean, corrupted = prompts(1, 4, shared=data.draw(st.integers(0, 3)))
+    clean, corrupted = prompts(1, 3, shared=data.draw(st.integers(0, 2)))
     batch_size = data.draw(st.sampled_from([None, 1, 2, 5]))
     with torch.no_grad():
         _, cache = model.run_with_cache(clean)
@@ -247,7 +254,7 @@ def test_nothing_new_from_the_clean_run_is_the_corrupted_run(models, architectur
 @pytest.mark.parametrize("kind", ["looped", "plain"])
 def test_equals_transformer_lens_patching(models, plain, function, activation, axes, kind):
     model = plain if kind == "plain" else models["olmo_grouped"]
-    clean, corrupted = prompts(1, 4, shared=1)
+    clean, corrupted = prompts(1, 3, shared=1)
     with torch.no_grad():
         _, cache = model.run_with_cache(clean)
         expected = getattr(upstream_patching, function)(model, corrupted, cache, metric)
@@ -316,15 +323,15 @@ def test_where_restricts_named_and_unnamed_axes(models):
             "z",
             ("iteration", "pos"),
             progress=False,
-            where={"layer": -1, "pos": [5, 2], "iteration": (0, 2)},
+            where={"layer": -1, "pos": [3, 1], "iteration": (0, 2)},
         )
-        agree(named, full[[0, 2]][:, -1][:, [5, 2]])
+        agree(named, full[[0, 2]][:, -1][:, [3, 1]])
         scattered = activation_patch(
-            model, corrupted, cache, metric, "z", ("block",), progress=False, where={"pos": [2, 5]}
+            model, corrupted, cache, metric, "z", ("block",), progress=False, where={"pos": [1, 3]}
         )
         for block, cell in enumerate(scattered):
             name = f"blocks.{block}.attn.hook_z"
-            agree(cell, patched_run(model, corrupted, cache, [name], "z", {"pos": [2, 5]}))
+            agree(cell, patched_run(model, corrupted, cache, [name], "z", {"pos": [1, 3]}))
 
 
 def test_one_clean_prompt_serves_all_corrupted_ones(models):
@@ -469,9 +476,9 @@ def test_exit_modes(models, arguments):
 
 def test_left_padding(models):
     model = models["olmo_grouped"]
-    clean, corrupted = prompts(shared=4)
+    clean, corrupted = prompts(shared=2)
     mask = torch.ones_like(clean)
-    mask[0, :3] = 0
+    mask[0, :2] = 0
     with torch.no_grad():
         _, cache = model.run_with_cache(clean, attention_mask=mask)
         expected = definition(model, corrupted, cache, "v", ("block", "pos"), attention_mask=mask)
@@ -511,7 +518,7 @@ def test_fresh_initial_states_are_drawn_once():
 def test_given_initial_state(models):
     model = models["huginn"]
     clean, corrupted = prompts()
-    state = torch.randn(2, 7, model.cfg.d_model, generator=torch.Generator().manual_seed(5))
+    state = torch.randn(2, 4, model.cfg.d_model, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         _, cache = model.run_with_cache(clean)
         for axes in (("block", "pos"), ("block",)):
@@ -666,17 +673,16 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("window axis", dict(axes=("pos",), window=2), ValueError, "window slides"),
     ("window kind", dict(axes=("iteration",), window=0), ValueError, "at least 1"),
     ("iteration", dict(axes=("pos",), where={"iteration": 3}), IndexError, "no iteration 3"),
-    ("position", dict(where={"pos": 7}), IndexError, "no pos 7"),
+    ("position", dict(where={"pos": 4}), IndexError, "no pos 4"),
     ("batch size", dict(batch_size=0), ValueError, "batch_size"),
     ("argument", dict(n_iterations=4), ValueError, "model.iterations"),
     ("mask", dict(attention_mask=torch.ones(2, 3)), ValueError, "attention_mask must be"),
-    ("state", dict(initial_state=torch.ones(2, 7, 3)), ValueError, "initial_state must be"),
+    ("state", dict(initial_state=torch.ones(2, 4, 3)), ValueError, "initial_state must be"),
     ("metric shape", dict(metric=lambda x: x[:, -1]), ValueError, "to a scalar.*returns"),
     ("metric kind", dict(metric=lambda x: None), ValueError, "returns NoneType"),
-    ("no metric", dict(metric=3), ValueError, "must be a function"),
-    ("float tokens", dict(corrupted_tokens=torch.ones(2, 7)), ValueError, "integer tokens"),
-    ("length", dict(corrupted_tokens=tiny_tokens(2, 6)), ValueError, "7 positions.*has 6"),
-    ("batch", dict(corrupted_tokens=tiny_tokens(3, 7)), ValueError, "batch size 2.*3 corrupted"),
+    ("float tokens", dict(corrupted_tokens=torch.ones(2, 4)), ValueError, "integer tokens"),
+    ("length", dict(corrupted_tokens=tiny_tokens(2, 6)), ValueError, "4 positions.*has 6"),
+    ("batch", dict(corrupted_tokens=tiny_tokens(3, 4)), ValueError, "batch size 2.*3 corrupted"),
 ]
 
 
@@ -714,7 +720,7 @@ def test_bad_caches_are_refused(models, plain):
         with pytest.raises(ValueError, match=r"lacks 'blocks\.0\.hook_resid_pre' and 6 more"):
             activation_patch(model, corrupted, partial, metric)
         grouped = {name: value for name, value in partial.items()}
-        grouped["blocks.3.attn.hook_z"] = torch.zeros(2, 7, 2, 8)
+        grouped["blocks.3.attn.hook_z"] = torch.zeros(2, 4, 2, 8)
         with pytest.raises(ValueError, match="2 heads in the cache but 4"):
             activation_patch(model, corrupted, grouped, metric, "z", ("head",), where={"block": 3})
     with Forbidden(plain), pytest.raises(ValueError, match="no iterations"):

@@ -18,9 +18,8 @@ from tl_loops.attribution.gradients import (
     moved,
     path_nodes,
 )
-from tl_loops.patching.checks import logits_shape
+from tl_loops.patching.checks import as_tokens, logits_shape
 from tl_loops.patching.grid import Grid, Region, Selection, make_grid
-from tl_loops.patching.rerun import as_tokens
 from tl_loops.patching.sites import Activation, check_cache, take
 
 _EMBED = "hook_embed"

@@ -23,8 +23,7 @@ from tl_loops.attribution.gradients import (
 )
 from tl_loops.decomposition.path import part_label
 from tl_loops.layout import LoopLayout, Phase
-from tl_loops.patching.checks import logits_shape
-from tl_loops.patching.rerun import as_tokens
+from tl_loops.patching.checks import as_tokens, logits_shape
 from tl_loops.patching.sites import check_cache, find_activation, layout_of, take
 
 Kind = Literal["embed", "attn", "head", "query", "key", "value", "mlp", "logits"]

@@ -9,17 +9,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_loops.patching.rerun import FORWARD_ARGUMENTS
+
 Metric = Callable[[Tensor], Any]
 Method = Literal["gradient", "integrated_inputs", "integrated_activation"]
 Hooks = list[tuple[str, Callable]]
-
-FORWARD_ARGUMENTS = (
-    "attention_mask",
-    "initial_state",
-    "exit_at",
-    "exit_threshold",
-    "weighted_exit",
-)
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
