@@ -69,7 +69,9 @@ def measure(options: argparse.Namespace) -> None:
         from tl_loops.report import default_prompts
 
         prompts = list(default_prompts(model).evaluated)
-    arguments: dict[str, Any] = {} if options.metrics is None else {"metrics": tuple(options.metrics)}
+    arguments: dict[str, Any] = (
+        {} if options.metrics is None else {"metrics": tuple(options.metrics)}
+    )
     profile = run(
         model,
         [p.text for p in prompts],

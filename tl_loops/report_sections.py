@@ -197,7 +197,8 @@ def patching_section(model: Any, prompts: Sequence[PromptText], progress: bool) 
             effect[:, layer],
             labels[0],
             positions,
-            f"Residual stream before layer {layer} ({model.cfg.model_name})",
+            f"Residual stream before layer {layer} ({model.cfg.model_name}, "
+            f"{model.cfg.n_iterations} iterations, corrupted against clean prompt)",
             "iteration",
             "position",
             "0: as the corrupted prompt, 1: as the clean prompt",

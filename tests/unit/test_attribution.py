@@ -72,11 +72,6 @@ def models():
     return {name: tiny_model(name, initializer_range=0.15) for name in ARCHITECTURES}
 
 
-@pytest.fixture(params=ARCHITECTURES)
-def model(request, models):
-    return models[request.param]
-
-
 def clean_cache(model, tokens=CLEAN, **arguments):
     with torch.no_grad():
         return model.run_with_cache(tokens, **arguments)[1]

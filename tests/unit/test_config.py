@@ -92,7 +92,7 @@ def test_unknown_and_missing_fields_are_named():
     ):
         LoopedTransformerConfig.from_dict({**SIZES, "n_prelud": 1})
     fields = {k: v for k, v in SIZES.items() if k not in ("d_model", "n_ctx")}
-    with pytest.raises(ConfigError, match="lacks the required field.*d_model, n_ctx"):
+    with pytest.raises(ConfigError, match=r"lacks the required field.*d_model, n_ctx"):
         LoopedTransformerConfig.from_dict(fields)
 
 

@@ -1,6 +1,7 @@
 """What HookedTransformer gives a looped model by inheritance is right, or refused."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -206,6 +207,48 @@ def test_weights_as_properties(model):
     assert model.n_params_total == sum(p.numel() for p in model.physical_state_dict().values())
     if model.cfg.positional_embedding_type == "standard":
         assert torch.equal(model.W_E_pos, torch.cat([model.W_E, model.W_pos]))
+
+
+STACKS = {
+    "attn": ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O"),
+    "mlp": ("W_in", "W_gate", "W_out", "b_in", "b_out"),
+}
+
+
+def test_stacks_are_the_physical_weights(model):
+    blocks = model.physical_blocks().values()
+    assert len(blocks) == model.cfg.n_physical_layers
+    for part, names in STACKS.items():
+        for name in names:
+            stack = getattr(model, name)
+            if name == "W_gate" and not model.cfg.gated_mlp:
+                assert stack is None
+                continue
+            expected = [getattr(getattr(block, part), name) for block in blocks]
+            assert torch.equal(stack, torch.stack(expected))
+
+
+def test_weights_are_drawn_by_the_seed():
+    first, second = LoopedTransformer(tiny_config("huginn")), blank(tiny_model("huginn"))
+    assert not torch.equal(first.W_O, second.W_O)
+    state = torch.get_rng_state()
+    second.init_weights()
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, weight in first.physical_state_dict().items():
+        assert torch.equal(weight, second.physical_state_dict()[name])
+
+
+def test_devices_by_name_go_through_to(monkeypatch):
+    model = tiny_model("ouro")
+    asked = []
+    monkeypatch.setattr(LoopedTransformer, "to", lambda self, *to: asked.append(str(to[0])))
+    for move in (model.cpu, model.cuda, partial(model.cuda, 1), model.mps):
+        move()
+    assert asked == ["cpu", "cuda", "cuda:1", "mps"]
+    monkeypatch.undo()
+    model.cfg.device = "meta"
+    model.move_model_modules_to_device()
+    assert {p.device.type for p in [*model.parameters(), *model.buffers()]} == {"meta"}
 
 
 def test_token_methods_need_only_the_tokenizer(speaking):

@@ -99,7 +99,10 @@ class BaseRun:
         self._check_arguments(arguments)
         self.mask = self._attention_mask(arguments.pop("attention_mask", None))
         self.initial_state: Tensor | None = arguments.pop("initial_state", None)
-        self.exit_arguments = {k: v for k, v in arguments.items() if v not in (None, False)}
+        # exit_at=0 is the first iteration, not a flag that is off.
+        self.exit_arguments = {
+            k: v for k, v in arguments.items() if v is not None and v is not False
+        }
 
         cfg = self.cfg
         exits = bool(self.exit_arguments) or getattr(cfg, "exit_threshold", None) is not None
