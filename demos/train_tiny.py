@@ -7,8 +7,7 @@ an iteration. Every exit is trained: the state after iteration t goes through th
 target is the person after min(t, k) hops. The task grows with success: more people in the context
 first (finding one fact is the slow part), then more iterations and hops. Once it is whole, every
 other batch starts from a state that already is up to 24 iterations old, through which no gradient
-flows; so the model also learns to hold its answer. A small penalty on the size of the state keeps
-it from growing without bound, which the answers alone, read through a norm, would not forbid.
+flows; so the model also learns to hold its answer.
 """
 
 import argparse
@@ -47,7 +46,6 @@ N_ITERATIONS = 8  # the default of the saved model, and the most that gradients 
 OLDEST_STATE = 24  # iterations without gradient before a batch that teaches to hold
 MOST_HOLDING = 4  # iterations with gradient in such a batch
 MOST_QUESTIONS = 6
-SIZE_PENALTY = 0.02  # on log(1 + mean square of the state)
 
 
 def make_config(seed: int) -> LoopedTransformerConfig:
@@ -166,14 +164,12 @@ def make_batch(size: int, stage: Stage, iterations: range, rng: random.Random) -
     return Batch(tokens, asked_at, torch.tensor(targets).transpose(0, 1))
 
 
-def run_exits(
+def exit_logits(
     model: LoopedTransformer, tokens: Int[Tensor, "batch pos"], iterations: range
-) -> tuple[
-    Float[Tensor, "iteration batch pos d_vocab"], Float[Tensor, "iteration batch pos d_model"]
-]:
-    """Logits of the exits after some successive iterations, and their states, from one run.
+) -> Float[Tensor, "iteration batch pos d_vocab"]:
+    """Logits of the exits after some successive iterations, each through the coda, from one run.
 
-    Each state goes through the coda. Iterations before the first of them run without gradient.
+    Iterations before the first of them run without gradient.
     """
     layout = model.layout
     kept: dict[str, Tensor] = {}
@@ -205,8 +201,7 @@ def run_exits(
             )
     states = torch.cat([kept[state_out(t)] for t in iterations])
     logits = model(states, start_at_layer=layout.coda_start)
-    each = (len(iterations), -1)
-    return logits.unflatten(0, each), states.unflatten(0, each)
+    return logits.unflatten(0, (len(iterations), -1))
 
 
 @torch.no_grad()
@@ -219,8 +214,7 @@ def answers_per_exit(
         for first in range(0, len(prompts), batch_size):
             texts = [prompt.text for prompt in prompts[first : first + batch_size]]
             tokens = torch.tensor([token_ids(text) for text in texts])
-            logits, _ = run_exits(model, tokens, range(n_iterations))
-            best = logits[:, :, -1].argmax(-1)
+            best = exit_logits(model, tokens, range(n_iterations))[:, :, -1].argmax(-1)
             for answers, exit_best in zip(given, best.tolist(), strict=True):
                 answers += [WORDS[index] for index in exit_best]
     return given
@@ -264,8 +258,7 @@ def train(model: LoopedTransformer, options: argparse.Namespace) -> None:
         betas=(0.9, 0.98),
     )
     stage, running, since = Stage(), 0.0, 0
-    mean_loss, mean_size = 0.0, 0.0
-    began, began_cpu = time.monotonic(), time.process_time()
+    mean_loss, began = 0.0, time.monotonic()
     for step in range(options.steps):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, options.steps, options.lr)
@@ -276,7 +269,7 @@ def train(model: LoopedTransformer, options: argparse.Namespace) -> None:
         else:
             iterations = range(rng.randint(1, stage.n_iterations))
         batch = make_batch(options.batch_size, stage, iterations, rng)
-        logits, states = run_exits(model, batch.tokens, iterations)
+        logits = exit_logits(model, batch.tokens, iterations)
         people = logits[:, :, batch.asked_at]
         ends = logits[:, :, -1]
         n_questions = len(batch.asked_at)
@@ -284,16 +277,13 @@ def train(model: LoopedTransformer, options: argparse.Namespace) -> None:
         end_loss = F.cross_entropy(
             ends.flatten(0, 1), torch.full((ends[..., 0].numel(),), ID["<eos>"])
         )
-        size = torch.log1p(states.square().mean(-1)).mean()
         optimiser.zero_grad(set_to_none=True)
-        total = (n_questions * loss + end_loss) / (n_questions + 1) + SIZE_PENALTY * size
-        total.backward()
+        ((n_questions * loss + end_loss) / (n_questions + 1)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
 
         right = (people[-1].argmax(-1) == batch.targets[-1]).float().mean().item()
         running, since = 0.9 * running + 0.1 * right, since + 1
-        mean_size = 0.98 * mean_size + 0.02 * size.item() if step else size.item()
         mean_loss = 0.98 * mean_loss + 0.02 * loss.item() if step else loss.item()
         harder = stage.harder()
         if running > 0.9 and since > 30 and harder is not None:
@@ -301,15 +291,10 @@ def train(model: LoopedTransformer, options: argparse.Namespace) -> None:
             print(f"step {step + 1}: {stage}", flush=True)
         if (step + 1) % 100 == 0:
             seconds = time.monotonic() - began
-            print(
-                f"step {step + 1} loss {mean_loss:.4f} log size {mean_size:.2f} {stage} "
-                f"{seconds:.0f} s",
-                flush=True,
-            )
+            print(f"step {step + 1} loss {mean_loss:.4f} {stage} {seconds:.0f} s", flush=True)
         if (step + 1) % options.evaluate_every == 0:
             print(accuracy_table(model, 100, 2 * N_ITERATIONS, options.evaluation_seed), flush=True)
-    cpu = time.process_time() - began_cpu
-    print(f"trained for {time.monotonic() - began:.0f} s, {cpu:.0f} s of processor time")
+    print(f"trained for {time.monotonic() - began:.0f} s")
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ def steer(
     iterations: Selection | None = None,
     layers: Selection | None = None,
     positions: Selection | None = None,
-    scale: float = 1.0,
+    scale: float | int = 1.0,
 ) -> HookList:
     """Hooks that add a direction at chosen iterations, layers and positions.
 
@@ -152,7 +152,7 @@ def steering_effect(
     activation: str = "resid_post",
     axes: Sequence[str] = ("iteration", "layer"),
     *,
-    scales: float | Sequence[float] = 1.0,
+    scales: float | int | Sequence[float | int] = 1.0,
     window: int = 1,
     where: Mapping[str, Selection] | None = None,
     batch_size: int | None = None,

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from tests.models import ARCHITECTURES, VARIATIONS, any_model, tiny_model, tiny_tokens
 from tl_loops import LoopedSemanticsError
-from tl_loops.upstream import HookedTransformer
+from tl_loops.upstream import HookedTransformer, KeyValueCache
 
 TOKENS = tiny_tokens()
 NAMES = [*ARCHITECTURES, *VARIATIONS]
@@ -532,13 +532,21 @@ def test_without_a_batch_axis(model):
     )
 
 
-def test_padded_and_cached_runs(model):
+def test_padded_and_partly_cached_runs(model):
     mask = torch.ones_like(TOKENS)
     mask[0, :4] = 0
-    _, cache = model.run_with_cache(TOKENS, attention_mask=mask)
-    assert_close(cache.decompose_resid().sum(0), stream(cache, cache.layout.n_layers), **CLOSE)
-    full = cache.get_full_resid_decomposition()
-    assert_close(full.sum(0), stream(cache, cache.layout.n_layers), **CLOSE)
+    past = KeyValueCache.init_cache(model.cfg, torch.device("cpu"), 2)
+    model(TOKENS[:, :4], past_kv_cache=past)
+    for _, cache in (
+        model.run_with_cache(TOKENS, attention_mask=mask),
+        model.run_with_cache(TOKENS[:, 4:], past_kv_cache=past),
+        model.run_with_cache(TOKENS, pos_slice=(2, 5)),
+        model.run_with_cache(TOKENS, pos_slice=-1),
+    ):
+        full = cache.get_full_resid_decomposition()
+        assert_close(full.sum(0), stream(cache, cache.layout.n_layers), **CLOSE)
+        ln = cache.decompose_resid(2, apply_ln=True)
+        assert ln.shape[1:] == cache["resid_pre", 2].shape
 
 
 PRECISIONS = [(name, torch.bfloat16, 0.02) for name in NAMES] + [("huginn", torch.float64, 1e-12)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from torch.testing import assert_close
 from transformer_lens import (
     ActivationCache,
     HookedTransformer,
@@ -101,6 +102,16 @@ def test_rows_say_what_they_must(known_tests):
         for test in tests:
             file, _, function = test.partition("::")
             assert function in known_tests.get(file, ()), f"{where}: there is no test {test}"
+
+
+def test_the_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
+    names = {"model": MODEL, "tokens": tiny_tokens()}
+    exec(example, names)
+    last = names["cache"]["resid_post", -1]
+    assert_close(names["stack"].sum(0), last, rtol=1e-4, atol=1e-5)
+    assert_close(names["late"].sum(0), last, rtol=1e-4, atol=1e-5)
+    assert all(name.startswith("r1.L") for name in names["names"])
 
 
 # What the table says is refused, is.

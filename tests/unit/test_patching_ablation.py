@@ -38,9 +38,7 @@ def run_with(model: Any, tokens: Tensor, name: str, change: Any) -> Tensor:
 
 
 def close(found: Any, expected: Any) -> None:
-    torch.testing.assert_close(
-        torch.as_tensor(found), torch.as_tensor(expected), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -62,7 +60,6 @@ def test_zero_ablation_of_everything_else(model, activation):
     tokens = tiny_tokens(2, 4)
     found = ablate(model, tokens, metric, activation, ("iteration",), progress=False)
     for t in range(model.cfg.n_iterations):
-        zeros: dict[str, Tensor] = {}
 
         def zero(value: Tensor, hook: Any) -> Tensor:
             return torch.zeros_like(value)
@@ -71,7 +68,6 @@ def test_zero_ablation_of_everything_else(model, activation):
         names = [model.layout.hook_name(activation, iteration=t, layer=i) for i in layers]
         expected = metric(model.run_with_hooks(tokens, fwd_hooks=[(n, zero) for n in names]))
         close(found[t], expected)
-    assert not zeros
 
 
 @torch.no_grad()
@@ -139,35 +135,18 @@ def test_resampling_draws_one_reference_prompt_for_each_prompt(model):
     tokens, others = tiny_tokens(3, 4), tiny_tokens(6, 4, seed=8)
     _, reference = model.run_with_cache(others)
     arguments: Any = dict(axes=("block",), progress=False)
-    found = ablate(
-        model,
-        tokens,
-        metric,
-        "mlp_out",
-        method="resample",
-        reference=reference,
-        seed=5,
-        **arguments,
-    )
-    again = ablate(
-        model,
-        tokens,
-        metric,
-        "mlp_out",
-        method="resample",
-        reference=reference,
-        seed=5,
-        **arguments,
-    )
-    other = ablate(
-        model,
-        tokens,
-        metric,
-        "mlp_out",
-        method="resample",
-        reference=reference,
-        seed=6,
-        **arguments,
+    found, again, other = (
+        ablate(
+            model,
+            tokens,
+            metric,
+            "mlp_out",
+            method="resample",
+            reference=reference,
+            seed=seed,
+            **arguments,
+        )
+        for seed in (5, 5, 6)
     )
     assert torch.equal(found, again)
     assert not torch.equal(found, other)
@@ -181,7 +160,7 @@ def test_bad_ablations_are_refused(model):
     tokens = tiny_tokens(2, 4)
     _, reference = model.run_with_cache(tokens)
     with pytest.raises(ValueError, match="method must be"):
-        ablate(model, tokens, metric, method="noise", progress=False)  # type: ignore[arg-type]
+        ablate(model, tokens, metric, method="noise", progress=False)
     with pytest.raises(ValueError, match="needs reference"):
         ablate(model, tokens, metric, method="mean", progress=False)
     with pytest.raises(ValueError, match="needs none"):
@@ -202,13 +181,10 @@ def test_bad_ablations_are_refused(model):
 
 @pytest.fixture(scope="module")
 def massive() -> Any:
-    """A model whose block 1 (layer 0 of iteration 0) writes a massive activation at one token."""
+    """A model whose core layer 0 writes one dimension of the stream far too strongly."""
     model = tiny_model("retrofitted", n_iterations=2)
-    token, dim = 7, 11
     with torch.no_grad():
-        # Layer 0 of the core reads the direction of the token and writes one dimension.
-        mlp = model.blocks[1].mlp
-        mlp.W_out[:, dim] *= 4e5
+        model.blocks[1].mlp.W_out[:, 11] *= 400
     return model
 
 
@@ -216,25 +192,25 @@ def massive() -> Any:
 def test_massive_activations_are_found_where_they_appear(massive):
     tokens = tiny_tokens(2, 4)
     _, cache = massive.run_with_cache(tokens)
-    sites = find_massive_sites(massive, tokens, magnitude=50, ratio=50)
+    sites = find_massive_sites(massive, tokens, magnitude=60, ratio=50)
     assert sites
     first = min(site.block for site in sites)
     assert first == 1
     assert {site.dim for site in sites if site.block == 1} == {11}
     for site in sites:
         out = cache[f"blocks.{site.block}.hook_resid_post"]
-        assert site.value == out[site.row, site.pos, site.dim].item()
+        assert site.value == pytest.approx(out[site.row, site.pos, site.dim].item(), rel=1e-4)
         assert site.label == massive.layout.label(site.block)
         before = cache[f"blocks.{site.block}.hook_resid_pre"][site.row]
         value = before[site.pos, site.dim].abs()
-        assert value <= 50 or value < 50 * before.abs().median()
+        assert value <= 60 or value < 50 * before.abs().median()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["zero", "mean", "mlp_pos", "mlp"])
 def test_massive_activations_are_taken_away(massive, method):
     tokens = tiny_tokens(2, 4)
-    sites = find_massive_sites(massive, tokens, magnitude=50, ratio=50)[:3]
+    sites = find_massive_sites(massive, tokens, magnitude=60, ratio=50)[:3]
     _, cache = massive.run_with_cache(tokens)
 
     def change(site: MassiveSite, value: Tensor) -> None:
@@ -274,7 +250,7 @@ def test_bad_sites_are_refused(massive):
     with pytest.raises(ValueError, match="no sites"):
         ablate_massive(massive, tokens, metric, [])
     with pytest.raises(ValueError, match="method"):
-        ablate_massive(massive, tokens, metric, [site], "median")  # type: ignore[arg-type]
+        ablate_massive(massive, tokens, metric, [site], "median")
     with pytest.raises(ValueError, match="not in prompts"):
         ablate_massive(massive, tokens[:, :2], metric, [site])
     embedded = MassiveSite(-1, "embed", 0, 2, 11, 300.0)

@@ -108,7 +108,7 @@ def test_bad_transplants_are_refused(models):
     _, empty = model.run_with_cache(tokens, names_filter="hook_embed")
     _, short = model.run_with_cache(tokens[:, :3])
     with pytest.raises(ValueError, match="activation must be"):
-        transplant_states(model, tokens, cache, metric, "resid_pre")  # type: ignore[arg-type]
+        transplant_states(model, tokens, cache, metric, "resid_pre")
     with pytest.raises(IndexError, match="no target iteration 3"):
         transplant_states(model, tokens, cache, metric, targets=[3])
     with pytest.raises(IndexError, match="no source iteration 5"):
@@ -237,4 +237,4 @@ def test_bad_orders_are_refused(models):
     with pytest.raises(ValueError, match=r"lacks 'iter\.1\.hook_state_out'"):
         swap_hooks(model, cache, 0, 1)
     with pytest.raises(ValueError, match="what must be"):
-        swap_hooks(model, cache, 0, 0, "place")  # type: ignore[arg-type]
+        swap_hooks(model, cache, 0, 0, "place")

@@ -153,17 +153,18 @@ class CachedRun:
             )
 
     def _input_scale(self, target: Target, name: str) -> Tensor:
-        key = f"blocks.{target.layer}.{name}.hook_scale"
-        scale = self.raw(key)
+        scale = self.raw(f"blocks.{target.layer}.{name}.hook_scale")
+        resid = self.raw(f"blocks.{target.layer}.hook_resid_pre")
         # With split inputs every head has a scale of its own, equal unless a hook edited one.
-        if scale.ndim > self.raw(f"blocks.{target.layer}.hook_resid_pre").ndim:
+        if scale.ndim > resid.ndim:
             first = scale[..., :1, :]
-            if not torch.equal(first.expand_as(scale), scale):
+            one = torch.equal(first.expand_as(scale), scale)
+            scale = first.squeeze(-2)
+            if not one or scale.shape[:-1] != resid.shape[:-1]:
                 raise LoopedSemanticsError(
                     f"the heads of block {target.layer} read different inputs in this run, so no "
                     "one norm reads the residual stream; decompose without apply_ln"
                 )
-            scale = first.squeeze(-2)
         return working(self.pos.apply(scale, dim=-2))
 
     # The path.

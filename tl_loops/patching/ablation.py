@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,8 +16,6 @@ from tl_loops.patching.grid import Grid, Selection, make_grid
 from tl_loops.patching.rerun import BaseRun, Cell, Edit
 from tl_loops.patching.sites import check_cache, layout_of, take
 
-Method = Literal["zero", "mean", "resample"]
-
 
 def ablate(
     model: Any,
@@ -25,10 +23,10 @@ def ablate(
     metric: Metric,
     activation: str = "z",
     axes: Sequence[str] = ("block", "head"),
-    method: Method = "zero",
+    method: str = "zero",
     reference: Any = None,
     *,
-    mean_over: Literal["batch", "batch_pos"] = "batch",
+    mean_over: str = "batch",
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
@@ -159,7 +157,11 @@ class MassiveSite:
 
 
 def find_massive_sites(
-    model: Any, tokens: Any, magnitude: float = 100, ratio: float = 1000, **forward_arguments: Any
+    model: Any,
+    tokens: Any,
+    magnitude: float | int = 100,
+    ratio: float | int = 1000,
+    **forward_arguments: Any,
 ) -> list[MassiveSite]:
     """Massive activations of the residual stream, each where it first appears.
 
@@ -208,7 +210,7 @@ def ablate_massive(
     tokens: Any,
     metric: Metric,
     sites: Sequence[MassiveSite],
-    method: Literal["zero", "mean", "mlp_pos", "mlp"] = "zero",
+    method: str = "zero",
     *,
     together: bool = False,
     batch_size: int | None = None,

@@ -7,7 +7,7 @@ them is what is done to them: hooks, and states or updates recorded in a run.
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -137,9 +137,7 @@ def skip_hooks(model: Any, iterations: int | Sequence[int]) -> HookList:
     return hooks
 
 
-def swap_hooks(
-    model: Any, cache: Any, a: int, b: int, what: Literal["state", "update"] = "state"
-) -> HookList:
+def swap_hooks(model: Any, cache: Any, a: int, b: int, what: str = "state") -> HookList:
     """Hooks by which two iterations trade what a recorded run shows of them.
 
     Args:

@@ -1,7 +1,7 @@
 """Transplants: the state of one iteration, of this run or another, put into another iteration."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,7 +18,7 @@ def transplant_states(
     corrupted_tokens: Any,
     clean_cache: Any,
     metric: Metric,
-    activation: Literal["state_in", "injected", "state_out"] = "state_out",
+    activation: str = "state_out",
     *,
     sources: Sequence[int] | None = None,
     targets: Sequence[int] | None = None,
@@ -35,8 +35,8 @@ def transplant_states(
         clean_cache: Cache of the run that gives the states. It may have another number of
             iterations, or be a run of the same prompt.
         metric: Maps the logits [batch, pos, d_vocab] of one cell to a scalar.
-        activation: The state that leaves an iteration, that enters one (whose entry 0 is the
-            initial state), or that enters its first layer behind the injection.
+        activation: ``"state_out"``: the state that leaves an iteration; ``"state_in"``: that enters
+            one (iteration 0: the initial state); ``"injected"``: that enters its first layer.
         sources: Iterations of the cached run; ``None``: all that the cache holds.
         targets: Iterations of the corrupted run; ``None``: all.
         pos: Positions that are transplanted; ``None``: all.
