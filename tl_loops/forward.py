@@ -259,6 +259,8 @@ class LoopedForward(CoordinateHooks):
 
     def _exit_logits(self, mode: ExitMode, states: list[Tensor], gates: list[Tensor]) -> Tensor:
         def readout(state: Tensor) -> Tensor:
+            if self.cfg.norm_before_coda:
+                state = self.ln_coda(state)
             return state if self.cfg.norm_between_iterations else self.ln_final(state)
 
         if mode.at is not None:

@@ -74,7 +74,7 @@ def every_iteration(
     return [at(model, name, iteration=t, layer=i) for t in chosen for i in layers]
 
 
-def every_block(model: Any, name: str, phase: Phase | None = None) -> list[str]:
+def every_block(model: Any, name: str, phase: str | None = None) -> list[str]:
     """The hook names of an activation in every unrolled block, or in those of one phase.
 
     Raises:
@@ -96,7 +96,7 @@ def names_filter(
     *,
     iterations: Selection | None = None,
     layers: Selection | None = None,
-    phases: Phase | Sequence[Phase] | None = None,
+    phases: str | Sequence[str] | None = None,
 ) -> Callable[[str], bool]:
     """A filter for ``run_with_cache`` that keeps some activations at some coordinates.
 
@@ -226,7 +226,7 @@ def _blocks(
     layout: LoopLayout,
     iterations: Selection | None,
     layers: Selection | None,
-    phases: Phase | Sequence[Phase] | None,
+    phases: str | Sequence[str] | None,
 ) -> list[int]:
     """The unrolled blocks at some coordinates."""
     if phases is None:

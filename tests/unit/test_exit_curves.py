@@ -128,12 +128,19 @@ def test_padding_of_the_vocabulary_is_never_an_answer():
     with torch.no_grad():
         model.unembed.b_U[40:] = 100.0  # the padding would win everywhere
     tokens = prompts((8,))[0] % 40
-    got = curve(model, [tokens])
-    assert got.loss[-1] > 50  # the loss is the model's own
     with torch.no_grad():
-        logits = model(tokens[None])[0, :-1]
-    assert got.accuracy[-1] == (logits[:, :40].argmax(-1) == tokens[1:]).float().mean()
-    assert (got.kl_to_last < 50).all()
+        said = model(tokens[None])[0, -1, :40].argmax()
+    got = curve(model, [tokens], [int(said)])
+    assert got.accuracy[-1] == 1
+    assert got.loss[-1] > 50  # the loss is the model's own, over all columns
+    logits = own_logits(model, tokens)[:, -1]
+    kl = kl_divergence(logits[-1:].expand_as(logits), logits, 40).double()
+    torch.testing.assert_close(got.kl_to_last, kl, rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_token_of_an_answer_needs_no_position():
+    model = looped("layer_norm")  # has 64 learned positions
+    assert curve(model, prompts((64,)), [3]).n_targets == 1
 
 
 def test_neither_batches_nor_iterations_asked_for_change_the_model():

@@ -205,6 +205,12 @@ def test_exits_of_a_gated_model():
     close(model(TOKENS), model(TOKENS, exit_threshold=0.5))
 
 
+@pytest.mark.parametrize("changes", [{}, dict(norm_before_coda=True)])
+def test_the_exit_at_the_last_iteration_is_the_model(changes):
+    model = tiny_model("weightless", normalization_type="RMS", **changes)
+    close(model(TOKENS, exit_at=2), model(TOKENS))
+
+
 def test_a_threshold_of_one_is_the_last_iteration_also_in_bfloat16():
     model = tiny_model("ouro")
     with torch.no_grad():

@@ -59,6 +59,19 @@ def test_a_linear_loop_transports_by_powers_of_its_map(architecture, prompts):
         close(J, torch.linalg.matrix_power(M, 2 - t), atol=1e-6, rtol=1e-5)
 
 
+def test_a_transported_state_is_read_where_the_linear_loop_would_take_it(prompts):
+    model = without_branches("retrofitted")
+    lens = fit(model, prompts, points="states")
+    tokens = tiny_tokens()
+    result = read_lens(model, tokens, lens, keep_logits=True)
+    _, cache = model.run_with_cache(tokens)
+    for t in range(3):
+        moved = cache[f"iter.{t}.hook_state_out"]
+        for _ in range(2 - t):
+            moved = moved @ model.injection.W_state
+        close(result.logits[t], model.unembed(model.ln_final(moved)), atol=1e-4, rtol=1e-4)
+
+
 def test_the_injection_enters_at_every_iteration(prompts):
     model = without_branches("retrofitted")
     M, N = model.injection.W_state.detach().T, model.injection.W_injection.detach().T

@@ -158,6 +158,11 @@ def test_trajectories_that_cross(model):
         tracks.leads_from("answer", "question")
 
 
+def test_a_tie_is_no_lead(model):
+    tracks = tracks_of(model, [[[3], [2]], [[3], [2]]])
+    assert tracks.leads_from("answer", "bridge").tolist() == [-1]
+
+
 def test_rank_jumps_are_decades():
     ranks = torch.tensor([[1, 10], [100, 10], [10, 1000]])
     close(rank_jumps(ranks), torch.tensor([[2.0, 0.0], [1.0, 2.0]]))

@@ -1,6 +1,7 @@
 """Streamed measurements against the same metrics on full caches, and how a run behaves."""
 
 import gc
+import importlib
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
+import tl_loops
 import tl_loops.files
 from tests.models import ARCHITECTURES, tiny_model
 from tl_loops.errors import CheckpointError
@@ -578,7 +580,12 @@ def test_a_batch_size_below_one_is_refused(silent):
         quiet(silent, prompts(), batch_size=0)
 
 
-# Progress and provenance.
+# Names, progress and provenance.
+
+
+def test_importing_the_module_does_not_hide_the_function():
+    module = importlib.import_module("tl_loops.measure")
+    assert tl_loops.measure is module.measure is measure
 
 
 def test_the_progress_bar_counts_prompts(capsys):

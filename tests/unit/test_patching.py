@@ -296,6 +296,72 @@ def test_plain_models_call_their_blocks_layers(plain):
     assert torch.equal(by_block, by_layer)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_plain_models_with_learned_positions(padded):
+    cfg = HookedTransformerConfig(
+        n_layers=2,
+        d_model=16,
+        n_ctx=8,
+        d_head=8,
+        n_heads=2,
+        d_vocab=50,
+        act_fn="relu",
+        seed=0,
+        initializer_range=0.4,
+        device="cpu",
+    )
+    model = HookedTransformer(cfg).eval()
+    clean, corrupted = prompts(shared=2)
+    arguments: Any = {}
+    if padded:
+        arguments["attention_mask"] = torch.ones_like(clean)
+        arguments["attention_mask"][1, :1] = 0
+    with torch.no_grad():
+        _, cache = model.run_with_cache(clean, **arguments)
+        for activation in ("v", "mlp_out", "pattern", "embed"):
+            axes = ("pos",) if activation == "embed" else ("block", "pos")
+            found = activation_patch(
+                model, corrupted, cache, metric, activation, axes, 3, False, **arguments
+            )
+            for index in itertools.product(*map(range, found.shape)):
+                at = dict(zip(axes, index, strict=True))
+                rest = "mlp_out" if activation == "mlp_out" else f"attn.{activation}"
+                rest = rest.replace("attn.", "attn.hook_") if "attn." in rest else f"hook_{rest}"
+                names = ["hook_embed"] if activation == "embed" else [f"blocks.{index[0]}.{rest}"]
+                cell = patched_run(model, corrupted, cache, names, activation, at, **arguments)
+                agree(found[index], cell)
+
+
+def test_results_of_heads(models):
+    model = models["weightless"]
+    clean, corrupted = prompts()
+    model.set_use_attn_result(True)
+    try:
+        with torch.no_grad():
+            _, cache = model.run_with_cache(clean)
+            found, same = (
+                activation_patch(
+                    model, corrupted, cache, metric, name, ("iteration", "layer", "head"), 5, False
+                )
+                for name in ("result", "z")
+            )
+    finally:
+        model.set_use_attn_result(False)
+    agree(found, same)  # A head's result is linear in its z.
+    assert found.std() > 1e-3
+
+
+def test_inference_mode(models):
+    model = models["retrofitted"]
+    clean, corrupted = prompts()
+    with torch.no_grad():
+        _, cache = model.run_with_cache(clean)
+        expected = activation_patch(model, corrupted, cache, metric, progress=False)
+    with torch.inference_mode():
+        found = activation_patch(model, corrupted, cache, metric, progress=False)
+    agree(found, expected)
+
+
 def test_windows_cover_neighbouring_iterations(models):
     model = models["retrofitted"]
     clean, corrupted = prompts()

@@ -232,7 +232,7 @@ def path_steps(
         enters = layout.index(iteration=from_iteration, layer=0)
         behind = target.state_out is not None and target.state_out < from_iteration
         if behind or target.layer < enters:
-            raise ValueError(f"from_iteration={from_iteration} lies behind the target {target}")
+            raise ValueError(f"from_iteration={from_iteration} lies behind the place asked for")
 
     def normed(prefix: str, norm: Any, label: str, iteration: int | None) -> Iterator[Step]:
         frozen = freeze(prefix, norm)

@@ -71,7 +71,7 @@ def label_fraction(
     The labels of ``classify_trajectory`` depend on s_t alone. So a path in the plane with the same
     s_t stands for the states, which need not be kept.
     """
-    s = similarity.double().clamp(-1.0, 1.0)
+    s = similarity.cpu().double().clamp(-1.0, 1.0)
     # s_last is 1 by definition; its rounding error would turn the whole path.
     s = torch.cat([s[:-1], torch.where(s[-1:].isnan(), s[-1:], 1.0)])
     path = torch.stack([s, (1.0 - s.square()).sqrt()], dim=-1)

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from tl_loops.patching.sites import layout_of
+from tl_loops.patching.stages import crossing_block, stage_of
 from tl_loops.upstream import KeyValueCache, KeyValueCacheEntry, get_attention_mask, has_hooks
 
 Edit = Callable[[Tensor], None]
@@ -121,6 +122,7 @@ class BaseRun:
             and not cfg.use_local_attn
         )
         self.injects = "hook_injection" in model.hook_dict
+        self.crossing = crossing_block(self.layout)
         self.entry: dict[int, Tensor] = {}
         self.values: dict[str, Tensor] = {}
         self.past: KeyValueCache | None = None
@@ -159,30 +161,9 @@ class BaseRun:
             return None
         return get_attention_mask(tokenizer, self.tokens, bool(self.cfg.default_prepend_bos))
 
-    # Where things happen.
-
-    @property
-    def crossing(self) -> int:
-        """The block during whose stage the loop begins: behind it e and the state are fixed."""
-        return max(self.layout.core_start - 1, 0) if self.layout is not None else 0
-
     def stage(self, name: str) -> int:
         """The block at which a run must start, at the latest, so that a hook point fires."""
-        kind, _, rest = name.partition(".")
-        if kind == "blocks":
-            return int(rest.split(".")[0])
-        if self.layout is None:
-            return 0 if name.startswith(("hook_", "embed", "pos_embed")) else self.cfg.n_layers - 1
-        if kind == "iter":
-            t, _, point = rest.partition(".")
-            first = self.layout.core_start + int(t) * self.layout.n_core
-            entering = point.startswith(("hook_state_in", "hook_injected"))
-            return max(first - 1, 0) if entering else first + self.layout.n_core - 1
-        if name in ("hook_injection", "hook_initial_state"):
-            return self.crossing
-        if kind == "ln_coda":
-            return self.layout.coda_start - 1
-        return 0 if kind in ("hook_embed", "hook_pos_embed") else self.cfg.n_layers - 1
+        return stage_of(name, self.layout, self.cfg.n_layers)
 
     def start_of(self, cell: Cell) -> int:
         """The block at which a cell leaves the base run."""
@@ -203,8 +184,8 @@ class BaseRun:
         Args:
             names: Hook points that cells will edit.
             observe: Functions that are shown activations on the way, by hook name.
-            explicit: Hook points of attention scores or patterns that are made to fire for the
-                functions, so that they see what an unfused run gives.
+            explicit: Hook points of attention scores or patterns that are made to fire, so that
+                attention there is not fused.
 
         Returns:
             The logits.
@@ -222,10 +203,9 @@ class BaseRun:
         kept = [*self.read, *(["hook_injection"] if self.injects and self.restarts else [])]
         kept += ["hook_initial_state"] if drawn else []
         hooks += [(name, partial(keep, self.values, name)) for name in kept]
-        shows = [(name, partial(_show, show)) for name, show in (observe or {}).items()]
-        unfused = [(name, _nothing) for name in explicit if name in self.model.hook_dict]
-        if not unfused:
-            hooks += shows
+        for name, show in (observe or {}).items():
+            hooks.append((name, partial(_show, show)))
+        hooks += [(name, _nothing) for name in explicit if name in self.model.hook_dict]
 
         arguments = self._arguments(1, 0, 0)
         if self.truncates:
@@ -236,9 +216,6 @@ class BaseRun:
             self.logits = self.model(self.tokens, **arguments)
         if drawn:  # All cells share the draw of the base run.
             self.initial_state = self.values["hook_initial_state"]
-        if shows and unfused:  # A run of its own, so that the cells start from the fused one.
-            with _hooked(self.model, shows + unfused):
-                self.model(self.tokens, **self._arguments(1, 0, 0))
         assert self.logits is not None
         return self.logits
 
