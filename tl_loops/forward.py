@@ -9,6 +9,7 @@ from torch import Tensor
 from tl_loops.exits import ExitMode, exit_probabilities, select_state, threshold_iteration
 from tl_loops.hooking import CoordinateHooks
 from tl_loops.nn.context import make_context
+from tl_loops.nn.norm import Norm
 from tl_loops.nn.rotary import RotaryTable
 from tl_loops.nn.stack import StackRun
 from tl_loops.upstream import (
@@ -25,6 +26,7 @@ class LoopedForward(CoordinateHooks):
     """Runs an unrolled stack from tokens, from a block or from an iteration."""
 
     _rotary: RotaryTable | None
+    ln_coda: Norm
 
     def forward(  # type: ignore[override]
         self,
