@@ -85,9 +85,7 @@ def test_composition_is_the_direct_path_multiplied_out(model, mode):
         n_core, last = layout.n_core, layout.n_layers - 1
         pairs = [(core, core + 1, 0), (core + 1, core + n_core, 1), (core, core + n_core, 1)]
         if layout.n_prelude:
-            pairs += [(0, core + 1, 0)]
-            if model.cfg.injection is None:
-                pairs += [(0, core + n_core, 1)]
+            pairs += [(0, core + 1, 0), (0, core + n_core, 1)]
         if layout.n_coda:
             pairs += [(coda - 1, coda, 0), (coda - n_core, last, 0), (coda - 2 * n_core, coda, 1)]
         for left, right, apart in pairs:

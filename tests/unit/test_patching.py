@@ -16,6 +16,7 @@ from tests.models import ARCHITECTURES, tiny_model, tiny_tokens
 from tl_loops.patching import activation_patch, axis_labels
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
 
 HEADS = ("q", "k", "v", "z")
 BETWEEN = ("state_in", "injected", "state_out")
