@@ -8,12 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_loops.config import LoopedTransformerConfig
+from tl_loops.decomposition.carry import Carrier, Rows
 from tl_loops.decomposition.path import (
-    Carrier,
     FrozenNorm,
     Inject,
     Read,
-    Rows,
     Site,
     Target,
     part_labels,

@@ -607,7 +607,7 @@ def test_the_last_row_of_the_logit_lens_is_the_logits(either):
 
 
 def test_the_logit_lens_of_a_state_is_what_an_exit_reads_out():
-    for name in ("ouro", "weightless", "branch_normed_between"):
+    for name in ("ouro", "weightless", "branch_normed_between", "huginn_without_coda"):
         model = any_model(name)
         _, cache = model.run_with_cache(TOKENS)
         lens, labels = cache.accumulated_resid(apply_ln=True, incl_states=True, return_labels=True)
@@ -664,17 +664,28 @@ def test_split_inputs_share_a_scale_unless_edited():
         cache.decompose_resid(2, apply_ln=True)
 
 
-def test_an_early_exit_is_not_taken_for_the_end():
-    model = tiny_model("weightless")
-    _, cache = model.run_with_cache(TOKENS, exit_at=0)
-    assert_close(cache.decompose_resid().sum(0), stream(cache, cache.layout.n_layers), **CLOSE)
+@pytest.mark.parametrize("name", ["weightless", "huginn_without_coda"])
+def test_an_early_exit_is_not_taken_for_the_end(name):
+    model = any_model(name)
+    logits, cache = model.run_with_cache(TOKENS, exit_at=0)
     with pytest.raises(LoopedSemanticsError, match="left the loop early"):
         cache.decompose_resid(apply_ln=True)
     with pytest.raises(LoopedSemanticsError, match="state_out=t"):
-        cache.logit_attrs(cache.decompose_resid(), 3)
-    logits = model(TOKENS, exit_at=0)
+        cache.logit_attrs(cache.stack_activation("resid_post"), 3)
+    last = model.cfg.n_layers - 1
+    expected = cache["resid_mid", last]
+    assert_close(cache.decompose_resid(last, mlp_input=True).sum(0), expected, **CLOSE)
     stack = cache.decompose_resid(state_out=0)
     assert_close(cache.logit_attrs(stack, 3, state_out=0).sum(0), logits[..., 3], **CLOSE)
+
+
+def test_two_layer_norms_in_a_row_are_no_single_norm():
+    model = any_model("layer_norm", n_coda=0, norm_before_coda=True)
+    logits, cache = model.run_with_cache(TOKENS)
+    full = cache.get_full_resid_decomposition(apply_ln=True)
+    assert_close(model.unembed(full.sum(0)), logits, **CLOSE)
+    with pytest.raises(LoopedSemanticsError, match="two LayerNorms in a row"):
+        cache.decompose_resid(state_out=1, apply_ln=True)
 
 
 # What does not fit.

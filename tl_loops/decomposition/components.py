@@ -9,16 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tl_loops.decomposition.carry import Carrier, Rows, pull_back
 from tl_loops.decomposition.path import (
-    Carrier,
     FrozenNorm,
-    Rows,
     Site,
     Step,
     Target,
     part_labels,
     path_steps,
-    pull_back,
     working,
 )
 from tl_loops.errors import LoopedSemanticsError
@@ -87,8 +85,17 @@ class CachedRun:
         return working(self.pos.apply(self.raw(name), dim=pos_dim))
 
     def freeze(self, prefix: str, norm: Any) -> FrozenNorm:
-        """A norm with the scale that it had in this run."""
-        return FrozenNorm.of(norm, self.read(f"{prefix}.hook_scale"))
+        """A norm with the scale that it had in this run.
+
+        Raises:
+            LoopedSemanticsError: It is one of the norms of the readout, and an early exit made it
+                read another state than the last.
+        """
+        frozen = FrozenNorm.of(norm, self.read(f"{prefix}.hook_scale"))
+        if prefix == "ln_coda" and not self.layout.n_coda:
+            last = self.read(f"blocks.{self.layout.n_layers - 1}.hook_resid_post")
+            self._check_read(frozen, last, prefix)
+        return frozen
 
     # The stream itself.
 
@@ -101,8 +108,9 @@ class CachedRun:
             return self.read(f"blocks.{target.layer}.{name}")
         resid = self.read(f"blocks.{self.layout.n_layers - 1}.hook_resid_post")
         if self.model.cfg.norm_before_coda and not self.layout.n_coda:
-            # As the model computes it, rounding included.
             norm = self.model.ln_final
+            self.freeze("ln_coda", norm)
+            # As the model computes it, rounding included.
             normalized = self.pos.apply(self.raw("ln_coda.hook_normalized"), dim=-2)
             normalized = normalized.to(self.model.cfg.dtype)
             normalized = normalized if norm.w is None else normalized * norm.w
@@ -125,10 +133,22 @@ class CachedRun:
                 )
             if cfg.norm_between_iterations:
                 return None
-            return FrozenNorm.of(model.ln_final, self._scale(self.residual(target)))
+            state = self.residual(target)
+            norm = FrozenNorm.of(model.ln_final, self._scale(state))
+            if not cfg.norm_before_coda:
+                return norm
+            if norm.centred:
+                raise LoopedSemanticsError(
+                    "two LayerNorms in a row read a state of this model, which is no single norm; "
+                    "decompose without apply_ln"
+                )
+            assert norm.scale is not None
+            twice = None if norm.gain is None else norm.gain**2
+            return FrozenNorm(norm.scale * self._scale(norm(state)), twice, None, False)
         if target.layer == self.layout.n_layers:
             norm = self.freeze("ln_final", model.ln_final)
-            self._check_final_scale(norm, target)
+            if not cfg.norm_between_iterations and not self.layout.n_coda:
+                self._check_read(norm, self.residual(target), "ln_final")
             return norm
         if cfg.block_norm == "post_branch":
             return None
@@ -141,14 +161,12 @@ class CachedRun:
         x = x - x.mean(-1, keepdim=True) if norm.centred else x
         return (x.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
 
-    def _check_final_scale(self, norm: FrozenNorm, target: Target) -> None:
-        """An early exit makes the final norm read another state than the last."""
-        if self.model.cfg.norm_between_iterations or self.layout.n_coda:
-            return
+    def _check_read(self, norm: FrozenNorm, last: Tensor, name: str) -> None:
+        """Refuse a norm that did not read the last state, of a model without a coda."""
         assert norm.scale is not None
-        if not torch.allclose(norm.scale, self._scale(self.residual(target)), rtol=1e-3):
+        if not torch.allclose(norm.scale, self._scale(last), rtol=1e-3):
             raise LoopedSemanticsError(
-                "ln_final did not read the last state in this run, which left the loop early (or "
+                f"{name} did not read the last state in this run, which left the loop early (or "
                 "was edited there); pass state_out=t for the iteration that it left"
             )
 

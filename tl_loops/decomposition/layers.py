@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tl_loops.decomposition.carry import INJECTION_ROWS, Rows
 from tl_loops.decomposition.components import CachedRun, SliceLike
-from tl_loops.decomposition.path import INJECTION_ROWS, FrozenNorm, Rows, Site, Target
+from tl_loops.decomposition.path import FrozenNorm, Site, Target
 from tl_loops.decomposition.readout import Labelled, ResidualReadout, Stack
 from tl_loops.errors import LoopedSemanticsError
 

@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.decomposition.carry import Rows
 from tl_loops.decomposition.components import CachedRun, SliceLike, as_slice
 from tl_loops.decomposition.layers import LayerDecomposition, Selection, in_selection, indices
-from tl_loops.decomposition.path import Rows, Site, Target, working
+from tl_loops.decomposition.path import Site, Target, working
 from tl_loops.decomposition.readout import Labelled, affine
 from tl_loops.upstream import Slice
 

@@ -103,12 +103,16 @@ class ResidualReadout(ActivationCache):
             rows.append(("final_post", run.residual(target)))
         stack = torch.stack([row for _, row in rows])
         if apply_ln and target.layer == layout.n_layers:
-            lens = _normed(stack, self.model.ln_final)
+            norm = self.model.ln_final
+            lens = _normed(stack, norm)
+            if self.model.cfg.norm_before_coda and not layout.n_coda:
+                # The last row is behind the first of the two norms of this readout.
+                lens[:-1] = _normed(lens[:-1], norm)
             keep = torch.tensor([i in normed for i in range(len(rows))], device=stack.device)
             stack = torch.where(keep.view(-1, *[1] * (stack.ndim - 1)), stack, lens)
         elif apply_ln:
-            norm = run.reader(target)
-            stack = stack if norm is None else affine(norm, stack)
+            reader = run.reader(target)
+            stack = stack if reader is None else affine(reader, stack)
         return self._result(stack, [label for label, _ in rows], return_labels)
 
     def apply_ln_to_stack(  # type: ignore[override]
