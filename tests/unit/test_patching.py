@@ -465,16 +465,21 @@ def test_gradients_reach_weights_and_clean_activations(models, architecture):
 
 @pytest.mark.parametrize("architecture", ["huginn", "ouro", "olmo_grouped"])
 def test_bfloat16(architecture):
-    model = tiny_model(architecture).to(torch.bfloat16)
+    model = tiny_model(architecture)
     clean, corrupted = prompts()
+    axes = ("block", "pos")
     with torch.no_grad():
         _, cache = model.run_with_cache(clean)
-        expected = definition(model, corrupted, cache, "z", ("block", "pos")).float()
-        found = activation_patch(model, corrupted, cache, metric, "z", ("block", "pos"), 5, False)
+        exact = activation_patch(model, corrupted, cache, metric, "z", axes, progress=False)
+        model = model.to(torch.bfloat16)
+        _, cache = model.run_with_cache(clean)
+        expected = definition(model, corrupted, cache, "z", axes).float()
+        found = activation_patch(model, corrupted, cache, metric, "z", axes, 5, False)
     assert found.dtype == torch.float32
-    # bfloat16 has 8 bits; sums over rows that are batched otherwise round otherwise.
-    torch.testing.assert_close(found, expected, atol=0.15, rtol=0.05)
-    assert (found - expected).abs().mean() < 0.03
+    # Runs that are batched otherwise round otherwise; neither is nearer to float32.
+    error = (expected - exact).abs().mean()
+    assert (found - exact).abs().mean() < 3 * error + 0.01
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=0.05)
 
 
 def test_float64_stays_float64(models):
@@ -659,14 +664,14 @@ def test_only_what_a_patch_can_change_is_run_again(models):
         _, cache = model.run_with_cache(clean)
         with Work(model) as work:
             activation_patch(model, corrupted, cache, metric, axes=("block",), progress=False)
-        # One or two runs of the prompt, and block i for the cells of blocks 0 to i.
-        assert [w - 16 for w in work.tokens] == [8 * (i + 1) for i in range(n_layers)]
+        # The prompt once, and block i for the cells of blocks 0 to i.
+        assert [w - 8 for w in work.tokens] == [8 * (i + 1) for i in range(n_layers)]
         with Work(model) as work:
             activation_patch(
                 model, corrupted, cache, metric, axes=("pos",), progress=False, where={"block": 3}
             )
-        assert max(work.tokens[:3]) == 16  # Nothing before the patched block.
-        assert work.tokens[3] - 16 < 8 * 8  # Nothing before the patched position.
+        assert max(work.tokens[:3]) == 8  # Nothing before the patched block.
+        assert work.tokens[3] - 8 < 8 * 8  # Nothing before the patched position.
 
 
 def test_a_shared_prefix_costs_nothing(models):
