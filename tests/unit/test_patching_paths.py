@@ -114,6 +114,30 @@ def test_pairs_of_heads_and_layers(models, architecture, batch_size):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("batch_size", [1, 2, None])
+def test_senders_and_receivers_at_positions(models, batch_size):
+    model = models["huginn"]
+    clean_tokens, corrupted = tiny_tokens(1, 8), tiny_tokens(1, 8, seed=9)
+    _, clean = model.run_with_cache(clean_tokens)
+    _, base = model.run_with_cache(corrupted)
+    senders = [Site("mlp_out", block=2, pos=3), Site("mlp_out", block=2, pos=0)]
+    receivers = [Site("resid_pre", block=4), Site("v", block=4, pos=2), Site("v", block=4)]
+    found = path_patch(
+        model, corrupted, clean, metric, senders, receivers, batch_size=batch_size, progress=False
+    )
+    frozen = outputs(model, ("blocks.2.hook_mlp_out",))
+    receiving = [
+        ("blocks.4.hook_resid_pre", ALL),
+        ("blocks.4.attn.hook_v", (slice(None), 2)),
+        ("blocks.4.attn.hook_v", ALL),
+    ]
+    for i, pos in enumerate((3, 0)):
+        sender = ("blocks.2.hook_mlp_out", (slice(None), pos))
+        for j, receiver in enumerate(receiving):
+            close(found[i, j], by_hand(model, corrupted, clean, base, sender, receiver, frozen))
+
+
+@torch.no_grad()
 def test_mlps_may_pass_effects_on(models):
     model = models["retrofitted"]
     clean_tokens, corrupted = tiny_tokens(2, 4), tiny_tokens(2, 4, seed=9)
