@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
+from tl_loops.activations import ACTIVATIONS
+from tl_loops.data_flow import data_flow
 from tl_loops.errors import ConfigError
 from tl_loops.layout import LoopLayout
-from tl_loops.upstream import SUPPORTED_ACTIVATIONS, BaseConfig
+from tl_loops.physical import physical_tensors
+from tl_loops.upstream import BaseConfig
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "block_norm": ("pre", "sandwich", "post_residual", "post_branch"),
@@ -21,7 +24,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "positional_embedding_type": ("rotary", "standard"),
     "normalization_type": ("RMS", "RMSPre", "LN", "LNPre"),
     "attention_dir": ("causal", "bidirectional"),
-    "act_fn": tuple(SUPPORTED_ACTIVATIONS),
+    "act_fn": tuple(ACTIVATIONS),
 }
 """Fields that take one of a few names."""
 
@@ -217,75 +220,11 @@ class LoopedTransformerConfig(BaseConfig):
 
     def count_parameters(self) -> int:
         """Number of trained scalars, each physical weight counted once."""
-        d, heads, kv = self.d_model, self.n_heads, self.n_key_value_heads or self.n_heads
-        norm = d * (self.norm_has_weight + (self.normalization_type == "LN"))
-        mlp_width = self.d_mlp or 0
-        attention = (2 * heads + 2 * kv) * self.d_head * d
-        if self.qk_bias or self.attn_bias:
-            attention += (heads + kv) * self.d_head
-        if self.attn_bias:
-            attention += kv * self.d_head + d
-        if self.qk_norm == "full" and self.norm_has_weight:
-            attention += (heads + kv) * self.d_head
-        mlp = d * mlp_width * (2 + self.gated_mlp) + (mlp_width + d) * self.mlp_bias
-        norms = (
-            norm * {"pre": 2, "sandwich": 4, "post_residual": 4, "post_branch": 2}[self.block_norm]
-        )
-        total = self.n_physical_layers * (attention + mlp + norms)
-        total += self.d_vocab * d + norm
-        if self.positional_embedding_type == "standard":
-            total += self.n_ctx * d
-        d_vocab_out = self.d_vocab if self.d_vocab_out == -1 else self.d_vocab_out
-        total += 0 if self.tie_word_embeddings else d * d_vocab_out
-        total += d_vocab_out * self.unembed_bias
-        total += {None: 0, "add": 0, "gated_diagonal": d * d + 2 * d}.get(self.injection, 2 * d * d)
-        total += d * (self.initial_state == "learned") + (d + 1) * self.exit_gate
-        return total
+        return sum(math.prod(tensor.shape) for tensor in physical_tensors(self).values())
 
     def describe(self) -> str:
         """The data flow of one forward pass in a few lines."""
-        block = {
-            "pre": "x += attn(ln1(x)); x += mlp(ln2(x))",
-            "sandwich": "x += ln1_post(attn(ln1(x))); x += ln2_post(mlp(ln2(x)))",
-            "post_residual": "x = ln1_post(x + attn(ln1(x))); x = ln2_post(x + mlp(ln2(x)))",
-            "post_branch": "x += ln1_post(attn(x)); x += ln2_post(mlp(x))",
-        }[self.block_norm]
-        start = {
-            "embed": "s = e",
-            "normal": f"s ~ N(0, {self.initial_state_std:.4g}²), truncated at 3σ, "
-            + (f"seed {self.state_seed}" if self.state_seed is not None else "drawn afresh"),
-            "zeros": "s = 0",
-            "learned": "s = learned vector",
-        }[self.initial_state]
-        inject = {
-            None: "x = s",
-            "concat": "x = [s, e] W",
-            "concat_injection_first": "x = [e, s] W",
-            "add": "x = s + e",
-            "gated_diagonal": "x = s·exp(-Δ·exp(A)) + Δ·(e Bᵀ)",
-        }[self.injection]
-        after = "s = ln_final(x)" if self.norm_between_iterations else "s = x"
-        gate = "; gate(s)" if self.exit_gate else ""
-        scale = f" · {self.embed_scale:.4g}" if self.embed_scale != 1.0 else ""
-        lines = [
-            f"{self.model_name} {self.notation}, {self.n_params:,} parameters",
-            f"embed    x = W_E[tokens]{scale}",
-        ]
-        if self.n_prelude:
-            lines.append(f"prelude  {self.n_prelude} x block; e = x; {start}")
-        else:
-            lines.append(f"start    e = x; {start}")
-        lines.append(
-            f"core     {self.n_iterations} x [ {inject}; {self.n_core} x block; {after}{gate} ]"
-        )
-        if self.n_coda:
-            before = "x = ln_final(s); " if self.norm_before_coda else "x = s; "
-            lines.append(f"coda     {before}{self.n_coda} x block")
-        elif self.norm_before_coda:
-            lines.append("coda     x = ln_final(s)")
-        final = "s W_U" if self.norm_between_iterations and not self.n_coda else "ln_final(x) W_U"
-        lines += [f"readout  logits = {final}", f"block    {block}"]
-        return "\n".join(lines)
+        return data_flow(self)
 
     def set_seed_everywhere(self, seed: int) -> None:
         """Leave the global random state alone: ``seed`` feeds the model's own generator."""

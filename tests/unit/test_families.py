@@ -8,14 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from torch import nn
 
 from tl_loops.config import LoopedTransformerConfig
 from tl_loops.errors import CheckpointError
 from tl_loops.families.huginn import HUGINN
 from tl_loops.families.native import NATIVE, config_to_json
 from tl_loops.families.ouro import OURO
-from tl_loops.families.physical import empty_as, physical_tensors
 from tl_loops.families.registry import (
     FAMILIES,
     catalogue,
@@ -25,10 +23,8 @@ from tl_loops.families.registry import (
     recognise,
 )
 from tl_loops.families.retrofitted import RETROFITTED_LLAMA, RETROFITTED_OLMO
-from tl_loops.nn.block import Block
-from tl_loops.nn.boundary import ExitGate, InitialState, Injection
-from tl_loops.nn.embedding import Embed
-from tl_loops.nn.norm import Norm
+from tl_loops.model import LoopedTransformer
+from tl_loops.physical import empty_as, physical_tensors
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 FAMILY_OF = {
@@ -386,44 +382,18 @@ def architecture(drawn):
 
 @settings(deadline=None, max_examples=60)
 @given(ARCHITECTURES)
-def test_physical_tensors_add_up_to_the_parameter_count(drawn):
+def test_physical_tensors_are_the_parameters_of_the_model_in_number_shape_and_strides(drawn):
     cfg = architecture(drawn)
-    if cfg.qk_norm == "full" and not cfg.norm_has_weight:
-        return  # counted as if it had weights; see the model for what it has
-    sizes = (math.prod(tensor.shape) for tensor in physical_tensors(cfg).values())
-    assert sum(sizes) == cfg.n_params
-
-
-@settings(deadline=None, max_examples=60)
-@given(ARCHITECTURES)
-def test_physical_tensors_have_names_shapes_and_strides_of_the_modules(drawn):
-    cfg = architecture(drawn)
-    modules = nn.ModuleDict(
-        {
-            "embed": Embed(cfg, "meta"),
-            "injection": Injection(cfg, "meta"),
-            "initial_state": InitialState(cfg, "meta"),
-            "ln_final": Norm(cfg, device="meta"),
-        }
-    )
-    if cfg.exit_gate:
-        modules["exit_gate"] = ExitGate(cfg, "meta")
-    of_modules = dict(modules.named_parameters())
-    for layer in cfg.layout.physical_names():
-        for key, value in Block(cfg, "meta").named_parameters():
-            of_modules[f"{layer}.{key}"] = value
-    physical = {
-        name: tensor
-        for name, tensor in physical_tensors(cfg).items()
-        if not name.startswith(("unembed.", "pos_embed."))
+    parameters = dict(LoopedTransformer(cfg).physical_named_parameters())
+    physical = physical_tensors(cfg)
+    assert {name: tuple(value.shape) for name, value in parameters.items()} == {
+        name: tensor.shape for name, tensor in physical.items()
     }
-    assert {key: tuple(value.shape) for key, value in of_modules.items()} == {
-        key: tensor.shape for key, tensor in physical.items()
-    }
+    assert sum(value.numel() for value in parameters.values()) == cfg.n_params
     for name, tensor in physical.items():
         laid = empty_as(tensor.shape, tensor.layout)
         if 1 not in tensor.shape:
-            assert laid.stride() == of_modules[name].stride(), name
+            assert laid.stride() == parameters[name].stride(), name
 
 
 # Native format --------------------------------------------------------------------------------

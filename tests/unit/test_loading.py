@@ -16,7 +16,6 @@ from transformer_lens.utilities.tokenize_utils import get_tokenizer_with_bos
 from tl_loops import loading
 from tl_loops.config import LoopedTransformerConfig
 from tl_loops.errors import CheckpointError, ConfigError, UnknownModelError
-from tl_loops.families.physical import empty_as, physical_tensors
 from tl_loops.loading import (
     is_looped_name,
     load_config,
@@ -25,6 +24,7 @@ from tl_loops.loading import (
     resolve,
     save_checkpoint,
 )
+from tl_loops.physical import empty_as, physical_tensors
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 NAMES = (

@@ -257,8 +257,3 @@ def whole(key: str, shape: Shape, name: str, view: View = as_is) -> TensorSpec:
 def fused(key: str, n_in: int, *parts: Part) -> TensorSpec:
     """A stored ``[out, n_in]`` matrix whose rows are those of several weights, in order."""
     return TensorSpec(key, (sum(part.rows for part in parts), n_in), parts)
-
-
-def key_value_name(cfg: LoopedTransformerConfig, name: str) -> str:
-    """``W_K`` under grouped-query attention is ``_W_K``, as in TransformerLens."""
-    return name if cfg.n_key_value_heads is None else f"_{name}"

@@ -34,7 +34,7 @@ from tl_loops.families.checkpoint import (
     read_json,
     write_safetensors,
 )
-from tl_loops.families.physical import Layout, empty_as, physical_tensors
+from tl_loops.physical import Layout, empty_as, physical_tensors
 
 MODEL_TYPE = "tl_loops"
 FORMAT_VERSION = 1

@@ -13,12 +13,12 @@ from tl_loops.families.base import (
     checked,
     heads_in,
     heads_out,
-    key_value_name,
     read,
     transposed,
     whole,
 )
 from tl_loops.families.rotary import rotary_fields
+from tl_loops.physical import key_value_name
 
 _NORMS = {
     "input_layernorm": "ln1",

@@ -17,11 +17,11 @@ from tl_loops.families.base import (
     head_bias,
     heads_in,
     heads_out,
-    key_value_name,
     read,
     transposed,
     whole,
 )
+from tl_loops.physical import key_value_name
 
 MODEL_TYPES = ("huginn_raven",)
 ARCHITECTURES = ("RavenForCausalLM",)

@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tl_loops.activations import ACTIVATIONS
 from tl_loops.config import LoopedTransformerConfig
-from tl_loops.upstream import SUPPORTED_ACTIVATIONS, HookPoint
+from tl_loops.upstream import HookPoint
 
 
 def transposed_parameter(
@@ -29,7 +30,7 @@ class MLP(nn.Module):
         super().__init__()
         assert cfg.d_mlp is not None
         self.gated = cfg.gated_mlp
-        self.act_fn = SUPPORTED_ACTIVATIONS[cfg.act_fn]
+        self.act_fn = ACTIVATIONS[cfg.act_fn]
         if self.gated:
             self.W_gate = transposed_parameter(cfg.d_model, cfg.d_mlp, cfg.dtype, device)
         self.W_in = transposed_parameter(cfg.d_model, cfg.d_mlp, cfg.dtype, device)

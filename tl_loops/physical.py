@@ -1,13 +1,13 @@
 """Names, shapes and storage of the physical weights of a config."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from tl_loops.config import LoopedTransformerConfig
-from tl_loops.families.base import key_value_name
+if TYPE_CHECKING:  # the config counts its parameters here
+    from tl_loops.config import LoopedTransformerConfig
 
 Layout = Literal["plain", "transposed", "heads_in", "heads_out"]
 
@@ -28,7 +28,12 @@ class PhysicalTensor:
     layout: Layout = "plain"
 
 
-def physical_tensors(cfg: LoopedTransformerConfig) -> dict[str, PhysicalTensor]:
+def key_value_name(cfg: "LoopedTransformerConfig", name: str) -> str:
+    """``W_K`` under grouped-query attention is ``_W_K``, as in TransformerLens."""
+    return name if cfg.n_key_value_heads is None else f"_{name}"
+
+
+def physical_tensors(cfg: "LoopedTransformerConfig") -> dict[str, PhysicalTensor]:
     """All weights of a config, each once, by physical name.
 
     Returns:
@@ -61,7 +66,7 @@ def physical_tensors(cfg: LoopedTransformerConfig) -> dict[str, PhysicalTensor]:
     return found
 
 
-def _layer(cfg: LoopedTransformerConfig) -> dict[str, PhysicalTensor]:
+def _layer(cfg: "LoopedTransformerConfig") -> dict[str, PhysicalTensor]:
     d, heads, d_head, d_mlp = cfg.d_model, cfg.n_heads, cfg.d_head, cfg.d_mlp or 0
     kv_heads = cfg.n_key_value_heads or heads
     found: dict[str, PhysicalTensor] = {}
@@ -93,7 +98,7 @@ def _layer(cfg: LoopedTransformerConfig) -> dict[str, PhysicalTensor]:
     return found
 
 
-def _norm(cfg: LoopedTransformerConfig, name: str, length: int) -> dict[str, PhysicalTensor]:
+def _norm(cfg: "LoopedTransformerConfig", name: str, length: int) -> dict[str, PhysicalTensor]:
     if not cfg.norm_has_weight:
         return {}
     found = {f"{name}.w": PhysicalTensor((length,))}

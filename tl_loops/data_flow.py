@@ -1,0 +1,50 @@
+"""The data flow of a looped model in words and formulas."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the config describes itself by this
+    from tl_loops.config import LoopedTransformerConfig
+
+
+def data_flow(cfg: "LoopedTransformerConfig") -> str:
+    """The data flow of one forward pass in a few lines."""
+    block = {
+        "pre": "x += attn(ln1(x)); x += mlp(ln2(x))",
+        "sandwich": "x += ln1_post(attn(ln1(x))); x += ln2_post(mlp(ln2(x)))",
+        "post_residual": "x = ln1_post(x + attn(ln1(x))); x = ln2_post(x + mlp(ln2(x)))",
+        "post_branch": "x += ln1_post(attn(x)); x += ln2_post(mlp(x))",
+    }[cfg.block_norm]
+    start = {
+        "embed": "s = e",
+        "normal": f"s ~ N(0, {cfg.initial_state_std:.4g}²), truncated at 3σ, "
+        + (f"seed {cfg.state_seed}" if cfg.state_seed is not None else "drawn afresh"),
+        "zeros": "s = 0",
+        "learned": "s = learned vector",
+    }[cfg.initial_state]
+    inject = {
+        None: "x = s",
+        "concat": "x = [s, e] W",
+        "concat_injection_first": "x = [e, s] W",
+        "add": "x = s + e",
+        "gated_diagonal": "x = s·exp(-Δ·exp(A)) + Δ·(e Bᵀ)",
+    }[cfg.injection]
+    after = "s = ln_final(x)" if cfg.norm_between_iterations else "s = x"
+    gate = "; gate(s)" if cfg.exit_gate else ""
+    scale = f" · {cfg.embed_scale:.4g}" if cfg.embed_scale != 1.0 else ""
+    lines = [
+        f"{cfg.model_name} {cfg.notation}, {cfg.n_params:,} parameters",
+        f"embed    x = W_E[tokens]{scale}",
+    ]
+    if cfg.n_prelude:
+        lines.append(f"prelude  {cfg.n_prelude} x block; e = x; {start}")
+    else:
+        lines.append(f"start    e = x; {start}")
+    lines.append(f"core     {cfg.n_iterations} x [ {inject}; {cfg.n_core} x block; {after}{gate} ]")
+    if cfg.n_coda:
+        before = "x = ln_final(s); " if cfg.norm_before_coda else "x = s; "
+        lines.append(f"coda     {before}{cfg.n_coda} x block")
+    elif cfg.norm_before_coda:
+        lines.append("coda     x = ln_final(s)")
+    final = "s W_U" if cfg.norm_between_iterations and not cfg.n_coda else "ln_final(x) W_U"
+    lines += [f"readout  logits = {final}", f"block    {block}"]
+    return "\n".join(lines)
