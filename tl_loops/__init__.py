@@ -5,7 +5,7 @@ Importing this package registers the looped families, so that
 recurrent layer then has hook points of its own, over weights that exist once.
 """
 
-from tl_loops import attribution, lens, metrics, patching, plots, tasks
+from tl_loops import attribution, lens, loop_hooks, metrics, patching, plots, steering, tasks
 from tl_loops.cache import LoopedActivationCache
 from tl_loops.config import LoopedTransformerConfig
 from tl_loops.errors import (
@@ -14,10 +14,10 @@ from tl_loops.errors import (
     LoopedSemanticsError,
     UnknownModelError,
 )
-from tl_loops.exit_curves import exit_curve
+from tl_loops.exit_curves import ExitCurve, exit_curve
 from tl_loops.hooking import HookNameError
 from tl_loops.layout import BlockCoordinate, LoopLayout
-from tl_loops.measure import measure
+from tl_loops.measure import available_metrics, measure
 from tl_loops.model import LoopedTransformer
 from tl_loops.profile import LoopProfile
 from tl_loops.registration import register, unregister
@@ -28,6 +28,7 @@ __all__ = [
     "BlockCoordinate",
     "CheckpointError",
     "ConfigError",
+    "ExitCurve",
     "HookNameError",
     "LoopLayout",
     "LoopProfile",
@@ -37,13 +38,16 @@ __all__ = [
     "LoopedTransformerConfig",
     "UnknownModelError",
     "attribution",
+    "available_metrics",
     "exit_curve",
     "lens",
+    "loop_hooks",
     "measure",
     "metrics",
     "patching",
     "plots",
     "register",
+    "steering",
     "tasks",
     "unregister",
 ]

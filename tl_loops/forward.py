@@ -108,7 +108,7 @@ class LoopedForward(CoordinateHooks):
             0, -(-(start - self.cfg.n_prelude) // self.cfg.n_core)
         )
         mode.check(self.cfg, first_iteration)
-        run.keep_states = mode.early
+        run.keep_states = mode.early and stop is None
         self._check_state("initial_state", initial_state, x)
         self._check_state("injection", injection, x)
         run.initial_state = initial_state
