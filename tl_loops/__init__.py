@@ -17,6 +17,7 @@ from tl_loops.errors import (
 from tl_loops.exit_curves import ExitCurve, exit_curve
 from tl_loops.hooking import HookNameError
 from tl_loops.layout import BlockCoordinate, LoopLayout
+from tl_loops.looping import loop
 from tl_loops.measure import available_metrics, measure
 from tl_loops.model import LoopedTransformer
 from tl_loops.profile import LoopProfile
@@ -41,6 +42,7 @@ __all__ = [
     "available_metrics",
     "exit_curve",
     "lens",
+    "loop",
     "loop_hooks",
     "measure",
     "metrics",

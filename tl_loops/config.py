@@ -203,6 +203,11 @@ class LoopedTransformerConfig(BaseConfig):
         return self.layout.n_physical_layers
 
     @property
+    def branch_norms(self) -> tuple[str, str]:
+        """Names of the norms behind the attention and behind the MLP, where there are any."""
+        return "ln1_post", "ln2_post"
+
+    @property
     def norm_has_weight(self) -> bool:
         """Whether norms carry a trained gain (``"RMS"``, ``"LN"``) or not (``"...Pre"``)."""
         return self.normalization_type in ("RMS", "LN")

@@ -129,6 +129,27 @@ class LoopLayout:
         """Index of the first block behind the core."""
         return self.n_prelude + self.n_iterations * self.n_core
 
+    def iteration_blocks(self, iteration: int) -> range:
+        """Indices of the unrolled blocks of one iteration; negative counts from the last.
+
+        Raises:
+            IndexError: The iteration is out of range.
+        """
+        first = self.index(iteration=iteration)
+        return range(first, first + self.n_core)
+
+    @property
+    def n_pass(self) -> int:
+        """Blocks on one way through the layers: prelude, core once, coda."""
+        return self.n_prelude + self.n_core + self.n_coda
+
+    def place_in_pass(self, index: int) -> int:
+        """Which block of one such way an unrolled block is, counted from 0."""
+        at = self.coordinate(index)
+        if at.phase == "coda":
+            return self.n_pass - self.n_coda + at.layer
+        return at.layer + (self.n_prelude if at.phase == "core" else 0)
+
     def notation(self, injected: bool) -> str:
         """The paper's notation ``(p, k⊗t, c)``, with ``_I`` when the input is injected.
 
@@ -157,7 +178,7 @@ class LoopLayout:
             phase = "core"
         if phase not in PHASES:
             raise ValueError(f"phase must be one of {', '.join(PHASES)}, got {phase!r}")
-        size = {"prelude": self.n_prelude, "core": self.n_core, "coda": self.n_coda}[phase]
+        size = self.n_core if phase == "core" else getattr(self, f"n_{phase}")
         layer = _in_range(layer, size, f"layer of the {phase}")
         if phase == "core":
             if iteration is None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tl_loops.layout import LoopLayout
 from tl_loops.metrics import stages
-from tl_loops.profile_table import COLUMNS, Grouping, grouped, place_in_pass, table_rows
+from tl_loops.profile_table import COLUMNS, Grouping, grouped, table_rows
 from tl_loops.statistics import Moments
 
 if TYPE_CHECKING:
@@ -118,14 +118,13 @@ class LoopProfile:
         """
         if self.layout is None:
             return self.pass_depth
-        places = [place_in_pass(self.layout, block) for block in range(self.n_layers)]
+        places = [self.layout.place_in_pass(block) for block in range(self.n_layers)]
         return self.pass_depth[places]
 
     @property
     def pass_depth(self) -> Float[Tensor, "depth"]:
         """Relative depths in percent along one pass: the x axis of :meth:`by_iteration`."""
-        at = self.layout
-        size = self.n_layers if at is None else at.n_prelude + at.n_core + at.n_coda
+        size = self.n_layers if self.layout is None else self.layout.n_pass
         return torch.arange(size, dtype=torch.float64) * (100.0 / max(size - 1, 1))
 
     def unrolled(self, metric: str, statistic: Statistic = "mean") -> Shaped[Tensor, "block"]:

@@ -76,13 +76,5 @@ def grouped(rows: list[Row], layout: LoopLayout, by: Grouping) -> list[Row]:
     )
 
 
-def place_in_pass(layout: LoopLayout, block: int) -> int:
-    """Which block of one pass (prelude, core once, coda) an unrolled block is."""
-    at = layout.coordinate(block)
-    if at.phase == "prelude":
-        return at.layer
-    return layout.n_prelude + at.layer + (layout.n_core if at.phase == "coda" else 0)
-
-
 def _unless_nan(value: float) -> float | None:
     return None if value != value else value

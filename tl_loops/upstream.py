@@ -28,6 +28,7 @@ with warnings.catch_warnings():
     from transformer_lens.cache.key_value_cache_entry import (
         TransformerLensKeyValueCacheEntry as KeyValueCacheEntry,
     )
+    from transformer_lens.components import LayerNorm, LayerNormPre
     from transformer_lens.hook_points import HookPoint
     from transformer_lens.HookedTransformer import Output
     from transformer_lens.utilities import (
@@ -41,12 +42,14 @@ with warnings.catch_warnings():
         lm_cross_entropy_loss,
         sample_logits,
     )
+    from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 BaseConfig = HookedTransformerConfig
 TransformerBase = HookedTransformer
 """Base of LoopedTransformer: gives tokenisation, generation, loss and the caching wrappers."""
 
 __all__ = [
+    "POST_NORM_ARCHITECTURES",
     "SUPPORTED_ACTIVATIONS",
     "USE_DEFAULT_VALUE",
     "ActivationCache",
@@ -62,6 +65,7 @@ __all__ = [
     "Slice",
     "TransformerBase",
     "apply_softcap",
+    "complete_norm",
     "composition_scores",
     "get_attention_mask",
     "has_editing_hooks",
@@ -98,6 +102,17 @@ def set_tokenizer(model: Any, tokenizer: Any, default_padding_side: str | None) 
     finally:
         tokenizer.init_kwargs.clear()
         tokenizer.init_kwargs.update(known)
+
+
+def complete_norm(norm: Any) -> None:
+    """Give a norm of TransformerLens the attributes that tl_loops's own has, where it lacks them.
+
+    ``w`` and ``b`` are ``None`` without a gain or a bias; ``centred`` tells LayerNorm from RMSNorm.
+    """
+    object.__setattr__(norm, "centred", isinstance(norm, (LayerNorm, LayerNormPre)))
+    for name in ("w", "b"):
+        if not hasattr(norm, name):
+            object.__setattr__(norm, name, None)
 
 
 def has_hooks(point: HookPoint) -> bool:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from tl_loops.config import LoopedTransformerConfig
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout import LoopLayout
-from tl_loops.nn.block import Block
 from tl_loops.upstream import TransformerBase
 
 Weights = Iterable[tuple[str, Tensor]]
@@ -31,11 +30,11 @@ class PhysicalWeights(TransformerBase):
     cfg: LoopedTransformerConfig
     layout: LoopLayout
 
-    def physical_blocks(self) -> dict[str, Block]:
+    def physical_blocks(self) -> dict[str, Any]:
         """The first unrolled block of every physical layer, by physical name."""
-        blocks: dict[str, Block] = {}
+        blocks: dict[str, Any] = {}
         for index, block in enumerate(self.blocks):
-            blocks.setdefault(self.layout.physical_name(index), block)  # type: ignore[arg-type]
+            blocks.setdefault(self.layout.physical_name(index), block)
         return blocks
 
     def physical_modules(self) -> Iterator[tuple[str, nn.Module]]:

@@ -125,6 +125,8 @@ class CachedRun:
                 something else in this run.
         """
         cfg, model = self.model.cfg, self.model
+        if cfg.normalization_type is None:
+            return None
         if target.state_out is not None:
             if self.layout.n_coda:
                 raise LoopedSemanticsError(
@@ -268,7 +270,7 @@ class CachedRun:
         if self.model.cfg.block_norm not in ("sandwich", "post_branch"):
             return None
         assert site.block is not None
-        name = "ln1_post" if site.kind == "attn" else "ln2_post"
+        name = self.model.cfg.branch_norms[site.kind == "mlp"]
         return self.freeze(f"blocks.{site.block}.{name}", getattr(self.block(site.block), name))
 
     def heads(self, site: Site) -> Rows | None:
@@ -289,6 +291,11 @@ class CachedRun:
 
     def _neurons(self, site: Site, neurons: Slice) -> tuple[Tensor, Tensor, list[str]]:
         assert site.block is not None
+        if not hasattr(self.block(site.block).mlp, "W_out"):
+            raise LoopedSemanticsError(
+                f"the MLP of block {site.block} is a mixture of experts, which has no one set of "
+                "neurons; decompose by layers or heads instead"
+            )
         W_out = working(self.block(site.block).mlp.W_out)
         kept = torch.as_tensor(neurons.indices(W_out.shape[0])) % W_out.shape[0]
         acts = self.read(f"blocks.{site.block}.mlp.hook_post")

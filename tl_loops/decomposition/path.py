@@ -267,10 +267,11 @@ def path_steps(
             yield Map(freeze(f"blocks.{index}.ln1_post", block.ln1_post))
         if target.state_out is None and index == target.layer:
             return
-        yield Write(Site("mlp", f"{label}_mlp_out", index))
+        if not cfg.attn_only:
+            yield Write(Site("mlp", f"{label}_mlp_out", index))
         if post_residual:
             yield Map(freeze(f"blocks.{index}.ln2_post", block.ln2_post))
-        if t is not None and at.layer == layout.n_core - 1:
+        if t is not None and index == layout.iteration_blocks(t)[-1]:
             # Without a coda the norm behind the last iteration is the final norm itself.
             is_final = index == n_layers - 1
             if cfg.norm_between_iterations and (not is_final or target.state_out == t):

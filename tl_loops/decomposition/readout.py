@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tl_loops.decomposition.components import CachedRun, SliceLike, as_slice
 from tl_loops.decomposition.path import FrozenNorm, Target, working
+from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout import LoopLayout
 from tl_loops.upstream import ActivationCache
 
@@ -42,7 +43,18 @@ class ResidualReadout(ActivationCache):
             raise ValueError(f"layer={layer} is out of range: 0 to {depth}, or -1 for the end")
         if mlp_input and layer == depth:
             raise ValueError(f"mlp_input=True needs a block, but layer={layer} is the end")
+        if mlp_input:
+            self._check_mid()
         return Target(layer, mlp_input)
+
+    def _check_mid(self) -> None:
+        cfg = self.model.cfg
+        if cfg.attn_only or cfg.parallel_attn_mlp:
+            which = "have no MLP" if cfg.attn_only else "run attention and MLP side by side"
+            raise LoopedSemanticsError(
+                f"the blocks of this model {which}, so there is no residual stream between the two:"
+                " leave mlp_input and incl_mid out"
+            )
 
     def _result(self, stack: Tensor, labels: list[str], return_labels: bool) -> Tensor | Labelled:
         stack = stack.to(self.model.cfg.dtype)
@@ -81,6 +93,8 @@ class ResidualReadout(ActivationCache):
             ``[row, ..., d_model]``, and labels if asked for.
         """
         target, run = self._target(layer, mlp_input, None), self._run(pos_slice)
+        if incl_mid:
+            self._check_mid()
         layout = self.layout
         rows: list[tuple[str, Tensor]] = []
         normed: set[int] = set()
@@ -94,7 +108,7 @@ class ResidualReadout(ActivationCache):
             if (incl_mid and within) or (mlp_input and not within):
                 rows.append((f"{label}_mid", run.read(f"blocks.{index}.hook_resid_mid")))
             if incl_states and within and at.iteration is not None:
-                if at.layer == layout.n_core - 1:
+                if index == layout.iteration_blocks(at.iteration)[-1]:
                     if norms_states:
                         normed.add(len(rows))
                     state = run.read(f"iter.{at.iteration}.hook_state_out")

@@ -126,7 +126,8 @@ def _point(layout: LoopLayout, name: str) -> LensPoint:
     if between is not None:
         t, kind = int(between.group(1)), between.group(2)
         label = f"r{t}" + ("" if kind == "state_out" else f" {kind}")
-        following = layout.core_start + (t + (kind == "state_out")) * layout.n_core
+        blocks = layout.iteration_blocks(t)
+        following = blocks.stop if kind == "state_out" else blocks.start
         depth = following - _BEFORE_BLOCK[kind]
         return LensPoint(name, name, label, kind, "core", t, depth=depth)
     if name in _LOOSE:

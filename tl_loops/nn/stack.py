@@ -1,8 +1,8 @@
 """The unrolled stack: physical blocks, unrolled by tying, run with the loop's boundaries."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,8 @@ from tl_loops.nn.norm import Norm
 from tl_loops.nn.tying import tied_copy
 from tl_loops.upstream import KeyValueCache, unshared
 
+AnyBlock = TypeVar("AnyBlock", bound=nn.Module)
+
 
 def physical_blocks(
     cfg: LoopedTransformerConfig, device: torch.device | str | None = None
@@ -26,8 +28,10 @@ def physical_blocks(
 
 
 def unroll(
-    layout: LoopLayout, physical: dict[str, Block], reuse: Sequence[Sequence[Block]] = ()
-) -> list[Block]:
+    layout: LoopLayout,
+    physical: Mapping[str, AnyBlock],
+    reuse: Sequence[Sequence[AnyBlock]] = (),
+) -> list[AnyBlock]:
     """The unrolled blocks: distinct modules whose parameters are those of the physical ones.
 
     Args:
@@ -36,7 +40,7 @@ def unroll(
         reuse: Blocks of iterations 0, 1, ... that exist already and keep their hooks.
     """
     used: set[str] = set()
-    blocks: list[Block] = []
+    blocks: list[AnyBlock] = []
     for index in range(layout.n_layers):
         at, name = layout.coordinate(index), layout.physical_name(index)
         if at.iteration is not None and at.iteration < len(reuse):

@@ -23,10 +23,10 @@ def stage_of(name: str, layout: LoopLayout | None, n_layers: int) -> int:
         return 0
     if layout is not None and kind == "iter":
         t, _, point = rest.partition(".")
-        first = layout.core_start + int(t) * layout.n_core
+        blocks = layout.iteration_blocks(int(t))
         if point.startswith(("hook_state_in", "hook_injected")):
-            return max(first - 1, 0)
-        return first + layout.n_core - 1
+            return max(blocks[0] - 1, 0)
+        return blocks[-1]
     if layout is not None and name in ("hook_injection", "hook_initial_state"):
         return crossing_block(layout)
     if layout is not None and kind == "ln_coda":

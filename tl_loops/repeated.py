@@ -1,0 +1,395 @@
+"""A HookedTransformer some of whose blocks run several times, over its own weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tl_loops.circuits import Circuits, EffectiveWeights
+from tl_loops.errors import LoopedSemanticsError
+from tl_loops.hooking import CoordinateHooks
+from tl_loops.layout import LoopLayout
+from tl_loops.nn.boundary import IterationHooks
+from tl_loops.nn.stack import unroll
+from tl_loops.nn.tying import tied_copy
+from tl_loops.repeated_config import RepeatedConfig
+from tl_loops.upstream import (
+    USE_DEFAULT_VALUE,
+    HookedTransformer,
+    HookPoint,
+    KeyValueCache,
+    LocallyOverridenDefaults,
+    Output,
+    apply_softcap,
+    complete_norm,
+    init_root,
+    unshared,
+)
+from tl_loops.weights import PhysicalWeights
+
+Module = TypeVar("Module", bound=nn.Module)
+
+_ORIGINAL = "change the original model, and call tl_loops.loop on it again: no weight is copied"
+
+_NORMS = ("ln1", "ln1_post", "ln2", "ln2_post")
+
+
+class RepeatedTransformer(CoordinateHooks, Circuits, PhysicalWeights):
+    """A HookedTransformer with repeated blocks; what :func:`tl_loops.loop` returns.
+
+    It computes with TransformerLens's own components, so that with one iteration every number is
+    the original's, bit for bit. Every Parameter is the original's object: an edit of a weight shows
+    in both models. Hook points are its own, and so are the flags (``set_use_attn_result``, ...).
+
+    Between iterations there are ``hook_initial_state`` (what enters the first core block),
+    ``iter.{t}.hook_state_in``, ``iter.{t}.hook_injected`` (the same, as nothing is injected) and
+    ``iter.{t}.hook_state_out``.
+
+    Args:
+        original: The model whose blocks repeat.
+        layout: How; its physical layers are the original's blocks in order.
+    """
+
+    iter: nn.ModuleList
+    cfg: RepeatedConfig  # type: ignore[assignment]
+    hook_initial_state: HookPoint
+
+    def __init__(self, original: HookedTransformer, layout: LoopLayout):
+        init_root(self)
+        n_params = sum(p.numel() for p in original.parameters())
+        self.cfg = RepeatedConfig.of(original.cfg, layout, n_params)  # type: ignore[assignment]
+        self.tokenizer, self.dataset = original.tokenizer, original.dataset
+        for name, child in original.named_children():
+            if name != "blocks":
+                setattr(self, name, self._own(child))
+        if not hasattr(self, "ln_final"):  # normalization_type=None
+            object.__setattr__(self, "ln_final", nn.Identity())
+        complete_norm(self.ln_final)
+        self.hook_initial_state = HookPoint()
+        names = layout.physical_names()
+        physical = {
+            name: self._own(block) for name, block in zip(names, original.blocks, strict=True)
+        }
+        for block in physical.values():
+            for norm in _NORMS:
+                if hasattr(block, norm):
+                    complete_norm(getattr(block, norm))
+        blocks = unroll(layout, physical)  # type: ignore[arg-type]
+        self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
+        self.iter = nn.ModuleList(
+            IterationHooks(self.cfg, None) for _ in range(layout.n_iterations)
+        )
+        for name in ("tokenizer_padding_side", "training"):
+            if name in vars(original):
+                setattr(self, name, getattr(original, name))
+        self.setup()
+
+    def _own(self, module: Module) -> Module:
+        """A module with hook points and flags of this model, over the original's parameters."""
+        if isinstance(module, HookPoint):
+            return HookPoint()  # type: ignore[return-value]
+        own = tied_copy(module)
+        for part in own.modules():
+            if "cfg" in vars(part):
+                part.cfg = self.cfg  # type: ignore[assignment]
+        return own
+
+    # The forward pass.
+
+    def forward(  # type: ignore[override]
+        self,
+        input: str | list[str] | Int[Tensor, "*batch pos"] | Float[Tensor, "batch pos d_model"],
+        return_type: str | None = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = USE_DEFAULT_VALUE,
+        padding_side: str | None = USE_DEFAULT_VALUE,
+        start_at_layer: int | None = None,
+        tokens: Int[Tensor, "batch pos"] | None = None,
+        shortformer_pos_embed: Float[Tensor, "batch pos d_model"] | None = None,
+        attention_mask: Tensor | None = None,
+        stop_at_layer: int | None = None,
+        past_kv_cache: KeyValueCache | None = None,
+        *,
+        n_iterations: int | None = None,
+        initial_state: Float[Tensor, "batch pos d_model"] | None = None,
+        start_at_iteration: int | None = None,
+    ) -> Any:
+        """Run the model; TransformerLens's arguments, on unrolled block indices, and the loop's.
+
+        Args:
+            input: Text, tokens, or (with a start) the residual stream.
+            return_type: ``"logits"``, ``"loss"``, ``"both"`` or ``None``.
+            loss_per_token: Whether the loss keeps its position axis.
+            prepend_bos: Overrides ``cfg.default_prepend_bos`` for text.
+            padding_side: Overrides the tokenizer's side for text.
+            start_at_layer: Start before this block, with its ``resid_pre`` as input.
+            tokens: Tokens for the loss, when the input is not tokens.
+            shortformer_pos_embed: Of shortformer models, with a start.
+            attention_mask: 1 for tokens, 0 for padding.
+            stop_at_layer: Return what enters this block.
+            past_kv_cache: One entry an unrolled block.
+            n_iterations: Number of iterations for this call.
+            initial_state: Put in the place of what enters the first core block.
+            start_at_iteration: Start before this iteration, with its ``hook_state_in`` as input.
+
+        Returns:
+            As :meth:`HookedTransformer.forward`.
+
+        Raises:
+            ValueError: Arguments of the wrong shape, out of range, or that contradict each other.
+        """
+        if n_iterations is not None and n_iterations != self.cfg.n_iterations:
+            arguments = {k: v for k, v in locals().items() if k not in ("self", "n_iterations")}
+            with self.iterations(n_iterations):
+                return self.forward(**arguments)
+        if return_type not in ("logits", "loss", "both", None):
+            raise ValueError(
+                f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}"
+            )
+        if start_at_layer is not None and start_at_iteration is not None:
+            raise ValueError("give start_at_layer or start_at_iteration, not both")
+        if past_kv_cache is not None and len(past_kv_cache.entries) != self.cfg.n_layers:
+            raise ValueError(
+                f"the key-value cache has {len(past_kv_cache.entries)} entries, but the model has "
+                f"{self.cfg.n_layers} unrolled blocks: make it with the same n_iterations"
+            )
+        layout, depth = self.layout, self.cfg.n_layers
+        start, stop = 0, depth
+        with LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
+            if start_at_layer is None and start_at_iteration is None:
+                resid, tokens, shortformer_pos_embed, attention_mask = self.input_to_embed(
+                    input,  # type: ignore[arg-type]
+                    prepend_bos=prepend_bos,
+                    padding_side=padding_side,  # type: ignore[arg-type]
+                    attention_mask=attention_mask,
+                    past_kv_cache=past_kv_cache,
+                )
+            elif isinstance(input, Tensor) and input.ndim == 3:
+                resid = input
+                if start_at_iteration is not None:
+                    start = layout.index(iteration=start_at_iteration)
+                else:
+                    start = self._block_index(start_at_layer or 0, "start_at_layer")
+            else:
+                raise ValueError(
+                    "with start_at_layer or start_at_iteration the input must be the residual "
+                    f"stream [batch, pos, {self.cfg.d_model}]"
+                )
+        if stop_at_layer is not None:
+            stop = self._block_index(stop_at_layer, "stop_at_layer")
+        if initial_state is not None and initial_state.shape != resid.shape:
+            raise ValueError(
+                "initial_state must be [batch, pos, d_model] = "
+                f"{tuple(resid.shape)}, got {tuple(initial_state.shape)}"
+            )
+        enter = start_at_iteration is not None or start_at_layer in (None, 0)
+        for index in range(start, stop):
+            if index > start or enter:
+                begins = index > start or start_at_iteration is None
+                resid = self._enter(index, resid, initial_state, begins)
+            resid = self.blocks[index](
+                resid,
+                past_kv_cache_entry=None if past_kv_cache is None else past_kv_cache[index],
+                shortformer_pos_embed=shortformer_pos_embed,
+                attention_mask=attention_mask,
+            )
+            if index < depth - 1 or stop_at_layer is None:
+                resid = self._leave(index, resid)
+        if stop_at_layer is not None:
+            return self._enter(stop, resid, initial_state) if start < stop < depth else resid
+        if self.cfg.normalization_type is not None:
+            resid = self.ln_final(resid)
+        if return_type is None:
+            return None
+        logits = apply_softcap(self.unembed(resid), self.cfg.output_logits_soft_cap)
+        if return_type == "logits":
+            return logits
+        if tokens is None:
+            raise ValueError("a loss needs tokens: pass tokens=[batch, pos]")
+        loss = self.loss_fn(logits, tokens, attention_mask, per_token=loss_per_token)
+        return loss if return_type == "loss" else Output(logits, loss)
+
+    def _block_index(self, index: int, name: str) -> int:
+        depth = self.cfg.n_layers
+        if not -depth <= index <= depth:
+            raise ValueError(f"{name}={index} is out of range: there are {depth} unrolled blocks")
+        return index + depth if index < 0 else index
+
+    def _enter(
+        self, index: int, resid: Tensor, initial_state: Tensor | None, begins: bool = True
+    ) -> Tensor:
+        """The hook points before a block that begins an iteration."""
+        layout = self.layout
+        at = layout.coordinate(index)
+        if at.iteration is None or at.layer:
+            return resid
+        if at.iteration == 0 and begins:
+            resid = resid if initial_state is None else initial_state.to(resid)
+            resid = self.hook_initial_state(unshared(resid, self.hook_initial_state))
+        hooks: Any = self.iter[at.iteration]
+        resid = hooks.hook_state_in(unshared(resid, hooks.hook_state_in))
+        return hooks.hook_injected(unshared(resid, hooks.hook_injected))
+
+    def _leave(self, index: int, resid: Tensor) -> Tensor:
+        """The hook point behind a block that ends an iteration."""
+        t = self.layout.coordinate(index).iteration
+        if t is None or index != self.layout.iteration_blocks(t)[-1]:
+            return resid
+        hooks: Any = self.iter[t]
+        return hooks.hook_state_out(unshared(resid, hooks.hook_state_out))
+
+    def generate(self, *args: Any, n_iterations: int | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """TransformerLens's generation, with a key-value slot for every unrolled block.
+
+        Args:
+            *args: As TransformerLens.
+            n_iterations: Number of iterations for this call.
+            **kwargs: As TransformerLens.
+        """
+        with self._for_call(n_iterations):
+            return super().generate(*args, **kwargs)
+
+    # Iterations.
+
+    def set_iterations(self, n_iterations: int) -> None:
+        """Change the number of iterations in place; no weight is copied.
+
+        Iterations that remain keep their hooks; those that go lose them.
+
+        Raises:
+            ConfigError: ``n_iterations`` is not an integer of at least 1.
+            LoopedSemanticsError: The model has several loops.
+        """
+        if n_iterations == self.cfg.n_iterations:
+            return
+        old, blocks, physical = self.layout, list(self.blocks), self.physical_blocks()
+        self.cfg.set_iterations(n_iterations)
+        kept = [
+            [blocks[i] for i in old.iteration_blocks(t)]
+            for t in range(min(old.n_iterations, n_iterations))
+        ]
+        layout = self.layout
+        unrolled = unroll(layout, physical, reuse=kept)  # type: ignore[arg-type]
+        core = unrolled[layout.core_start : layout.coda_start]
+        self.blocks = nn.ModuleList(  # type: ignore[assignment]
+            [*blocks[: old.core_start], *core, *blocks[old.coda_start :]]
+        )
+        hooks = list(self.iter)[:n_iterations]
+        hooks += [IterationHooks(self.cfg, None) for _ in range(n_iterations - len(hooks))]
+        self.iter = nn.ModuleList(hooks)
+        self.setup()
+
+    @contextmanager
+    def iterations(self, n_iterations: int) -> Iterator["RepeatedTransformer"]:
+        """Run a block of code with another number of iterations; hooks are restored behind it.
+
+        Raises:
+            ConfigError: ``n_iterations`` is not an integer of at least 1.
+            LoopedSemanticsError: The model has several loops.
+        """
+        before, blocks, hooks = self.cfg.n_iterations, self.blocks, self.iter
+        self.set_iterations(n_iterations)
+        try:
+            yield self
+        finally:
+            if self.cfg.n_iterations != before or self.blocks is not blocks:
+                self.cfg.set_iterations(before)
+                self.blocks, self.iter = blocks, hooks
+                self.setup()
+
+    # Weights belong to the original.
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise LoopedSemanticsError(f"{what}: the weights are the original model's; {_ORIGINAL}")
+
+    def to(self, *args: Any, print_details: bool = False, **kwargs: Any) -> "RepeatedTransformer":
+        """Only to where the weights are already, since they are shared with the original.
+
+        Raises:
+            LoopedSemanticsError: Another device or type.
+        """
+        args = tuple(arg for arg in args if not isinstance(arg, bool))
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore
+        weight = self.embed.W_E
+        elsewhere = device is not None and torch.empty(0, device=device).device != weight.device
+        if elsewhere or dtype not in (None, weight.dtype):
+            self._refuse(f"moving or casting to {dtype or device}")
+        return self
+
+    def process_weights_(self, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
+        """Refused: process the original.
+
+        Raises:
+            LoopedSemanticsError: Always.
+        """
+        self._refuse("folding or centring")
+
+    def load_and_process_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: load into the original.
+
+        Raises:
+            LoopedSemanticsError: Always.
+        """
+        self._refuse("load_and_process_state_dict")
+
+    def save_pretrained(self, directory: str | Path) -> NoReturn:
+        """Refused: save the original, and loop it again.
+
+        Raises:
+            LoopedSemanticsError: Always.
+        """
+        self._refuse(f"saving to {directory}")
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
+        """Refused: load the original, and call :func:`tl_loops.loop`.
+
+        Raises:
+            LoopedSemanticsError: Always.
+        """
+        raise LoopedSemanticsError(
+            "a model with repeated blocks is made from one that is loaded: "
+            "tl_loops.loop(HookedTransformer.from_pretrained(name), start, stop, n_iterations)"
+        )
+
+    # Circuits read weights under names that not every block has.
+
+    def tl_parameters(self) -> EffectiveWeights:
+        """Weight matrices with the norms next to them folded in; see :class:`Circuits`.
+
+        Raises:
+            LoopedSemanticsError: The blocks have no MLP, experts, or norms behind their branches
+                under the names of norms before them.
+        """
+        self._check_plain_blocks("tl_parameters")
+        return super().tl_parameters()
+
+    def all_composition_scores(self, mode: str, iterations_apart: int = 1) -> Tensor:  # type: ignore[override]
+        """Composition of heads; see :class:`Circuits`.
+
+        Raises:
+            LoopedSemanticsError: As :meth:`tl_parameters`, or with a query-key norm.
+        """
+        self._check_plain_blocks("all_composition_scores")
+        if self.cfg.use_qk_norm:
+            raise LoopedSemanticsError(
+                "all_composition_scores does not know the query-key norm of this model: compose "
+                "model.OV and model.QK of the blocks in question"
+            )
+        return super().all_composition_scores(mode, iterations_apart)
+
+    def _check_plain_blocks(self, what: str) -> None:
+        cfg = self.cfg
+        for unlike, why in (
+            (cfg.attn_only, "has no MLP"),
+            (cfg.num_experts, "has experts in the place of an MLP"),
+            (cfg.block_norm == "post_branch", "norms its branches' outputs and not their inputs"),
+        ):
+            if unlike:
+                raise LoopedSemanticsError(
+                    f"{what} is not exact for a block that {why}: read model.blocks instead"
+                )
