@@ -101,6 +101,13 @@ class LoopedTransformerConfig(BaseConfig):
         unembed_bias: The unembedding has a bias (``b_U``).
         embed_scale: Factor on the token embedding.
         padded_vocab: Token ids from this one on are padding of the vocabulary; ``None``: none are.
+        norm_injection: The prelude output is normed, with a gain of its own, before it becomes the
+            injection e (Parcae).
+        linear_before_coda: The state goes through a linear map between core and coda (Parcae).
+        value_embeddings: Every second physical layer, counted so that the last one is among them,
+            adds an embedding of its own of the token to its values, gated by the first
+            ``value_gate_channels`` channels of what the values read (Parcae).
+        value_gate_channels: See ``value_embeddings``.
 
     Raises:
         ConfigError: A field is missing, out of range, contradicts another one, or asks for
@@ -129,6 +136,10 @@ class LoopedTransformerConfig(BaseConfig):
     unembed_bias: bool = field(default=False, kw_only=True)
     embed_scale: float = field(default=1.0, kw_only=True)
     padded_vocab: int | None = field(default=None, kw_only=True)
+    norm_injection: bool = field(default=False, kw_only=True)
+    linear_before_coda: bool = field(default=False, kw_only=True)
+    value_embeddings: bool = field(default=False, kw_only=True)
+    value_gate_channels: int = field(default=32, kw_only=True)
     # Llama-style values for fields that TransformerLens defaults to GPT-2's.
     act_fn: str = "silu"
     gated_mlp: bool = True
@@ -150,7 +161,10 @@ class LoopedTransformerConfig(BaseConfig):
         self.n_layers = layout.n_layers
         if self.n_key_value_heads == self.n_heads:
             self.n_key_value_heads = None
+        # The base class accepts its own activation functions alone; ours were checked above.
+        act_fn, self.act_fn = self.act_fn, "relu"
         super().__post_init__()
+        self.act_fn = act_fn
         self.n_params = self.count_parameters()
 
     def _check_values(self) -> None:
@@ -168,6 +182,15 @@ class LoopedTransformerConfig(BaseConfig):
             raise ConfigError(f"initial_state_std must be at least 0, got {self.initial_state_std}")
         if self.norm_before_coda and self.norm_between_iterations:
             raise ConfigError("norm_before_coda and norm_between_iterations exclude each other")
+        if self.norm_injection and self.injection is None:
+            raise ConfigError("norm_injection needs an injection")
+        if self.linear_before_coda and not self.n_coda:
+            raise ConfigError("linear_before_coda needs n_coda of at least 1")
+        if self.value_embeddings and not 1 <= self.value_gate_channels <= self.d_model:
+            raise ConfigError(
+                f"value_gate_channels must be between 1 and d_model={self.d_model}, "
+                f"got {self.value_gate_channels}"
+            )
         if self.exit_threshold is not None and not self.exit_gate:
             raise ConfigError("exit_threshold needs exit_gate=True")
         if self.normalization_type not in ("RMS", "RMSPre") and self.block_norm != "pre":
@@ -201,6 +224,13 @@ class LoopedTransformerConfig(BaseConfig):
     def n_physical_layers(self) -> int:
         """Number of distinct sets of block weights; does not grow with the iterations."""
         return self.layout.n_physical_layers
+
+    def has_value_embedding(self, physical_layer: int) -> bool:
+        """Whether a physical layer, counted through prelude, core and coda, has one.
+
+        See ``value_embeddings``.
+        """
+        return self.value_embeddings and (self.n_physical_layers - 1 - physical_layer) % 2 == 0
 
     @property
     def branch_norms(self) -> tuple[str, str]:

@@ -31,20 +31,24 @@ def data_flow(cfg: "LoopedTransformerConfig") -> str:
     after = "s = ln_final(x)" if cfg.norm_between_iterations else "s = x"
     gate = "; gate(s)" if cfg.exit_gate else ""
     scale = f" · {cfg.embed_scale:.4g}" if cfg.embed_scale != 1.0 else ""
+    e = "ln_injection(x)" if cfg.norm_injection else "x"
     lines = [
         f"{cfg.model_name} {cfg.notation}, {cfg.n_params:,} parameters",
         f"embed    x = W_E[tokens]{scale}",
     ]
     if cfg.n_prelude:
-        lines.append(f"prelude  {cfg.n_prelude} x block; e = x; {start}")
+        lines.append(f"prelude  {cfg.n_prelude} x block; e = {e}; {start}")
     else:
-        lines.append(f"start    e = x; {start}")
+        lines.append(f"start    e = {e}; {start}")
     lines.append(f"core     {cfg.n_iterations} x [ {inject}; {cfg.n_core} x block; {after}{gate} ]")
     if cfg.n_coda:
-        before = "x = ln_final(s); " if cfg.norm_before_coda else "x = s; "
-        lines.append(f"coda     {before}{cfg.n_coda} x block")
+        before = "ln_final(s)" if cfg.norm_before_coda else "s"
+        before += " W" if cfg.linear_before_coda else ""
+        lines.append(f"coda     x = {before}; {cfg.n_coda} x block")
     elif cfg.norm_before_coda:
         lines.append("coda     x = ln_final(s)")
     final = "s W_U" if cfg.norm_between_iterations and not cfg.n_coda else "ln_final(x) W_U"
     lines += [f"readout  logits = {final}", f"block    {block}"]
+    if cfg.value_embeddings:
+        lines.append("values   v += 2·sigmoid(gate(ln1(x)))·W_E[tokens], in every second layer")
     return "\n".join(lines)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tl_loops.exits import ExitMode, exit_probabilities, select_state, threshold_iteration
 from tl_loops.hooking import CoordinateHooks
+from tl_loops.nn.boundary import CodaInput
 from tl_loops.nn.context import make_context
 from tl_loops.nn.norm import Norm
 from tl_loops.nn.rotary import RotaryTable
@@ -27,6 +28,7 @@ class LoopedForward(CoordinateHooks):
 
     _rotary: RotaryTable | None
     ln_coda: Norm
+    coda_in: CodaInput
 
     def forward(  # type: ignore[override]
         self,
@@ -62,7 +64,8 @@ class LoopedForward(CoordinateHooks):
             padding_side: Overrides the tokenizer's side for text.
             start_at_layer: Start before this block, with its ``resid_pre`` (behind the injection)
                 as input. 0 means: behind the embedding.
-            tokens: Tokens for the loss, when the input is not tokens.
+            tokens: Tokens for the loss, and for value embeddings where the model has them, when the
+                input is not tokens.
             shortformer_pos_embed: Accepted for TransformerLens's generation loop; must be ``None``.
             attention_mask: 1 for tokens, 0 for padding, over cached and new tokens.
             stop_at_layer: Return what enters this block; with the unrolled depth, what leaves the
@@ -188,6 +191,7 @@ class LoopedForward(CoordinateHooks):
             self.cfg.attention_dir == "causal",
             self._rotary,
             self.embed.W_E.device,
+            self._value_tokens(tokens, batch, n_new),
         )
         if start_at_layer is None and start_at_iteration is None:
             x = self.hook_embed(self.embed(tokens))
@@ -196,6 +200,18 @@ class LoopedForward(CoordinateHooks):
         else:
             x = input
         return StackRun(self, self.layout, self.cfg, context, past=past), x, tokens, start
+
+    def _value_tokens(self, tokens: Tensor | None, batch: int, n_new: int) -> Tensor | None:
+        """The tokens that value embeddings read; ``None`` where the model has none."""
+        if not self.cfg.value_embeddings:
+            return None
+        if tokens is None or tuple(tokens.shape) != (batch, n_new):
+            found = "none" if tokens is None else f"shape {tuple(tokens.shape)}"
+            raise ValueError(
+                "the values of this model read embeddings of the tokens themselves: with a "
+                f"residual stream also pass tokens=[batch, pos] = ({batch}, {n_new}), got {found}"
+            )
+        return tokens.to(self.embed.W_E.device)
 
     def _mask(
         self,
@@ -256,13 +272,26 @@ class LoopedForward(CoordinateHooks):
                 "pass injection=cache['hook_injection'] [batch, pos, d_model]"
             )
 
+    def enter_coda(
+        self, state: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """What happens to the last state between core and coda: a norm, a linear map, or nothing.
+
+        Args:
+            state: What leaves the last iteration.
+
+        Returns:
+            What enters the first block of the coda; without a coda, the final norm.
+        """
+        state = self.ln_coda(state) if self.cfg.norm_before_coda else state
+        return self.coda_in(state) if self.cfg.linear_before_coda else state
+
     def _unembed(self, x: Tensor) -> Float[Tensor, "batch pos d_vocab"]:
         return apply_softcap(self.unembed(x), self.cfg.output_logits_soft_cap)
 
     def _exit_logits(self, mode: ExitMode, states: list[Tensor], gates: list[Tensor]) -> Tensor:
         def readout(state: Tensor) -> Tensor:
-            if self.cfg.norm_before_coda:
-                state = self.ln_coda(state)
+            state = self.enter_coda(state)
             return state if self.cfg.norm_between_iterations else self.ln_final(state)
 
         if mode.at is not None:

@@ -15,14 +15,14 @@ from tl_loops.config import LoopedTransformerConfig
 from tl_loops.errors import ConfigError, LoopedSemanticsError
 from tl_loops.generation import Generation
 from tl_loops.inherited import InheritedMethods
-from tl_loops.nn.boundary import ExitGate, InitialState, Injection, IterationHooks
+from tl_loops.nn.boundary import CodaInput, ExitGate, InitialState, Injection, IterationHooks
 from tl_loops.nn.embedding import Embed, PosEmbed, Unembed
 from tl_loops.nn.norm import Norm
 from tl_loops.nn.rotary import RotaryTable
 from tl_loops.nn.stack import initialise, iteration_hooks, physical_blocks, unroll
 from tl_loops.nn.tying import tied_copy
 from tl_loops.upstream import HookPoint, init_root, set_tokenizer
-from tl_loops.weights import PhysicalWeights, Weights
+from tl_loops.weights import LOOSE, PhysicalWeights, Weights
 
 
 class LoopedTransformer(Generation, InheritedMethods, Circuits, PhysicalWeights):
@@ -83,17 +83,20 @@ class LoopedTransformer(Generation, InheritedMethods, Circuits, PhysicalWeights)
         if cfg.injection is not None:
             self.hook_injection = HookPoint()
             self.injection = Injection(cfg, device)
+            if cfg.norm_injection:
+                self.ln_injection = Norm(cfg, device=device)
         self.initial_state = InitialState(cfg, device)
         self.hook_initial_state = HookPoint()
+        if cfg.linear_before_coda:
+            self.coda_in = CodaInput(cfg, device)
         self.ln_final = Norm(cfg, device=device)
         if cfg.exit_gate:
             self.exit_gate = ExitGate(cfg, device)
         self.unembed = Unembed(cfg, self.embed, device)
         physical = physical_blocks(cfg, device)
         if weights is not None:
-            loose = ("embed", "pos_embed", "injection", "initial_state", "ln_final", "exit_gate")
             owners: dict[str, nn.Module] = dict(physical)
-            owners |= {n: getattr(self, n) for n in (*loose, "unembed") if hasattr(self, n)}
+            owners |= {name: getattr(self, name) for name in LOOSE if hasattr(self, name)}
             self._assign(weights, owners)
 
         self.blocks = nn.ModuleList(unroll(cfg.layout, physical))  # type: ignore[assignment]

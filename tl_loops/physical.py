@@ -45,14 +45,18 @@ def physical_tensors(cfg: "LoopedTransformerConfig") -> dict[str, PhysicalTensor
     found = {"embed.W_E": PhysicalTensor((cfg.d_vocab, d))}
     if cfg.positional_embedding_type == "standard":
         found["pos_embed.W_pos"] = PhysicalTensor((cfg.n_ctx, d))
-    for layer in cfg.layout.physical_names():
-        found |= {f"{layer}.{name}": tensor for name, tensor in _layer(cfg).items()}
+    for number, layer in enumerate(cfg.layout.physical_names()):
+        found |= {f"{layer}.{name}": tensor for name, tensor in _layer(cfg, number).items()}
+    if cfg.norm_injection:
+        found |= _norm(cfg, "ln_injection", d)
     if cfg.injection in ("concat", "concat_injection_first"):
         found["injection.W"] = PhysicalTensor((2 * d, d), "transposed")
     elif cfg.injection == "gated_diagonal":
         found["injection.A_log"] = PhysicalTensor((d,))
         found["injection.dt_bias"] = PhysicalTensor((d,))
         found["injection.W_B"] = PhysicalTensor((d, d), "transposed")
+    if cfg.linear_before_coda:
+        found["coda_in.W"] = PhysicalTensor((d, d), "transposed")
     found |= _norm(cfg, "ln_final", d)
     if not cfg.tie_word_embeddings:
         found["unembed.W_U"] = PhysicalTensor((d, d_vocab_out), "transposed")
@@ -66,7 +70,7 @@ def physical_tensors(cfg: "LoopedTransformerConfig") -> dict[str, PhysicalTensor
     return found
 
 
-def _layer(cfg: "LoopedTransformerConfig") -> dict[str, PhysicalTensor]:
+def _layer(cfg: "LoopedTransformerConfig", number: int) -> dict[str, PhysicalTensor]:
     d, heads, d_head, d_mlp = cfg.d_model, cfg.n_heads, cfg.d_head, cfg.d_mlp or 0
     kv_heads = cfg.n_key_value_heads or heads
     found: dict[str, PhysicalTensor] = {}
@@ -88,6 +92,10 @@ def _layer(cfg: "LoopedTransformerConfig") -> dict[str, PhysicalTensor]:
     if cfg.qk_norm == "full":
         found |= _norm(cfg, "attn.q_norm", heads * d_head)
         found |= _norm(cfg, "attn.k_norm", kv_heads * d_head)
+    if cfg.has_value_embedding(number):
+        found["attn.value_embed.W_E"] = PhysicalTensor((cfg.d_vocab, kv_heads, d_head))
+        channels = cfg.value_gate_channels
+        found["attn.value_embed.W_gate"] = PhysicalTensor((channels, kv_heads), "transposed")
     if cfg.gated_mlp:
         found["mlp.W_gate"] = PhysicalTensor((d, d_mlp), "transposed")
     found["mlp.W_in"] = PhysicalTensor((d, d_mlp), "transposed")

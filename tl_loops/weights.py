@@ -15,7 +15,17 @@ from tl_loops.upstream import TransformerBase
 
 Weights = Iterable[tuple[str, Tensor]]
 
-_LOOSE = ("embed", "pos_embed", "initial_state", "injection", "ln_final", "unembed", "exit_gate")
+LOOSE = (
+    "embed",
+    "pos_embed",
+    "ln_injection",
+    "initial_state",
+    "injection",
+    "coda_in",
+    "ln_final",
+    "unembed",
+    "exit_gate",
+)
 """Modules beside the blocks that own weights, in the order of the data flow."""
 
 
@@ -40,7 +50,7 @@ class PhysicalWeights(TransformerBase):
     def physical_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules that own weights, by physical name, in the order of the data flow."""
         blocks = iter(self.physical_blocks().items())
-        for name in _LOOSE:
+        for name in LOOSE:
             if name == "ln_final":
                 yield from blocks
             if hasattr(self, name):
@@ -282,9 +292,14 @@ class PhysicalWeights(TransformerBase):
                     assert norm.w is not None
                     for name in names:
                         getattr(reader, name).mul_(norm.w[:, None])
+                    if reader is block.attn and block.attn.value_embed is not None:
+                        embed = block.attn.value_embed
+                        embed.W_gate.mul_(norm.w[: embed.channels, None])
                     norm.w.fill_(1.0)
         if cfg.block_norm != "pre":
             left.append("fold_ln for ln1_post and ln2_post (they write to the residual stream)")
+        if cfg.norm_injection:
+            left.append("fold_ln for ln_injection (its output is the injection itself)")
         if cfg.tie_word_embeddings:
             left.append("fold_ln for ln_final (the unembedding is the embedding)")
         elif cfg.norm_before_coda or cfg.norm_between_iterations:

@@ -17,6 +17,7 @@ FAMILIES = (
     "retrofitted_llama_default",
     "retrofitted_llama_llama3",
     "retrofitted_olmo_default",
+    "parcae",
 )
 TOLERANCE = 1e-5
 

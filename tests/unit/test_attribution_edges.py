@@ -91,6 +91,8 @@ def test_scores_are_derivatives_of_path_patching(architecture, heads):
 
 
 def test_edges_into_a_receiver_sum_to_its_attribution_in_a_linear_model(model):
+    if model.cfg.value_embeddings:
+        pytest.skip("what value embeddings bring has no sender")
     with linear(model):
         cache = clean_cache(model)
         result = edges(model, cache)

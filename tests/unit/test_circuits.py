@@ -59,6 +59,10 @@ def dense_score(model, left, right, mode, head1, head2):
                 path = path @ linear(model.ln_final)
         if after.phase == "coda" and after.layer == 0 and cfg.norm_before_coda:
             path = path @ linear(model.ln_final)
+        if after.phase == "coda" and after.layer == 0 and cfg.linear_before_coda:
+            path = path @ model.coda_in.W
+        if at.phase == "prelude" and new_iteration and cfg.norm_injection:
+            path = path @ linear(model.ln_injection)
         if new_iteration and cfg.injection is not None:
             step = model.injection.prepare if at.phase == "prelude" else model.injection.carry
             path = step(path)
@@ -241,6 +245,9 @@ def test_effective_weights_are_the_maps_of_the_model(model):
             if block.ln1.b is not None:
                 values = values + torch.einsum("d,hde->he", block.ln1.b, block.attn.W_V)
         values = values + block.attn.b_V
+        if block.attn.value_embed is not None:
+            read = cache["normalized", index, "ln1"] * block.ln1.w
+            values = values + block.attn.value_embed(read, TOKENS, block.attn.groups)
         groups = block.attn.groups if cfg.n_key_value_heads else 1
         assert_close(values[:, :, ::groups], cache["v", index], **CLOSE)
         if cfg.block_norm in ("sandwich", "post_branch") and not cfg.mlp_bias:

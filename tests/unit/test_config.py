@@ -59,6 +59,9 @@ def test_describe_tells_the_data_flow():
     assert "x = [s, e] W" in text
     assert "x = ln1_post(x + attn(ln1(x)))" in text
     assert "x = ln_final(s); 2 x block" in text
+    text = tiny_config("parcae").describe()
+    assert "e = ln_injection(x)" in text and "x = s W; 2 x block" in text
+    assert "v += 2·sigmoid(gate(ln1(x)))·W_E[tokens]" in text
     assert "logits = s W_U" in tiny_config("ouro").describe()
 
 
@@ -78,6 +81,9 @@ def test_describe_tells_the_data_flow():
         (dict(normalization_type="LN", block_norm="sandwich"), "needs an RMS norm"),
         (dict(n_key_value_heads=3), "must be a multiple"),
         (dict(act_fn="swish"), "act_fn must be one of"),
+        (dict(norm_injection=True, injection=None), "norm_injection needs an injection"),
+        (dict(linear_before_coda=True, n_coda=0), "linear_before_coda needs n_coda"),
+        (dict(value_embeddings=True, value_gate_channels=33), "between 1 and d_model=32"),
         (dict(positional_embedding_type="alibi"), "positional_embedding_type must be one of"),
     ],
 )

@@ -156,7 +156,8 @@ def held(model, cache, but=None):
 
     def is_held(name):
         if name.endswith("hook_scale"):
-            return ".norm." in name or "ln_coda" in name or any(f".{n}." in name for n in between)
+            on_stream = (".norm.", "ln_coda", "ln_injection", *(f".{n}." for n in between))
+            return any(part in name for part in on_stream)
         return name.endswith(("hook_attn_out", "hook_mlp_out")) and name != but
 
     return [(n, lambda x, hook: cache[hook.name].clone()) for n in cache.keys() if is_held(n)]

@@ -14,6 +14,7 @@ from tl_loops.errors import CheckpointError
 from tl_loops.families.huginn import HUGINN
 from tl_loops.families.native import NATIVE, config_to_json
 from tl_loops.families.ouro import OURO
+from tl_loops.families.parcae import PARCAE
 from tl_loops.families.registry import (
     FAMILIES,
     catalogue,
@@ -33,6 +34,7 @@ FAMILY_OF = {
     "retrofitted_llama_default": RETROFITTED_LLAMA,
     "retrofitted_llama_llama3": RETROFITTED_LLAMA,
     "retrofitted_olmo_default": RETROFITTED_OLMO,
+    "parcae": PARCAE,
 }
 RELEASED = {name: json.loads((FIXTURES / name / "config.json").read_text()) for name in FAMILY_OF}
 BY_NAME = pytest.mark.parametrize("name", FAMILY_OF)
@@ -138,6 +140,34 @@ def test_retrofitted_configs():
         assert not cfg.norm_before_coda and not cfg.tie_word_embeddings and not cfg.qk_bias
         assert (cfg.rotary_layout, cfg.rotary_base, cfg.n_ctx) == ("half", 500_000.0, 64)
         assert not cfg.use_NTK_by_parts_rope
+
+
+def test_parcae_config():
+    cfg = config("parcae")
+    assert cfg.notation == "(2, 2⊗4, 2)_I"
+    assert (cfg.block_norm, cfg.injection, cfg.initial_state) == ("pre", "gated_diagonal", "normal")
+    assert cfg.norm_injection and cfg.linear_before_coda and cfg.value_embeddings
+    assert not cfg.norm_before_coda and not cfg.norm_between_iterations
+    assert (cfg.qk_norm, cfg.act_fn, cfg.gated_mlp) == ("head", "half_relu2", False)
+    assert (cfg.rotary_layout, cfg.rotary_base) == ("interleaved", 50_000.0)
+    assert cfg.initial_state_std == math.sqrt(2 / (5 * 64)) and cfg.embed_scale == 1.0
+    assert [cfg.has_value_embedding(i) for i in range(6)] == [False, True] * 3
+    assert "ln_injection" in cfg.describe() and "values" in cfg.describe()
+
+
+@pytest.mark.parametrize("at_top", [True, False])
+def test_parcae_is_recognised_without_a_model_type(at_top):
+    fields = RELEASED["parcae"]["full_config"]
+    released = {**fields, "_class_name": "Parcae"} if at_top else {"full_config": fields}
+    assert recognise(released, "config.json", list) is PARCAE
+    read = PARCAE.config_fields(released, "config.json")
+    assert read == PARCAE.config_fields(RELEASED["parcae"], "config.json")
+
+
+def test_parcaes_rotary_settings_may_be_a_mapping():
+    settings = {"use_rope": True, "rope_condense_ratio": 2, "rope_base": 77}
+    cfg = config("parcae", rope_settings=settings)
+    assert (cfg.rotary_base, cfg.rotary_scaling_factor) == (77.0, 2.0)
 
 
 def test_retrofitted_rotary_base_is_rope_theta_and_never_rope_base():
@@ -261,6 +291,20 @@ REFUSALS = [
     ("retrofitted_llama_default", {"qk_bias": True}, "'qk_bias' is True"),
     ("retrofitted_olmo_default", {"initial_state_mode": "embed-init"}, "'initial_state_mode'"),
     ("retrofitted_olmo_default", {"rope_scaling": {"rope_type": "dynamic"}}, "'dynamic'"),
+    ("parcae", {"rope_settings": "RoPESettings(use_rope)"}, "'rope_settings' is .*a mapping"),
+    ("parcae", {"rope_settings": None}, "'rope_settings' is None"),
+    ("parcae", {"rope_settings": {"use_rope": False}}, "'rope_settings.use_rope' is False"),
+    ("parcae", {"rope_settings": {"use_rope": True}}, "'rope_settings.rope_base' must be"),
+    ("parcae", {"prelude_norm": False}, "'prelude_norm' is False"),
+    ("parcae", {"qk_norm": False}, "'qk_norm' is False"),
+    ("parcae", {"injection_type": "linear"}, "'injection_type' is 'linear'"),
+    ("parcae", {"init_strategy": "takase"}, "'init_strategy'"),
+    ("parcae", {"emb_scale": 2.0}, "'emb_scale' is 2.0"),
+    ("parcae", {"logit_softcap": 15.0}, "'logit_softcap' is 15.0"),
+    ("parcae", {"nonlin_name": "GELU"}, "'nonlin_name'"),
+    ("parcae", {"recurrent_embedding_dimension": 32}, "'recurrent_embedding_dimension' is 32"),
+    ("parcae", {"recurrent_num_attention_heads": 2}, "'recurrent_num_attention_heads' is 2"),
+    ("parcae", {"num_attention_heads": 5}, "multiple of 'num_attention_heads'"),
 ]
 
 
@@ -344,6 +388,9 @@ ARCHITECTURES = st.fixed_dictionaries(
             [None, "concat", "concat_injection_first", "add", "gated_diagonal"]
         ),
         "initial_state": st.sampled_from(["embed", "normal", "zeros", "learned"]),
+        "norm_injection": st.booleans(),
+        "linear_before_coda": st.booleans(),
+        "value_embeddings": st.booleans(),
         "positional_embedding_type": st.sampled_from(["rotary", "standard"]),
         "norms": st.sampled_from(
             [
@@ -363,10 +410,13 @@ ARCHITECTURES = st.fixed_dictionaries(
 def architecture(drawn):
     drawn = dict(drawn)
     norm, placement = drawn.pop("norms")
+    drawn["norm_injection"] &= drawn["injection"] is not None
+    drawn["linear_before_coda"] &= drawn["n_coda"] > 0
     if norm == "LN" and drawn["qk_norm"] == "full":
         drawn["qk_norm"] = None
     return LoopedTransformerConfig(
         d_model=12,
+        value_gate_channels=3,
         d_head=4,
         n_heads=2,
         n_ctx=7,
@@ -474,10 +524,10 @@ def test_names_and_aliases_are_unique_and_not_transformer_lens_names():
 
 def test_every_hub_model_lists_a_config_a_source_and_known_unverified_fields():
     hub = [entry for entry in catalogue() if entry.known.packaged is None]
-    assert len(hub) == 23
+    assert len(hub) == 27
     for entry in hub:
         cfg = entry.config()
-        assert cfg.n_params > 8e8 and cfg.model_name == entry.name.split("/")[1]
+        assert cfg.n_params > 1e8 and cfg.model_name == entry.name.split("/")[1]
         assert entry.source == f"https://huggingface.co/{entry.name}"
         assert set(entry.known.unverified) <= entry.known.released.keys()
 

@@ -24,10 +24,11 @@ def test_stopping_and_starting_again_is_one_pass(model):
     e = cache["hook_injection"] if model.cfg.injection else None
     for index in range(model.cfg.n_layers + 1):
         resid = model(TOKENS, stop_at_layer=index)
-        close(model(resid, start_at_layer=index, injection=e), logits)
+        close(model(resid, start_at_layer=index, injection=e, tokens=TOKENS), logits)
         if 0 < index < model.cfg.n_layers:
             close(resid, cache["resid_pre", index])
-            close(model(resid, start_at_layer=index - model.cfg.n_layers, injection=e), logits)
+            start = index - model.cfg.n_layers
+            close(model(resid, start_at_layer=start, injection=e, tokens=TOKENS), logits)
     close(model(TOKENS, stop_at_layer=-1), cache["resid_pre", -1])
 
 
@@ -36,7 +37,7 @@ def test_starting_at_an_iteration(model):
     e = cache["hook_injection"] if model.cfg.injection else None
     for t in range(model.cfg.n_iterations):
         state = cache[f"iter.{t}.hook_state_in"]
-        close(model(state, start_at_iteration=t, injection=e), logits)
+        close(model(state, start_at_iteration=t, injection=e, tokens=TOKENS), logits)
 
 
 def test_a_start_behind_the_prelude_needs_the_injection(model):
@@ -45,11 +46,12 @@ def test_a_start_behind_the_prelude_needs_the_injection(model):
     _, cache = model.run_with_cache(TOKENS)
     state = cache["iter.1.hook_state_in"]
     with pytest.raises(ValueError, match="pass injection="):
-        model(state, start_at_iteration=1)
+        model(state, start_at_iteration=1, tokens=TOKENS)
     with pytest.raises(ValueError, match="pass injection="):
-        model(cache["iter.0.1.hook_resid_pre"], start_at_layer=model.layout.core_start + 1)
+        inside = model.layout.core_start + 1
+        model(cache["iter.0.1.hook_resid_pre"], start_at_layer=inside, tokens=TOKENS)
     last = model.layout.index(iteration=-1, layer=1)
-    model(cache["resid_pre", last], start_at_layer=last)  # no iteration follows
+    model(cache["resid_pre", last], start_at_layer=last, tokens=TOKENS)  # no iteration follows
 
 
 def test_the_initial_state_is_used_as_it_is(model):
@@ -119,6 +121,10 @@ def test_generating_from_embeddings(model):
     if model.cfg.positional_embedding_type == "standard":
         pytest.skip("embeddings without positions")
     settings = dict(max_new_tokens=4, do_sample=False, stop_at_eos=False, verbose=False)
+    if model.cfg.value_embeddings:
+        with pytest.raises(ValueError, match="read embeddings of the tokens themselves"):
+            model.generate(model.embed(TOKENS), return_type="tokens", **settings)
+        return
     tokens = model.generate(TOKENS, **settings)
     for use_cache in (True, False):
         new = model.generate(

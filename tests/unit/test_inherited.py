@@ -132,7 +132,7 @@ def test_the_first_residual_stream_starts_the_model(model):
             TOKENS, attention_mask=attention_mask
         )
         assert torch.equal(tokens, TOKENS) and shortformer is None
-        again = model(residual, start_at_layer=0, attention_mask=used)
+        again = model(residual, start_at_layer=0, attention_mask=used, tokens=tokens)
         assert_close(again, model(TOKENS, attention_mask=attention_mask), **CLOSE)
         embed = model.hook_embed(model.embed(TOKENS))
         other, _ = model.get_residual(embed, 0, attention_mask=used)

@@ -222,7 +222,9 @@ def test_everything_from_the_clean_run_is_the_clean_run(models, architecture):
     clean, corrupted = prompts(shared=0)
     with torch.no_grad():
         logits, cache = model.run_with_cache(clean)
-        for activation in ("resid_pre", "resid_post"):
+        # Value embeddings read the corrupted tokens behind the last resid_pre, too.
+        everything = ("resid_post",) if model.cfg.value_embeddings else ("resid_pre", "resid_post")
+        for activation in everything:
             found = activation_patch(model, corrupted, cache, metric, activation, (), None, False)
             assert found.shape == ()
             agree(found, metric(logits))

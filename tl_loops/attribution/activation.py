@@ -12,6 +12,7 @@ from tl_loops.attribution.gradients import (
     Metric,
     check_arguments,
     check_differentiable,
+    check_integrates,
     difference,
     effect,
     metric_gradients,
@@ -83,6 +84,7 @@ def attribution_patch(
     """
     check_arguments(forward_arguments)
     nodes = path_nodes(method, n_steps)
+    check_integrates(model, method)
     tokens = as_tokens(model, corrupted_tokens)
     grid = make_grid(model, activation, axes, tokens.shape[1], window, where)
     inputs = [_EMBED] if method == "integrated_inputs" else []

@@ -14,6 +14,7 @@ from tl_loops.attribution.gradients import (
     Metric,
     check_arguments,
     check_differentiable,
+    check_integrates,
     differentiating,
     effect,
     metric_gradients,
@@ -146,6 +147,7 @@ def edge_attribution(
     if method not in ("gradient", "integrated_inputs"):
         raise ValueError(f"method must be 'gradient' or 'integrated_inputs', got {method!r}")
     nodes = path_nodes(method, n_steps)
+    check_integrates(model, method)
     tokens = as_tokens(model, corrupted_tokens)
     senders = _senders(model, layout, heads)
     receivers = _receivers(model, layout, heads, split_qkv)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_loops.errors import LoopedSemanticsError
 from tl_loops.patching.rerun import FORWARD_ARGUMENTS
 
 Metric = Callable[[Tensor], Any]
@@ -27,6 +28,20 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
             raise TypeError(
                 f"unknown argument {name!r}; runs can be given {', '.join(FORWARD_ARGUMENTS)}"
             )
+
+
+def check_integrates(model: Any, method: Method) -> None:
+    """Refuse a path of the embedding alone where tokens enter elsewhere, too.
+
+    Raises:
+        LoopedSemanticsError: ``"integrated_inputs"`` on a model with value embeddings.
+    """
+    if method == "integrated_inputs" and getattr(model.cfg, "value_embeddings", False):
+        raise LoopedSemanticsError(
+            "method='integrated_inputs' moves the embedding from the corrupted to the clean "
+            "prompt, but in this model tokens also enter through value embeddings; use 'gradient' "
+            "or 'integrated_activation'"
+        )
 
 
 def check_differentiable(metric: Metric, model: Any, shape: tuple[int, ...]) -> None:

@@ -246,6 +246,8 @@ def path_steps(
         if t is not None and t < first:
             continue
         if t is not None and at.layer == 0:
+            if t == first and cfg.norm_injection:
+                yield from normed("ln_injection", model.ln_injection, "injection", None)
             if t == first and from_iteration is not None:
                 yield BeginLoop(True)
                 yield Write(Site("state_in", f"r{t}_state_in", iteration=t))
@@ -258,6 +260,9 @@ def path_steps(
                 yield Inject(prepare, Site("injection", f"r{t}_injection", iteration=t))
         if index == coda_start and cfg.norm_before_coda:
             yield from normed("ln_coda", model.ln_final, "coda", None)
+        if index == coda_start and cfg.linear_before_coda:
+            W = model.coda_in.W
+            yield Map(Mix(working(W).to(device or W.device)))
         if target.state_out is None and index == target.layer and not target.mlp_input:
             return
         block = blocks[physical]

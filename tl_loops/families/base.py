@@ -126,6 +126,10 @@ class Family:
         tied: Keys of the unembedding and of the embedding: where the config ties them, a
             checkpoint may repeat the embedding under the first.
         known: Checkpoints that load by name.
+        signs: Tells from the content of ``config.json`` that it is of this family, for families
+            whose files carry no model type.
+        spread: Gives the content of ``config.json`` with all fields at the top, for families that
+            nest them.
     """
 
     name: str
@@ -141,13 +145,17 @@ class Family:
     ignored: tuple[str, ...] = ()
     tied: tuple[str, str] | None = None
     known: tuple[KnownModel, ...] = ()
+    signs: Callable[[Released], bool] | None = None
+    spread: Callable[[Released], Released] | None = None
 
     def matches(self, released: Released) -> bool:
         """Whether ``config.json`` names this family by model type or architecture."""
         architectures = released.get("architectures")
         named = architectures if isinstance(architectures, list) else []
-        return released.get("model_type") in self.model_types or any(
-            architecture in self.architectures for architecture in named
+        return (
+            released.get("model_type") in self.model_types
+            or any(architecture in self.architectures for architecture in named)
+            or (self.signs is not None and self.signs(released))
         )
 
     def config_fields(self, released: Released, where: str) -> dict[str, Any]:
@@ -161,6 +169,8 @@ class Family:
             CheckpointError: Fields are missing, of the wrong type, or ask for mathematics that is
                 not implemented; all of them are named at once.
         """
+        if self.spread is not None:
+            released = self.spread(released)
         problems = [
             _flag_problem(key, released[key], allowed)
             for key, allowed in {**COMMON_FLAGS, **self.flags}.items()

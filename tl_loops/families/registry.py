@@ -16,10 +16,18 @@ from tl_loops.families.checkpoint import CONFIG_FILE, read_json
 from tl_loops.families.huginn import HUGINN
 from tl_loops.families.native import NATIVE
 from tl_loops.families.ouro import OURO
+from tl_loops.families.parcae import PARCAE
 from tl_loops.families.retrofitted import RETROFITTED_LLAMA, RETROFITTED_OLMO
 
 # Of families that share a model type, the first whose tensors are there is taken.
-FAMILIES: tuple[Family, ...] = (NATIVE, HUGINN, OURO, RETROFITTED_OLMO, RETROFITTED_LLAMA)
+FAMILIES: tuple[Family, ...] = (
+    NATIVE,
+    HUGINN,
+    OURO,
+    RETROFITTED_OLMO,
+    RETROFITTED_LLAMA,
+    PARCAE,
+)
 
 
 @dataclass(frozen=True)

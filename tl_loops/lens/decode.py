@@ -116,14 +116,14 @@ class CodaLens:
         else:
             if cfg.norm_between_iterations and cfg.n_coda and not normed:
                 resid = model.ln_final(resid)  # The norm between iterations is the final norm.
-            if cfg.norm_before_coda:
-                resid = model.ln_coda(resid)
+            resid = model.enter_coda(resid)
         if start < layout.n_layers:
             resid = model(
                 resid,
                 start_at_layer=start,
                 stop_at_layer=layout.n_layers,
                 attention_mask=inputs.attention_mask,
+                tokens=inputs.tokens,
             )
         resid = inputs.select(resid)
         return unembed(model, resid if normed and not cfg.n_coda else model.ln_final(resid))

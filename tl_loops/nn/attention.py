@@ -10,6 +10,7 @@ from tl_loops.config import LoopedTransformerConfig
 from tl_loops.nn.context import ForwardContext
 from tl_loops.nn.norm import Norm
 from tl_loops.nn.rotary import apply_rotary
+from tl_loops.nn.value_embedding import ValueEmbedding
 from tl_loops.upstream import FactoredMatrix, HookPoint, KeyValueCacheEntry, has_hooks
 
 
@@ -37,7 +38,13 @@ def project_in(
 
 
 class Attention(nn.Module):
-    """Attention with TransformerLens's weights, biases and hook points."""
+    """Attention with TransformerLens's weights, biases and hook points.
+
+    Args:
+        cfg: The config.
+        device: Where the weights go.
+        value_embedding: Whether the values get an embedding of the token added.
+    """
 
     W_Q: nn.Parameter
     W_O: nn.Parameter
@@ -50,7 +57,12 @@ class Attention(nn.Module):
 
     kv_prefix = ""
 
-    def __init__(self, cfg: LoopedTransformerConfig, device: torch.device | str | None = None):
+    def __init__(
+        self,
+        cfg: LoopedTransformerConfig,
+        device: torch.device | str | None = None,
+        value_embedding: bool = False,
+    ):
         super().__init__()
         self.cfg = cfg
         heads, d, d_head = cfg.n_heads, cfg.d_model, cfg.d_head
@@ -85,6 +97,7 @@ class Attention(nn.Module):
         if cfg.qk_norm == "full":
             self.q_norm = Norm(cfg, heads * d_head, device)
             self.k_norm = Norm(cfg, kv_heads * d_head, device)
+        self.value_embed = ValueEmbedding(cfg, device) if value_embedding else None
 
         self.hook_q = HookPoint()  # [batch, pos, head, d_head]
         self.hook_k = HookPoint()  # [batch, pos, kv_head, d_head]
@@ -134,9 +147,11 @@ class Attention(nn.Module):
         kv = "" if ungrouped else self.kv_prefix
         q = self.hook_q(project_in(query_input, self.W_Q, self.b_Q))
         k = self.hook_k(project_in(key_input, getattr(self, f"{kv}W_K"), getattr(self, f"{kv}b_K")))
-        v = self.hook_v(
-            project_in(value_input, getattr(self, f"{kv}W_V"), getattr(self, f"{kv}b_V"))
-        )
+        v = project_in(value_input, getattr(self, f"{kv}W_V"), getattr(self, f"{kv}b_V"))
+        if self.value_embed is not None:
+            assert context.tokens is not None
+            v = v + self.value_embed(value_input, context.tokens, self.groups if ungrouped else 1)
+        v = self.hook_v(v)
         if self.cfg.qk_norm == "full":
             q = self.q_norm(q.flatten(-2)).view_as(q)
             # The norm is over distinct keys, also where hook_k showed them once a query head.

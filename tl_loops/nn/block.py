@@ -19,9 +19,19 @@ class Block(nn.Module):
     ``hook_resid_mid`` and ``hook_resid_post`` are the stream behind each add (and behind the norm
     on the sum, with ``block_norm="post_residual"``). ``ln1`` and ``ln2`` norm a branch's input;
     ``ln1_post`` and ``ln2_post`` its output, or with ``"post_residual"`` the sum.
+
+    Args:
+        cfg: The config.
+        device: Where the weights go.
+        number: Of the physical layer, counted through prelude, core and coda.
     """
 
-    def __init__(self, cfg: LoopedTransformerConfig, device: torch.device | str | None = None):
+    def __init__(
+        self,
+        cfg: LoopedTransformerConfig,
+        device: torch.device | str | None = None,
+        number: int = 0,
+    ):
         super().__init__()
         self.cfg = cfg
         self.norm_sum = cfg.block_norm == "post_residual"
@@ -32,7 +42,7 @@ class Block(nn.Module):
             self.ln1_post = Norm(cfg, device=device)
             self.ln2_post = Norm(cfg, device=device)
         attention = Attention if cfg.n_key_value_heads is None else GroupedQueryAttention
-        self.attn = attention(cfg, device)
+        self.attn = attention(cfg, device, cfg.has_value_embedding(number))
         self.mlp = MLP(cfg, device)
 
         self.hook_attn_in = HookPoint()  # [batch, pos, head, d_model], with cfg.use_attn_in

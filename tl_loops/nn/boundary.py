@@ -153,6 +153,17 @@ class Injection(nn.Module):
         return self.carry(s) + prepared
 
 
+class CodaInput(nn.Module):
+    """The linear map ``s W`` of the state between core and coda (Parcae)."""
+
+    def __init__(self, cfg: LoopedTransformerConfig, device: torch.device | str | None = None):
+        super().__init__()
+        self.W = transposed_parameter(cfg.d_model, cfg.d_model, cfg.dtype, device)
+
+    def forward(self, s: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        return F.linear(s, self.W.T)
+
+
 class ExitGate(nn.Module):
     """The halting logit ``s W + b`` of a state (positive: stop)."""
 

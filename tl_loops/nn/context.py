@@ -21,6 +21,7 @@ class ForwardContext:
             without cached keys says it all.
         causal: With ``allowed=None``: whether attention is causal.
         blind: Queries that see no key at all (padding); their attention output is zero.
+        tokens: The new tokens, where they are known.
     """
 
     positions: Int[Tensor, "batch pos"]
@@ -29,6 +30,7 @@ class ForwardContext:
     allowed: Bool[Tensor, "batch 1 query key"] | None
     causal: bool
     blind: Bool[Tensor, "batch 1 query 1"] | None
+    tokens: Int[Tensor, "batch pos"] | None = None
 
 
 def make_context(
@@ -39,6 +41,7 @@ def make_context(
     causal: bool,
     rotary: RotaryTable | None,
     device: torch.device,
+    tokens: Int[Tensor, "batch pos"] | None = None,
 ) -> ForwardContext:
     """Positions and masks for ``n_new`` tokens behind ``n_past`` cached ones.
 
@@ -50,6 +53,7 @@ def make_context(
         causal: Whether a token sees only itself and earlier ones.
         rotary: Table of rotations, if the model has rotary positions.
         device: Where the masks are made.
+        tokens: The new tokens, where they are known.
 
     Raises:
         ValueError: The mask's shape is not [batch, past + new].
@@ -82,4 +86,4 @@ def make_context(
         allowed = allowed.expand(batch, 1, n_new, n_keys)
     # One new token behind a cache sees every key: neither mask nor causality is needed.
     causal = causal and not (n_past > 0 and n_new == 1)
-    return ForwardContext(positions, cos, sin, allowed, causal, blind)
+    return ForwardContext(positions, cos, sin, allowed, causal, blind, tokens)

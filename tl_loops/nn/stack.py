@@ -24,7 +24,8 @@ def physical_blocks(
     cfg: LoopedTransformerConfig, device: torch.device | str | None = None
 ) -> dict[str, Block]:
     """One block with weights of its own for every physical layer, by physical name."""
-    return {name: Block(cfg, device) for name in cfg.layout.physical_names()}
+    names = cfg.layout.physical_names()
+    return {name: Block(cfg, device, number) for number, name in enumerate(names)}
 
 
 def unroll(
@@ -151,7 +152,7 @@ class StackRun:
         """What happens between what precedes block ``index`` and the block itself."""
         layout, model = self.layout, self.model
         if index == layout.coda_start:
-            return model.ln_coda(x) if self.cfg.norm_before_coda else x
+            return model.enter_coda(x)
         in_core = layout.core_start <= index < layout.coda_start
         if not in_core or (index - layout.core_start) % layout.n_core:
             return x
@@ -169,6 +170,7 @@ class StackRun:
         """Fix e and the initial state from what the prelude (or the embedding) gives."""
         model = self.model
         if self.cfg.injection is not None:
+            x = model.ln_injection(x) if self.cfg.norm_injection else x
             x = model.hook_injection(unshared(x, model.hook_injection))
             self._injected = self._prepare(x)
         if self.initial_state is not None:

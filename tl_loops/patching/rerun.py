@@ -398,6 +398,8 @@ class BaseRun:
         elif n_past and start == 0:
             new = torch.ones_like(self.tokens[:, n_past:])
             arguments["attention_mask"] = self._rows(new, n_cells)
+        if start > 0 and getattr(self.cfg, "value_embeddings", False):
+            arguments["tokens"] = self._rows(self.tokens[:, n_past:], n_cells)
         if self.initial_state is not None and start <= self.crossing:
             arguments["initial_state"] = self._rows(self.initial_state[:, n_past:], n_cells)
         if n_past:
