@@ -1,4 +1,4 @@
-"""The command line: tl-loops models, measure, report."""
+"""The command line: tl-loops models, check, measure, report."""
 
 import argparse
 import sys
@@ -26,22 +26,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What stands behind ``tl-loops``; ``None``: the process's own.
 
     Returns:
-        Exit code: 0, or 2 after bad input, of which one line on standard error says what is wrong
-        and where. No half-written file is left behind.
+        Exit code: 0; 1 when a check failed; or 2 after bad input, of which one line on standard
+        error says what is wrong and where. No half-written file is left behind.
     """
     options = _parser().parse_args(arguments)
-    command: Callable[[Any], None] = options.command
+    command: Callable[[Any], int | None] = options.command
     try:
         with warnings.catch_warnings():
             # Here nobody chose the loading flags that the warning is about.
             warnings.filterwarnings("ignore", message=".*not applied, since the numbers")
-            command(options)
+            return command(options) or 0
     except BrokenPipeError:
         return 0
     except USER_ERRORS as error:
         print(f"tl-loops {options.name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
 def models(options: argparse.Namespace) -> None:
@@ -53,6 +52,18 @@ def models(options: argparse.Namespace) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for name, notation, parameters, source in rows:
         print(f"{name:<{widths[0]}}  {notation:<{widths[1]}}  {parameters:>{widths[2]}}  {source}")
+
+
+def check(options: argparse.Namespace) -> int:
+    """Load a checkpoint, try what a looped model promises, and say what holds."""
+    from tl_loops.check import check as run
+
+    _check_iterations(options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*has no tokenizer files")
+        report = run(options.model, options.n_iterations, options.dtype)
+    print(report)
+    return 0 if report.passed else 1
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -113,11 +124,15 @@ def _prompts(options: argparse.Namespace) -> list[PromptText] | None:
 def _load(options: argparse.Namespace) -> Any:
     from tl_loops.model import LoopedTransformer
 
-    if options.n_iterations is not None and options.n_iterations < 1:
-        raise ValueError(f"--n-iterations must be at least 1, got {options.n_iterations}")
+    _check_iterations(options)
     return LoopedTransformer.from_pretrained_no_processing(
         options.model, n_iterations=options.n_iterations, dtype=options.dtype
     )
+
+
+def _check_iterations(options: argparse.Namespace) -> None:
+    if options.n_iterations is not None and options.n_iterations < 1:
+        raise ValueError(f"--n-iterations must be at least 1, got {options.n_iterations}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -129,6 +144,10 @@ def _parser() -> argparse.ArgumentParser:
 
     listing = commands.add_parser("models", help="list the models that load by name")
     listing.set_defaults(command=models, name="models")
+
+    checking = commands.add_parser("check", help="try what a checkpoint's model promises")
+    checking.add_argument("model", metavar="DIRECTORY", help="a checkpoint directory, or a name")
+    checking.set_defaults(command=check, name="check")
 
     measuring = commands.add_parser("measure", help="measure prompts into a profile")
     measuring.add_argument("model", metavar="MODEL", help="a name, or a checkpoint directory")
@@ -154,6 +173,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--prompts", metavar="FILE", help="text (one a line) or JSON lines; else a sample"
         )
+        command.add_argument("--quiet", action="store_true", help="no progress bars")
+    for command in (checking, measuring, reporting):
         command.add_argument(
             "--n-iterations", type=int, metavar="N", help="passes through the core"
         )
@@ -163,7 +184,6 @@ def _parser() -> argparse.ArgumentParser:
             choices=("float32", "bfloat16", "float64"),
             help="of the weights",
         )
-        command.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
 

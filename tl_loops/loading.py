@@ -36,6 +36,7 @@ from tl_loops.families.registry import (
 
 __all__ = [
     "Checkpoint",
+    "family_of",
     "is_looped_name",
     "load_config",
     "load_tokenizer",
@@ -170,7 +171,7 @@ def load_config(
         hint = "; use n_iterations" if name == "n_layers" else ""
         raise ConfigError(f"{name} is fixed by the weights of {checkpoint.name}{hint}")
     where = str(checkpoint.config_path)
-    family = _family(checkpoint)
+    family = family_of(checkpoint)
     fields = family.config_fields(checkpoint.config, where)
     architectures = checkpoint.config.get("architectures")
     named = architectures if isinstance(architectures, list) and architectures else None
@@ -210,7 +211,7 @@ def open_tensors(
         CheckpointError: Tensors are missing, unexpected, misshapen, of another type, truncated or
             held as pickles; all problems are named at once, with file, key and expected shape.
     """
-    family, headers = _family(checkpoint), checkpoint.headers
+    family, headers = family_of(checkpoint), checkpoint.headers
     specs = {spec.key: spec for spec in family.tensors(cfg)}
     problems = list(headers.problems)
     names = {stored.file.name for stored in headers.tensors.values()}
@@ -337,7 +338,12 @@ def _download(repository: str, **arguments: Any) -> Path:
     return Path(directory)
 
 
-def _family(checkpoint: Checkpoint) -> Family:
+def family_of(checkpoint: Checkpoint) -> Family:
+    """The family that a checkpoint is recognised as.
+
+    Raises:
+        CheckpointError: It is of no known looped family.
+    """
     return recognise(
         checkpoint.config, str(checkpoint.config_path), lambda: _stored_keys(checkpoint)
     )
