@@ -19,6 +19,7 @@ from tl_loops.decomposition.path import (
     path_steps,
     working,
 )
+from tl_loops.decomposition.readout import freshly_normed
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout import LoopLayout
 from tl_loops.upstream import FactoredMatrix, TransformerBase, composition_scores
@@ -50,7 +51,9 @@ class EffectiveWeights(Mapping[str, Tensor]):
         if name not in self._names:
             raise KeyError(name)
         if name == "embed.W_E":
-            return working(self._model.embed.W_E) * self._model.cfg.embed_scale
+            embed = self._model.embed
+            rows = working(embed.W_E) * self._model.cfg.embed_scale
+            return rows if embed.ln is None else freshly_normed(rows, embed.ln)
         if name == "unembed.W_U":
             return _read_through(self._model.ln_final, self._model.unembed.W_U)
         _, index, part, weight = name.split(".")

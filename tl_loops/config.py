@@ -20,6 +20,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "initial_state": ("embed", "normal", "zeros", "learned"),
     "injection": (None, "concat", "concat_injection_first", "add", "gated_diagonal"),
     "rotary_layout": ("half", "interleaved"),
+    "rotary_table_dtype": (None, "bfloat16", "float16"),
     "qk_norm": (None, "full", "head"),
     "positional_embedding_type": ("rotary", "standard"),
     "normalization_type": ("RMS", "RMSPre", "LN", "LNPre"),
@@ -34,7 +35,6 @@ _UNSUPPORTED: dict[str, Any] = {
     "use_local_attn": False,
     "num_experts": None,
     "experts_per_token": None,
-    "post_embedding_ln": False,
     "scale_attn_by_inverse_layer_idx": False,
     "use_yarn_rope": False,
     "use_dynamic_ntk_rope": False,
@@ -92,6 +92,9 @@ class LoopedTransformerConfig(BaseConfig):
         exit_threshold: The exit of :meth:`LoopedTransformer.forward` when none is asked for: the
             first iteration whose cumulative exit probability reaches it; ``None``: the last.
         rotary_layout: ``"half"`` pairs dimension i with i + d/2, ``"interleaved"`` 2i with 2i + 1.
+        rotary_reversed: Queries and keys are rotated by the negative angle (nanochat).
+        rotary_table_dtype: Cosines and sines are rounded to this type, e.g. ``"bfloat16"``
+            (nanochat), before they are used in float32; ``None``: not rounded.
         qk_norm: Norm of queries and keys. ``"full"``: over the whole projection with a weight,
             before heads are split and rotated (OLMo-2). ``"head"``: weightless per head, after
             the rotation (Parcae).
@@ -129,6 +132,8 @@ class LoopedTransformerConfig(BaseConfig):
     exit_gate: bool = field(default=False, kw_only=True)
     exit_threshold: float | None = field(default=None, kw_only=True)
     rotary_layout: str = field(default="half", kw_only=True)
+    rotary_reversed: bool = field(default=False, kw_only=True)
+    rotary_table_dtype: str | None = field(default=None, kw_only=True)
     qk_norm: str | None = field(default=None, kw_only=True)
     qk_bias: bool = field(default=False, kw_only=True)
     attn_bias: bool = field(default=False, kw_only=True)

@@ -31,10 +31,12 @@ def data_flow(cfg: "LoopedTransformerConfig") -> str:
     after = "s = ln_final(x)" if cfg.norm_between_iterations else "s = x"
     gate = "; gate(s)" if cfg.exit_gate else ""
     scale = f" · {cfg.embed_scale:.4g}" if cfg.embed_scale != 1.0 else ""
+    embed = f"W_E[tokens]{scale}"
+    embed = f"ln({embed})" if cfg.post_embedding_ln else embed
     e = "ln_injection(x)" if cfg.norm_injection else "x"
     lines = [
         f"{cfg.model_name} {cfg.notation}, {cfg.n_params:,} parameters",
-        f"embed    x = W_E[tokens]{scale}",
+        f"embed    x = {embed}",
     ]
     if cfg.n_prelude:
         lines.append(f"prelude  {cfg.n_prelude} x block; e = {e}; {start}")

@@ -19,6 +19,7 @@ from tl_loops.families.checkpoint import (
     CONFIG_FILE,
     FLOATS,
     INDEX_FILE,
+    WEIGHTS_FILE,
     Checkpoint,
     StoredTensor,
     read_json,
@@ -141,6 +142,14 @@ def resolve(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
+    if not any(directory.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{entry.name} holds no safetensors files. Other files of weights (.bin, .pt) are "
+            "pickles, which can run code when they are opened, and are not fetched. Download them "
+            "and convert them once in an environment you trust, with safetensors.torch.save_file("
+            f"torch.load(FILE, weights_only=True), {WEIGHTS_FILE!r}), then load the directory that "
+            f"holds {WEIGHTS_FILE} and {CONFIG_FILE}"
+        )
     return Checkpoint(directory, entry.name.split("/")[-1])
 
 

@@ -43,6 +43,8 @@ def physical_tensors(cfg: "LoopedTransformerConfig") -> dict[str, PhysicalTensor
     d = cfg.d_model
     d_vocab_out = cfg.d_vocab if cfg.d_vocab_out == -1 else cfg.d_vocab_out
     found = {"embed.W_E": PhysicalTensor((cfg.d_vocab, d))}
+    if cfg.post_embedding_ln:
+        found |= _norm(cfg, "embed.ln", d)
     if cfg.positional_embedding_type == "standard":
         found["pos_embed.W_pos"] = PhysicalTensor((cfg.n_ctx, d))
     for number, layer in enumerate(cfg.layout.physical_names()):

@@ -18,6 +18,7 @@ FAMILIES = (
     "retrofitted_llama_llama3",
     "retrofitted_olmo_default",
     "parcae",
+    "nanochat_recursive",
 )
 TOLERANCE = 1e-5
 

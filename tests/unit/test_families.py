@@ -12,6 +12,7 @@ from safetensors import safe_open
 from tl_loops.config import LoopedTransformerConfig
 from tl_loops.errors import CheckpointError
 from tl_loops.families.huginn import HUGINN
+from tl_loops.families.nanochat import NANOCHAT_RECURSIVE
 from tl_loops.families.native import NATIVE, config_to_json
 from tl_loops.families.ouro import OURO
 from tl_loops.families.parcae import PARCAE
@@ -35,6 +36,7 @@ FAMILY_OF = {
     "retrofitted_llama_llama3": RETROFITTED_LLAMA,
     "retrofitted_olmo_default": RETROFITTED_OLMO,
     "parcae": PARCAE,
+    "nanochat_recursive": NANOCHAT_RECURSIVE,
 }
 RELEASED = {name: json.loads((FIXTURES / name / "config.json").read_text()) for name in FAMILY_OF}
 BY_NAME = pytest.mark.parametrize("name", FAMILY_OF)
@@ -168,6 +170,25 @@ def test_parcaes_rotary_settings_may_be_a_mapping():
     settings = {"use_rope": True, "rope_condense_ratio": 2, "rope_base": 77}
     cfg = config("parcae", rope_settings=settings)
     assert (cfg.rotary_base, cfg.rotary_scaling_factor) == (77.0, 2.0)
+
+
+def test_nanochat_config():
+    cfg = config("nanochat_recursive")
+    assert cfg.notation == "(2, 3⊗4, 2)_I"
+    assert (cfg.injection, cfg.initial_state) == ("concat_injection_first", "embed")
+    assert cfg.post_embedding_ln and cfg.normalization_type == "RMSPre"
+    assert (cfg.qk_norm, cfg.act_fn, cfg.d_mlp, cfg.gated_mlp) == ("head", "relu2", 256, False)
+    assert (cfg.rotary_reversed, cfg.rotary_table_dtype) == (True, "bfloat16")
+    assert cfg.output_logits_soft_cap == 15.0 and cfg.n_key_value_heads == 2
+    assert "x = ln(W_E[tokens])" in cfg.describe()
+    # Fractions of a mean number of iterations are cut, as int() does.
+    assert config("nanochat_recursive", train_recur_mean=2.9).n_iterations == 2
+    assert config("nanochat_recursive", train_recur_mean=...).n_iterations == 4
+
+
+def test_a_config_with_a_model_type_is_not_taken_for_nanochat():
+    released = {**RELEASED["nanochat_recursive"], "model_type": "gpt2"}
+    assert not is_looped_config(released)
 
 
 def test_retrofitted_rotary_base_is_rope_theta_and_never_rope_base():
@@ -305,6 +326,11 @@ REFUSALS = [
     ("parcae", {"recurrent_embedding_dimension": 32}, "'recurrent_embedding_dimension' is 32"),
     ("parcae", {"recurrent_num_attention_heads": 2}, "'recurrent_num_attention_heads' is 2"),
     ("parcae", {"num_attention_heads": 5}, "multiple of 'num_attention_heads'"),
+    ("nanochat_recursive", {"inject_mode": "add"}, "'inject_mode' is 'add'"),
+    ("nanochat_recursive", {"window_pattern": "SSSL"}, "'window_pattern' is 'SSSL'"),
+    ("nanochat_recursive", {"n_head": 5}, "multiple of 'n_head'"),
+    ("nanochat_recursive", {"train_recur_mean": 0.5}, "'train_recur_mean' must be at least 1"),
+    ("nanochat_recursive", {"vocab_size": ...}, "'vocab_size' is missing"),
 ]
 
 
@@ -391,6 +417,7 @@ ARCHITECTURES = st.fixed_dictionaries(
         "norm_injection": st.booleans(),
         "linear_before_coda": st.booleans(),
         "value_embeddings": st.booleans(),
+        "post_embedding_ln": st.booleans(),
         "positional_embedding_type": st.sampled_from(["rotary", "standard"]),
         "norms": st.sampled_from(
             [
@@ -524,11 +551,12 @@ def test_names_and_aliases_are_unique_and_not_transformer_lens_names():
 
 def test_every_hub_model_lists_a_config_a_source_and_known_unverified_fields():
     hub = [entry for entry in catalogue() if entry.known.packaged is None]
-    assert len(hub) == 27
+    assert len(hub) == 28
     for entry in hub:
         cfg = entry.config()
         assert cfg.n_params > 1e8 and cfg.model_name == entry.name.split("/")[1]
-        assert entry.source == f"https://huggingface.co/{entry.name}"
+        source = f"https://huggingface.co/{entry.name}"
+        assert entry.source.removesuffix(" (pickles: convert them first)") == source
         assert set(entry.known.unverified) <= entry.known.released.keys()
 
 

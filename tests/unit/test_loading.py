@@ -677,6 +677,9 @@ def test_downloads_take_neither_pickles_nor_code(monkeypatch, tmp_path):
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(CheckpointError, match=r"huginn-0125 holds no safetensors.*convert them"):
+        resolve("HUGINN")
+    (tmp_path / "model.safetensors").touch()
     resolve("HUGINN", revision="abc", token="t", cache_dir="c", local_files_only=False)
     assert seen["repository"] == "tomg-group-umd/huginn-0125"
     assert (seen["revision"], seen["token"], seen["cache_dir"]) == ("abc", "t", "c")

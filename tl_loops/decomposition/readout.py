@@ -118,10 +118,10 @@ class ResidualReadout(ActivationCache):
         stack = torch.stack([row for _, row in rows])
         if apply_ln and target.layer == layout.n_layers:
             norm = self.model.ln_final
-            lens = _normed(stack, norm)
+            lens = freshly_normed(stack, norm)
             if self.model.cfg.norm_before_coda and not layout.n_coda:
                 # The last row is behind the first of the two norms of this readout.
-                lens[:-1] = _normed(lens[:-1], norm)
+                lens[:-1] = freshly_normed(lens[:-1], norm)
             keep = torch.tensor([i in normed for i in range(len(rows))], device=stack.device)
             stack = torch.where(keep.view(-1, *[1] * (stack.ndim - 1)), stack, lens)
         elif apply_ln:
@@ -175,7 +175,7 @@ class ResidualReadout(ActivationCache):
             if target.layer < self.layout.n_layers:
                 block = run.block(target.layer)
                 module = block.ln2 if mlp_input else block.ln1
-            return _normed(working(residual_stack), module).to(residual_stack.dtype)
+            return freshly_normed(working(residual_stack), module).to(residual_stack.dtype)
         if self.has_batch_dim:
             assert norm.scale is not None
             norm = type(norm)(rows.apply(norm.scale), norm.gain, norm.bias, norm.centred)
@@ -237,7 +237,7 @@ def _shape(tokens: str | int | Tensor) -> tuple[int, ...]:
     return tuple(tokens.shape) if isinstance(tokens, Tensor) else ()
 
 
-def _normed(x: Tensor, norm: torch.nn.Module) -> Tensor:
+def freshly_normed(x: Tensor, norm: torch.nn.Module) -> Tensor:
     """A norm with fresh scales, without its hook points."""
     x = x - x.mean(-1, keepdim=True) if norm.centred else x
     scale = (x.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()  # type: ignore[operator]

@@ -96,6 +96,7 @@ class KnownModel:
             Loading reads the file itself.
         unverified: Those of them that were not seen in the released file.
         packaged: Its directory inside the package, where it ships with tl_loops.
+        pickled: Whether its repository holds the weights as pickles, as far as is known.
     """
 
     name: str
@@ -103,6 +104,7 @@ class KnownModel:
     released: Released = field(default_factory=dict)
     unverified: tuple[str, ...] = ()
     packaged: str | None = None
+    pickled: bool = False
 
 
 @dataclass(frozen=True)

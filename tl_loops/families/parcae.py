@@ -222,16 +222,19 @@ PARCAE = Family(
     derive=_derive,
     tensors=_tensors,
     tied=raven.TIED,
-    known=(
-        KnownModel("SandyResearch/parcae-140m", ("parcae-140m",), _released(768, 2), _UNSEEN),
+    known=tuple(
         KnownModel(
-            "SandyResearch/parcae-370m", ("parcae-370m",), _released(1024, 4), _UNSEEN_HEADS
-        ),
-        KnownModel(
-            "SandyResearch/parcae-770m", ("parcae-770m",), _released(1280, 6), _UNSEEN_HEADS
-        ),
-        KnownModel(
-            "SandyResearch/parcae-1.3b", ("parcae-1.3b",), _released(1536, 8), _UNSEEN_HEADS
-        ),
+            f"SandyResearch/parcae-{size}",
+            (f"parcae-{size}",),
+            _released(d_model, n_layers),
+            unseen,
+            pickled=True,
+        )
+        for size, d_model, n_layers, unseen in (
+            ("140m", 768, 2, _UNSEEN),
+            ("370m", 1024, 4, _UNSEEN_HEADS),
+            ("770m", 1280, 6, _UNSEEN_HEADS),
+            ("1.3b", 1536, 8, _UNSEEN_HEADS),
+        )
     ),
 )

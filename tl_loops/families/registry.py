@@ -14,6 +14,7 @@ from tl_loops.errors import CheckpointError
 from tl_loops.families.base import Family, KnownModel, Released
 from tl_loops.families.checkpoint import CONFIG_FILE, read_json
 from tl_loops.families.huginn import HUGINN
+from tl_loops.families.nanochat import NANOCHAT_RECURSIVE
 from tl_loops.families.native import NATIVE
 from tl_loops.families.ouro import OURO
 from tl_loops.families.parcae import PARCAE
@@ -27,6 +28,7 @@ FAMILIES: tuple[Family, ...] = (
     RETROFITTED_OLMO,
     RETROFITTED_LLAMA,
     PARCAE,
+    NANOCHAT_RECURSIVE,
 )
 
 
@@ -47,7 +49,8 @@ class CatalogueEntry:
         """Where its files come from."""
         if self.known.packaged is not None:
             return "packaged with tl_loops"
-        return f"https://huggingface.co/{self.known.name}"
+        source = f"https://huggingface.co/{self.known.name}"
+        return f"{source} (pickles: convert them first)" if self.known.pickled else source
 
     def config(self) -> LoopedTransformerConfig:
         """Its config, with notation and exact number of parameters.

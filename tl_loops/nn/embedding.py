@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from tl_loops.config import LoopedTransformerConfig
 from tl_loops.nn.mlp import transposed_parameter
+from tl_loops.nn.norm import Norm
 from tl_loops.upstream import HookPoint
 
 
 class Embed(nn.Module):
-    """``W_E[tokens]``, times ``cfg.embed_scale``."""
+    """``W_E[tokens]``, times ``cfg.embed_scale``; normed with ``cfg.post_embedding_ln``."""
 
     def __init__(self, cfg: LoopedTransformerConfig, device: torch.device | str | None = None):
         super().__init__()
@@ -19,10 +20,12 @@ class Embed(nn.Module):
         self.W_E = nn.Parameter(
             torch.empty(cfg.d_vocab, cfg.d_model, dtype=cfg.dtype, device=device)
         )
+        self.ln = Norm(cfg, device=device) if cfg.post_embedding_ln else None
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         embedded = F.embedding(tokens, self.W_E)
-        return embedded if self.scale == 1.0 else embedded * self.scale
+        embedded = embedded if self.scale == 1.0 else embedded * self.scale
+        return embedded if self.ln is None else self.ln(embedded)
 
 
 class PosEmbed(nn.Module):

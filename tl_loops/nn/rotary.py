@@ -37,6 +37,9 @@ class RotaryTable:
 
     def __init__(self, cfg: LoopedTransformerConfig):
         self.frequencies = rotary_frequencies(cfg)
+        self.frequencies = -self.frequencies if cfg.rotary_reversed else self.frequencies
+        rounded = cfg.rotary_table_dtype
+        self._rounding: torch.dtype | None = None if rounded is None else getattr(torch, rounded)
         self._table: Float[Tensor, "two n_positions half_rotary_dim"] | None = None
 
     def __call__(
@@ -48,7 +51,10 @@ class RotaryTable:
         if table is None or table.device != positions.device or table.shape[1] < needed:
             n_positions = max(needed, 64 if table is None else 2 * table.shape[1])
             angles = torch.outer(torch.arange(n_positions, dtype=torch.float32), self.frequencies)
-            table = torch.stack([angles.cos(), angles.sin()]).to(positions.device)
+            table = torch.stack([angles.cos(), angles.sin()])
+            if self._rounding is not None:
+                table = table.to(self._rounding).float()
+            table = table.to(positions.device)
             # An inference tensor could not be used in a later backward pass.
             self._table = None if table.is_inference() else table
         cos, sin = table[0][positions], table[1][positions]
