@@ -22,6 +22,7 @@ from tl_loops.measure import available_metrics, measure
 from tl_loops.model import LoopedTransformer
 from tl_loops.profile import LoopProfile
 from tl_loops.registration import register, unregister
+from tl_loops.upstream import HookedTransformer, warn_if_untried
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "ConfigError",
     "ExitCurve",
     "HookNameError",
+    "HookedTransformer",
     "LoopLayout",
     "LoopProfile",
     "LoopedActivationCache",
@@ -54,4 +56,5 @@ __all__ = [
     "unregister",
 ]
 
+warn_if_untried()
 register()

@@ -1,6 +1,6 @@
 """Sampling: decoding with one key-value slot for every unrolled block."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ class Generation(LoopedForward):
             LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side),
         ):
             prompt, attention_mask, kind = self._prompt(input, attention_mask)
-            sampled = self._decode(
+            steps = self._decode(
                 prompt,
                 attention_mask,
                 max_new_tokens,
@@ -103,6 +103,7 @@ class Generation(LoopedForward):
                     freq_penalty=freq_penalty,
                 ),
             )
+            sampled = torch.stack(list(steps), dim=1)
             return_type = kind if return_type == "input" else return_type
             if return_type == "embeds":
                 start = prompt if prompt.is_floating_point() else self.embed(prompt)
@@ -113,6 +114,82 @@ class Generation(LoopedForward):
             assert self.tokenizer is not None
             texts = [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in tokens]
             return texts[0] if len(texts) == 1 else texts
+
+    @torch.no_grad()
+    def generate_stream(  # type: ignore[override]
+        self,
+        input: str | Int[Tensor, "batch pos"] = "",
+        max_new_tokens: int = 10,
+        max_tokens_per_yield: int = 25,
+        stop_at_eos: bool = True,
+        eos_token_id: int | Sequence[int] | None = None,
+        do_sample: bool = True,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float = 1.0,
+        freq_penalty: float = 0.0,
+        use_past_kv_cache: bool = True,
+        prepend_bos: bool | None = USE_DEFAULT_VALUE,
+        padding_side: str | None = USE_DEFAULT_VALUE,
+        return_type: str | None = "input",
+        verbose: bool = True,
+    ) -> Iterator[Int[Tensor, "batch piece"]]:
+        """The tokens that :meth:`generate` gives, in pieces as they are sampled.
+
+        Args:
+            input: Text, or tokens.
+            max_new_tokens: As for :meth:`generate`.
+            max_tokens_per_yield: A piece is given once it holds as many tokens; the first one
+                begins with the prompt, whose tokens count.
+            stop_at_eos: As for :meth:`generate`.
+            eos_token_id: Likewise.
+            do_sample: Likewise.
+            top_k: Likewise.
+            top_p: Likewise.
+            temperature: Likewise.
+            freq_penalty: Likewise.
+            use_past_kv_cache: Likewise.
+            prepend_bos: Likewise.
+            padding_side: Likewise.
+            return_type: Accepted for TransformerLens's sake; pieces are tokens, as there.
+            verbose: Show a progress bar.
+
+        Yields:
+            Tokens [batch, piece]; joined, they are what ``generate(return_type="tokens")`` gives.
+
+        Raises:
+            ValueError: An argument that does not fit; see the message.
+        """
+        if isinstance(input, Tensor) and input.is_floating_point():
+            raise ValueError("generate_stream gives tokens: give text or tokens, or call generate")
+        stops = self._stop_tokens(eos_token_id) if stop_at_eos else []
+        self.eval()
+        with LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
+            prompt, mask, _ = self._prompt(input, None)
+        steps = self._decode(
+            prompt,
+            mask,
+            max_new_tokens,
+            stops,
+            use_past_kv_cache,
+            verbose,
+            {},
+            dict(
+                do_sample=do_sample,
+                top_k=top_k,
+                top_p=top_p,
+                temperature=temperature,
+                freq_penalty=freq_penalty,
+            ),
+        )
+        piece = prompt
+        for new in steps:
+            piece = torch.cat([piece, new[:, None]], dim=1)
+            if piece.shape[1] >= max_tokens_per_yield:
+                yield piece
+                piece = piece[:, :0]
+        if piece.shape[1]:
+            yield piece
 
     def _stop_tokens(self, eos_token_id: int | Sequence[int] | None) -> list[int]:
         if eos_token_id is None and self.tokenizer is not None:
@@ -158,7 +235,8 @@ class Generation(LoopedForward):
         verbose: bool,
         forward_kwargs: dict[str, Any],
         sampling: dict[str, Any],
-    ) -> Int[Tensor, "batch new"]:
+    ) -> Iterator[Int[Tensor, "batch"]]:
+        """Sample step by step; gives the new tokens of every step."""
         batch, device = prompt.shape[0], prompt.device
         past = KeyValueCache.init_cache(self.cfg, device, batch) if use_cache else None
         finished = torch.zeros(batch, dtype=torch.bool, device=device)
@@ -185,6 +263,7 @@ class Generation(LoopedForward):
             if stops:
                 new = torch.where(finished, stops[0], new)
                 finished |= torch.isin(new, torch.tensor(stops, device=device))
+            yield new
             sampled = torch.cat([sampled, new[:, None]], dim=1)
             if bool(finished.all()):
                 break
@@ -195,4 +274,3 @@ class Generation(LoopedForward):
                 step, step_mask = torch.cat([prompt, self.embed(sampled)], 1), mask
             else:
                 step, step_mask = torch.cat([prompt, sampled], 1), mask
-        return sampled

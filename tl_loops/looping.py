@@ -7,7 +7,7 @@ from tl_loops.errors import ConfigError, LoopedSemanticsError
 from tl_loops.layout import LoopLayout
 from tl_loops.repeated import RepeatedTransformer
 from tl_loops.segments import Segment, SegmentedLayout
-from tl_loops.upstream import HookedTransformer
+from tl_loops.upstream import HAS_HOOKED_TRANSFORMER, HookedTransformer
 
 
 def loop(
@@ -87,9 +87,12 @@ def _check_model(model: Any) -> None:
             "model.set_iterations(n)"
         )
     if not isinstance(model, HookedTransformer):
+        instead = "load the model with HookedTransformer.from_pretrained"
+        if not HAS_HOOKED_TRANSFORMER:
+            instead = "TransformerLens 4 has none, so this needs an environment with 3.9"
         raise LoopedSemanticsError(
-            f"loop() repeats the blocks of a HookedTransformer, got {type(model).__name__}: load "
-            "the model with HookedTransformer.from_pretrained"
+            f"loop() repeats the blocks of a HookedTransformer, got {type(model).__name__}: "
+            f"{instead}"
         )
     if model.cfg.n_devices != 1:
         raise LoopedSemanticsError(

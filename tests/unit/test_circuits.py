@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.models import ARCHITECTURES, SIZES, VARIATIONS, any_model, tiny_model, tiny_tokens
+from tests.plain import only_before_4
 from tl_loops import LoopedSemanticsError
 from tl_loops.upstream import HookedTransformer
 
@@ -98,6 +99,7 @@ def test_composition_is_the_direct_path_multiplied_out(model, mode):
             assert_close(scores[apart, l1, 1, l2, 3], expected, **CLOSE, msg=f"{left} {right}")
 
 
+@only_before_4
 def test_composition_of_a_loop_without_specials_is_what_transformer_lens_says():
     ours = folded(any_model("plain", n_iterations=2))
     cfg, layout = ours.cfg, ours.layout

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.models import ARCHITECTURES, VARIATIONS, any_model, tiny_model, tiny_tokens
+from tests.plain import only_before_4
 from tl_loops import LoopedSemanticsError
 from tl_loops.upstream import HookedTransformer, KeyValueCache
 
@@ -301,6 +302,7 @@ def same_without_loop(looped):
     return model
 
 
+@only_before_4
 def test_a_loop_without_specials_is_what_transformer_lens_says():
     ours = folded(any_model("plain"))
     theirs = same_without_loop(ours)

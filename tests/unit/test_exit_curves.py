@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from tests.models import ARCHITECTURES, tiny_model
+from tests.plain import plain_model
 from tl_loops.exit_curves import exit_curve
 from tl_loops.metrics.readout import answer_flips, kl_divergence, oracle_headroom, overthinking
 
@@ -186,9 +186,9 @@ def test_bad_input_is_refused(given, answers, message):
 
 
 def test_a_feedforward_model_has_no_exits():
-    cfg = HookedTransformerConfig(
+    model = plain_model(
         n_layers=1, d_model=8, d_head=4, n_heads=2, d_mlp=8, d_vocab=50, n_ctx=16, act_fn="gelu",
         device="cpu",
     )  # fmt: skip
     with pytest.raises(TypeError, match="no loop layout"):
-        curve(HookedTransformer(cfg), prompts((4,)))
+        curve(model, prompts((4,)))

@@ -8,13 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import tl_loops
 from tests.models import tiny_model, tiny_tokens
 from tl_loops.errors import ConfigError, LoopedSemanticsError
 from tl_loops.layout import LoopLayout
 from tl_loops.looping import loop
+from tl_loops.upstream import HAS_HOOKED_TRANSFORMER
+
+if not HAS_HOOKED_TRANSFORMER:
+    pytest.skip("loops HookedTransformer, which 4.0 removed", allow_module_level=True)
+
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 SIZES: dict[str, Any] = dict(
     n_layers=6,

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import tl_loops
 import tl_loops.files
 from tests.models import ARCHITECTURES, tiny_model
+from tests.plain import plain_model
 from tl_loops.errors import CheckpointError
 from tl_loops.measure import available_metrics, measure
 from tl_loops.measurements import DEFAULT_METRICS, MEASUREMENTS
@@ -42,12 +42,11 @@ def looped(architecture: str):
 
 
 @cache
-def feedforward(**changes: Any) -> HookedTransformer:
-    cfg = HookedTransformerConfig(
+def feedforward(**changes: Any) -> Any:
+    return plain_model(
         n_layers=4, d_model=32, d_head=8, n_heads=4, d_mlp=48, d_vocab=50, n_ctx=64, act_fn="gelu",
         seed=0, device="cpu", **changes,
     )  # fmt: skip
-    return HookedTransformer(cfg).eval()
 
 
 @cache

@@ -21,7 +21,13 @@ from tqdm.auto import tqdm
 
 from tl_loops.patching.sites import layout_of
 from tl_loops.patching.stages import crossing_block, stage_of
-from tl_loops.upstream import KeyValueCache, KeyValueCacheEntry, get_attention_mask, has_hooks
+from tl_loops.upstream import (
+    KeyValueCache,
+    KeyValueCacheEntry,
+    can_restart,
+    get_attention_mask,
+    has_hooks,
+)
 
 Edit = Callable[[Tensor], None]
 """Edits in place a private copy of one cell's rows of an activation. Positions in front may be left
@@ -73,8 +79,8 @@ class BaseRun:
     """The run that all cells start from, and the machinery that runs cells.
 
     A model that carries hooks of its own is run from the start for each cell, one cell at a time,
-    since such a hook may do anything; an early exit or a model spread over devices is run from the
-    start, too.
+    since such a hook may do anything; an early exit, a bridge or a model spread over devices is run
+    from the start, too.
 
     Args:
         model: A looped model or a plain HookedTransformer.
@@ -109,7 +115,7 @@ class BaseRun:
         exits = bool(self.exit_arguments) or getattr(cfg, "exit_threshold", None) is not None
         self.has_own_hooks = any(has_hooks(point) for point in model.hook_dict.values())
         known_positions = cfg.positional_embedding_type in ("rotary", "standard")
-        self.restarts = not (
+        self.restarts = can_restart(model) and not (
             self.has_own_hooks
             or exits
             or getattr(cfg, "n_devices", 1) > 1
@@ -228,7 +234,7 @@ class BaseRun:
     def _empty_past(self) -> KeyValueCache:
         cfg = self.cfg
         heads = cfg.n_key_value_heads or cfg.n_heads
-        if cfg.ungroup_grouped_query_attention:
+        if getattr(cfg, "ungroup_grouped_query_attention", False):
             heads = cfg.n_heads
         like = next(self.model.parameters())
         entries = []

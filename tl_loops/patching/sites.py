@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout import LoopLayout, activation_name
+from tl_loops.upstream import is_bridge
 
 Kind = Literal["stream", "heads", "pattern", "iteration", "run"]
 
@@ -99,7 +101,11 @@ class Activation:
         if self.head_dim is None:
             return None
         grouped = getattr(cfg, "n_key_value_heads", None)
-        if self.name in _KEY_VALUE and grouped and not cfg.ungroup_grouped_query_attention:
+        if (
+            self.name in _KEY_VALUE
+            and grouped
+            and not getattr(cfg, "ungroup_grouped_query_attention", False)
+        ):
             return grouped
         return cfg.n_heads
 
@@ -131,6 +137,12 @@ def find_activation(model: Any, name: str) -> Activation:
         short = rest.rsplit("hook_", 1)[-1] if rest.startswith(("hook_", "attn.", "mlp.")) else rest
         kind = "heads" if short in _HEADS else "pattern" if short in _PATTERNS else "stream"
         found = Activation(short, kind, rest)
+    if found.rest == "hook_resid_mid" and is_bridge(model):
+        # The stream itself passes that hook point by: it is the input of the second norm.
+        raise LoopedSemanticsError(
+            "a TransformerBridge's hook_resid_mid is the MLP's input alone: an edit does not reach "
+            "the residual stream; patch 'attn_out', or 'resid_pre' of the block"
+        )
     first = found.hook_name(0)
     if first not in model.hook_dict:
         raise ValueError(f"this model has no activation {name!r}: there is no hook point {first!r}")

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
+from tests.plain import plain_model
 from tl_loops.metrics.neurons import (
     NeuronStatistics,
     classify_neurons,
@@ -307,7 +307,7 @@ def test_models_without_dense_neurons_are_refused(cfg):
 
 
 def hooked_transformer(normalization_type):
-    cfg = HookedTransformerConfig(
+    model = plain_model(
         n_layers=3,
         d_model=16,
         n_ctx=8,
@@ -319,7 +319,6 @@ def hooked_transformer(normalization_type):
         normalization_type=normalization_type,
         seed=0,
     )
-    model = HookedTransformer(cfg)
     with torch.no_grad():
         for seed, (_, parameter) in enumerate(sorted(model.named_parameters())):
             parameter.copy_(normal(*parameter.shape, seed=seed))

@@ -1,0 +1,69 @@
+"""The only place that touches TransformerLens internals.
+
+Everything that the library takes from TransformerLens comes through here, so that a new release of
+it concerns this package alone. Written for the lines 3.9, which has HookedTransformer, and 4.x,
+which has TransformerBridge in its place.
+"""
+
+from transformer_lens import ActivationCache, FactoredMatrix, HookedRootModule
+from transformer_lens.cache.key_value_cache import (
+    TransformerLensKeyValueCache as KeyValueCache,
+)
+from transformer_lens.cache.key_value_cache_entry import (
+    TransformerLensKeyValueCacheEntry as KeyValueCacheEntry,
+)
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities import (
+    SUPPORTED_ACTIVATIONS,
+    USE_DEFAULT_VALUE,
+    LocallyOverridenDefaults,
+    Slice,
+    apply_softcap,
+    composition_scores,
+    get_attention_mask,
+    lm_cross_entropy_loss,
+    sample_logits,
+)
+from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
+
+from tl_loops.upstream.bridges import is_bridge
+from tl_loops.upstream.classes import BaseConfig, HookedTransformer, Output, TransformerBase
+from tl_loops.upstream.from_pretrained import install_from_pretrained, uninstall_from_pretrained
+from tl_loops.upstream.hook_points import has_editing_hooks, has_hooks, unshared
+from tl_loops.upstream.root import can_restart, complete_norm, init_root, set_tokenizer
+from tl_loops.upstream.version import HAS_HOOKED_TRANSFORMER, warn_if_untried
+
+__all__ = [
+    "HAS_HOOKED_TRANSFORMER",
+    "POST_NORM_ARCHITECTURES",
+    "SUPPORTED_ACTIVATIONS",
+    "USE_DEFAULT_VALUE",
+    "ActivationCache",
+    "BaseConfig",
+    "FactoredMatrix",
+    "HookPoint",
+    "HookedRootModule",
+    "HookedTransformer",
+    "KeyValueCache",
+    "KeyValueCacheEntry",
+    "LocallyOverridenDefaults",
+    "Output",
+    "Slice",
+    "TransformerBase",
+    "apply_softcap",
+    "can_restart",
+    "complete_norm",
+    "composition_scores",
+    "get_attention_mask",
+    "has_editing_hooks",
+    "has_hooks",
+    "init_root",
+    "install_from_pretrained",
+    "is_bridge",
+    "lm_cross_entropy_loss",
+    "sample_logits",
+    "set_tokenizer",
+    "uninstall_from_pretrained",
+    "unshared",
+    "warn_if_untried",
+]
