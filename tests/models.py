@@ -107,8 +107,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(architecture: str, **changes: Any) -> LoopedTransformerConfig:
-    """The config of one of :data:`ARCHITECTURES`, with changes."""
-    return LoopedTransformerConfig(**{**SIZES, **ARCHITECTURES[architecture], **changes})
+    """The config of one of :data:`ARCHITECTURES` or :data:`MECHANISMS`, with changes."""
+    known = {**ARCHITECTURES, **MECHANISMS}
+    return LoopedTransformerConfig(**{**SIZES, **known[architecture], **changes})
 
 
 def tiny_model(architecture: str, **changes: Any):
@@ -133,6 +134,38 @@ def tiny_tokens(batch: int = 2, pos: int = 9, seed: int = 3) -> torch.Tensor:
     return torch.randint(0, SIZES["d_vocab"], (batch, pos), generator=generator)
 
 
+MECHANISMS: dict[str, dict[str, Any]] = {
+    "universal": dict(
+        n_core=1,
+        n_iterations=4,
+        block_norm="post_norm",
+        normalization_type="LN",
+        positional_embedding_type="none",
+        step_embedding="position_and_step",
+        gated_mlp=False,
+        act_fn="relu",
+        attn_bias=True,
+        mlp_bias=True,
+    ),
+    "act": dict(n_prelude=1, n_core=2, n_coda=1, n_iterations=4, exit_gate=True, halting="act"),
+    "ponder": dict(n_core=2, n_iterations=4, exit_gate=True, halting="ponder", injection="add"),
+    "recursions": dict(n_prelude=1, n_core=2, n_coda=1, n_iterations=3, router="token_choice"),
+    "recursions_sigmoid": dict(
+        n_core=1,
+        n_iterations=4,
+        router="token_choice",
+        router_score="sigmoid",
+        router_scale=0.5,
+        router_gates="last",
+        injection="add",
+    ),
+    "hyperloop": dict(n_prelude=1, n_core=2, n_coda=1, n_iterations=3, hyper_connections=3),
+    "learned_steps": dict(
+        n_prelude=1, n_core=2, n_iterations=3, max_iterations=5, step_embedding="learned"
+    ),
+}
+"""Loops that do more than run their core."""
+
 VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("retrofitted", dict(injection=None, initial_state="embed")),
     "biased_sandwich": (
@@ -156,6 +189,7 @@ VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
         "olmo_grouped",
         dict(n_coda=0, norm_between_iterations=True, injection=None, initial_state="embed"),
     ),
+    "universal_steps": ("universal", dict(n_core=2, n_iterations=3)),
     "biased_post_residual": (
         "huginn",
         dict(injection="add", initial_state="learned", attn_bias=True, mlp_bias=True),

@@ -12,17 +12,18 @@ from tl_loops.activations import ACTIVATIONS
 from tl_loops.data_flow import data_flow
 from tl_loops.errors import ConfigError
 from tl_loops.layout import LoopLayout
+from tl_loops.mechanisms import check_iterations, check_mechanisms, has_iteration_weights
 from tl_loops.physical import physical_tensors
 from tl_loops.upstream import BaseConfig
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
-    "block_norm": ("pre", "sandwich", "post_residual", "post_branch"),
+    "block_norm": ("pre", "sandwich", "post_residual", "post_branch", "post_norm"),
     "initial_state": ("embed", "normal", "zeros", "learned"),
     "injection": (None, "concat", "concat_injection_first", "add", "gated_diagonal"),
     "rotary_layout": ("half", "interleaved"),
     "rotary_table_dtype": (None, "bfloat16", "float16"),
     "qk_norm": (None, "full", "head"),
-    "positional_embedding_type": ("rotary", "standard"),
+    "positional_embedding_type": ("rotary", "standard", "none"),
     "normalization_type": ("RMS", "RMSPre", "LN", "LNPre"),
     "attention_dir": ("causal", "bidirectional"),
     "act_fn": tuple(ACTIVATIONS),
@@ -75,7 +76,8 @@ class LoopedTransformerConfig(BaseConfig):
         block_norm: Where a block normalises. ``"pre"``: the branch inputs (Llama).
             ``"sandwich"``: pre-norm, plus a norm on each branch's output before the add (Ouro).
             ``"post_residual"``: pre-norm, plus a norm on the sum after each add (Huginn).
-            ``"post_branch"``: only the branch outputs (OLMo-2).
+            ``"post_branch"``: only the branch outputs (OLMo-2). ``"post_norm"``: only the sum
+            after each add (the original and the Universal Transformer).
         initial_state: The state before iteration 0. ``"embed"``: what the prelude, or else the
             embedding, gives. ``"normal"``: normal with ``initial_state_std``, truncated at three
             standard deviations. ``"zeros"``. ``"learned"``: one trained vector.
@@ -111,6 +113,23 @@ class LoopedTransformerConfig(BaseConfig):
             adds an embedding of its own of the token to its values, gated by the first
             ``value_gate_channels`` channels of what the values read (Parcae).
         value_gate_channels: See ``value_embeddings``.
+        step_embedding: What is added to the state before each iteration. ``"sinusoidal"``: a
+            sinusoid of the iteration. ``"position_and_step"``: of the position and the iteration
+            (Universal Transformer). ``"learned"``: a trained vector an iteration.
+        halting: What the exit gate decides. ``None``: nothing in the forward pass; exits are asked
+            for by call. ``"act"``: what leaves the loop is the sum of all states by their halting
+            probabilities. ``"ponder"``: the halting distribution of PonderNet, for its loss.
+        act_epsilon: ``"act"`` halts when the probabilities sum to 1 less this.
+        router: ``"token_choice"``: a router gives every token a number of iterations
+            (Mixture-of-Recursions).
+        router_score: Its scores are a ``"softmax"`` over the depths, or each a ``"sigmoid"``.
+        router_scale: Factor on the scores.
+        router_gates: ``"every"``: the output of every iteration is multiplied by its score.
+            ``"last"``: only the last one of a token.
+        hyper_connections: Number of residual streams around the core, mixed after each iteration
+            (Hyperloop); ``None``: one, as usual.
+        max_iterations: Iterations that learned step embeddings, the router and the
+            hyper-connections have weights for; ``None``: ``n_iterations``.
 
     Raises:
         ConfigError: A field is missing, out of range, contradicts another one, or asks for
@@ -145,6 +164,15 @@ class LoopedTransformerConfig(BaseConfig):
     linear_before_coda: bool = field(default=False, kw_only=True)
     value_embeddings: bool = field(default=False, kw_only=True)
     value_gate_channels: int = field(default=32, kw_only=True)
+    step_embedding: str | None = field(default=None, kw_only=True)
+    halting: str | None = field(default=None, kw_only=True)
+    act_epsilon: float = field(default=0.01, kw_only=True)
+    router: str | None = field(default=None, kw_only=True)
+    router_score: str = field(default="softmax", kw_only=True)
+    router_scale: float = field(default=1.0, kw_only=True)
+    router_gates: str = field(default="every", kw_only=True)
+    hyper_connections: int | None = field(default=None, kw_only=True)
+    max_iterations: int | None = field(default=None, kw_only=True)
     # Llama-style values for fields that TransformerLens defaults to GPT-2's.
     act_fn: str = "silu"
     gated_mlp: bool = True
@@ -164,6 +192,8 @@ class LoopedTransformerConfig(BaseConfig):
                 f"= {layout.n_layers}; leave n_layers out"
             )
         self.n_layers = layout.n_layers
+        if self.max_iterations is None and has_iteration_weights(self):
+            self.max_iterations = self.n_iterations
         if self.n_key_value_heads == self.n_heads:
             self.n_key_value_heads = None
         # The base class accepts its own activation functions alone; ours were checked above.
@@ -198,7 +228,9 @@ class LoopedTransformerConfig(BaseConfig):
             )
         if self.exit_threshold is not None and not self.exit_gate:
             raise ConfigError("exit_threshold needs exit_gate=True")
-        if self.normalization_type not in ("RMS", "RMSPre") and self.block_norm != "pre":
+        check_mechanisms(self)
+        centred = self.normalization_type not in ("RMS", "RMSPre")
+        if centred and self.block_norm not in ("pre", "post_norm"):
             raise ConfigError(
                 f"block_norm={self.block_norm!r} needs an RMS norm, "
                 f"got normalization_type={self.normalization_type!r}"
@@ -238,6 +270,16 @@ class LoopedTransformerConfig(BaseConfig):
         return self.value_embeddings and (self.n_physical_layers - 1 - physical_layer) % 2 == 0
 
     @property
+    def state_is_whole(self) -> bool:
+        """Whether the state (with the injection) is all that goes from an iteration to the next.
+
+        Halting probabilities, routes and residual streams are more: such a model cannot start in
+        the middle of its loop.
+        """
+        others = (self.router, self.hyper_connections)
+        return self.halting != "act" and all(other is None for other in others)
+
+    @property
     def branch_norms(self) -> tuple[str, str]:
         """Names of the norms behind the attention and behind the MLP, where there are any."""
         return "ln1_post", "ln2_post"
@@ -255,6 +297,7 @@ class LoopedTransformerConfig(BaseConfig):
         """
         if isinstance(n_iterations, bool) or not isinstance(n_iterations, int) or n_iterations < 1:
             raise ConfigError(f"n_iterations must be an integer of at least 1, got {n_iterations}")
+        check_iterations(self, n_iterations)
         layout = self.layout.with_iterations(n_iterations)
         self.n_iterations, self.n_layers = n_iterations, layout.n_layers
 

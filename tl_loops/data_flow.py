@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from tl_loops.mechanisms import mechanism_lines
+
 if TYPE_CHECKING:  # the config describes itself by this
     from tl_loops.config import LoopedTransformerConfig
 
@@ -13,6 +15,7 @@ def data_flow(cfg: "LoopedTransformerConfig") -> str:
         "sandwich": "x += ln1_post(attn(ln1(x))); x += ln2_post(mlp(ln2(x)))",
         "post_residual": "x = ln1_post(x + attn(ln1(x))); x = ln2_post(x + mlp(ln2(x)))",
         "post_branch": "x += ln1_post(attn(x)); x += ln2_post(mlp(x))",
+        "post_norm": "x = ln1_post(x + attn(x)); x = ln2_post(x + mlp(x))",
     }[cfg.block_norm]
     start = {
         "embed": "s = e",
@@ -51,6 +54,7 @@ def data_flow(cfg: "LoopedTransformerConfig") -> str:
         lines.append("coda     x = ln_final(s)")
     final = "s W_U" if cfg.norm_between_iterations and not cfg.n_coda else "ln_final(x) W_U"
     lines += [f"readout  logits = {final}", f"block    {block}"]
+    lines += mechanism_lines(cfg)
     if cfg.value_embeddings:
         lines.append("values   v += 2·sigmoid(gate(ln1(x)))·W_E[tokens], in every second layer")
     return "\n".join(lines)

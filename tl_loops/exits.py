@@ -47,6 +47,11 @@ class ExitMode:
             raise ValueError("give one of exit_at, exit_threshold and weighted_exit, not several")
         if not self.early:
             return
+        if cfg.halting == "act":
+            raise LoopedSemanticsError(
+                "with halting='act' the sum of all states leaves the loop, so there is no exit at "
+                "one of them: read cache['state_out', t] and cache['halting', t]"
+            )
         if cfg.n_coda:
             raise LoopedSemanticsError(
                 "exits read the state directly, but this model has a coda between the loop and the "

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_loops.errors import LoopedSemanticsError
 from tl_loops.exits import ExitMode, exit_probabilities, select_state, threshold_iteration
 from tl_loops.hooking import CoordinateHooks
 from tl_loops.nn.boundary import CodaInput
@@ -111,6 +112,7 @@ class LoopedForward(CoordinateHooks):
             0, -(-(start - self.cfg.n_prelude) // self.cfg.n_core)
         )
         mode.check(self.cfg, first_iteration)
+        self._check_start(start, start_at_layer, start_at_iteration)
         run.keep_states = mode.early and stop is None
         self._check_state("initial_state", initial_state, x)
         self._check_state("injection", injection, x)
@@ -239,6 +241,21 @@ class LoopedForward(CoordinateHooks):
             raise ValueError(f"{name}={index} is out of range: there are {depth} unrolled blocks")
         return index + depth if index < 0 else index
 
+    def _check_start(
+        self, start: int, start_at_layer: int | None, start_at_iteration: int | None
+    ) -> None:
+        """Refuse a start in a loop that carries more than its state."""
+        if self.cfg.state_is_whole:
+            return
+        layout = self.layout
+        inside = max(layout.core_start, 1) <= start < layout.coda_start
+        if (start_at_layer is not None and inside) or start_at_iteration:
+            raise LoopedSemanticsError(
+                "this loop carries more than its state from one iteration to the next (halting "
+                "probabilities, routes or residual streams), so a run cannot start inside it: "
+                "start_at_layer=0 or start_at_iteration=0 runs all of it"
+            )
+
     def _check_state(self, name: str, state: Tensor | None, x: Tensor) -> None:
         if state is not None and state.shape != x.shape:
             raise ValueError(
@@ -289,19 +306,33 @@ class LoopedForward(CoordinateHooks):
     def _unembed(self, x: Tensor) -> Float[Tensor, "batch pos d_vocab"]:
         return apply_softcap(self.unembed(x), self.cfg.output_logits_soft_cap)
 
-    def _exit_logits(self, mode: ExitMode, states: list[Tensor], gates: list[Tensor]) -> Tensor:
-        def readout(state: Tensor) -> Tensor:
-            state = self.enter_coda(state)
-            return state if self.cfg.norm_between_iterations else self.ln_final(state)
+    def state_logits(
+        self, state: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of a state that leaves an iteration, of a model without a coda.
 
+        ``model.state_logits(cache["state_out", t])`` is ``model(tokens, exit_at=t)``.
+
+        Raises:
+            LoopedSemanticsError: A coda stands between the states and the logits.
+        """
+        if self.cfg.n_coda:
+            raise LoopedSemanticsError(
+                "a coda stands between the states and the logits of this model: run it with "
+                "n_iterations=t + 1, or use the coda lens of tl_loops.lens"
+            )
+        state = self.enter_coda(state)
+        return self._unembed(state if self.cfg.norm_between_iterations else self.ln_final(state))
+
+    def _exit_logits(self, mode: ExitMode, states: list[Tensor], gates: list[Tensor]) -> Tensor:
         if mode.at is not None:
-            return self._unembed(readout(states[mode.at]))
+            return self.state_logits(states[mode.at])
         stacked = torch.stack(gates)
         if mode.threshold is not None:
             iteration = threshold_iteration(stacked, mode.threshold)
-            return self._unembed(readout(select_state(torch.stack(states), iteration)))
+            return self.state_logits(select_state(torch.stack(states), iteration))
         weights = exit_probabilities(stacked).to(states[0].dtype).unsqueeze(-1)
-        logits = [w * self._unembed(readout(s)) for w, s in zip(weights, states, strict=True)]
+        logits = [w * self.state_logits(s) for w, s in zip(weights, states, strict=True)]
         return torch.stack(logits).sum(0)
 
     def _output(

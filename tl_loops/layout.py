@@ -9,7 +9,18 @@ from typing import Literal, TypeVar
 Phase = Literal["prelude", "core", "coda"]
 PHASES: tuple[Phase, ...] = ("prelude", "core", "coda")
 
-ITERATION_HOOKS = ("hook_state_in", "hook_injected", "hook_state_out", "hook_exit_gate")
+ITERATION_HOOKS = (
+    "hook_state_in",
+    "hook_injected",
+    "hook_state_out",
+    "hook_exit_gate",
+    "hook_step_embedding",
+    "hook_halting",
+    "hook_router_weight",
+    "hook_hyper_read",
+    "hook_hyper_write",
+    "hook_hyper_keep",
+)
 """Names (behind ``iter.{t}.``) of the hook points between iterations."""
 
 Values = TypeVar("Values")

@@ -17,9 +17,12 @@ from tl_loops.generation import Generation
 from tl_loops.inherited import InheritedMethods
 from tl_loops.nn.boundary import CodaInput, ExitGate, InitialState, Injection, IterationHooks
 from tl_loops.nn.embedding import Embed, PosEmbed, Unembed
+from tl_loops.nn.hyper_connections import HyperConnections
 from tl_loops.nn.norm import Norm
 from tl_loops.nn.rotary import RotaryTable
+from tl_loops.nn.routing import Router
 from tl_loops.nn.stack import initialise, iteration_hooks, physical_blocks, unroll
+from tl_loops.nn.step_embedding import StepEmbedding
 from tl_loops.nn.tying import tied_copy
 from tl_loops.upstream import HookPoint, init_root, set_tokenizer
 from tl_loops.weights import LOOSE, PhysicalWeights, Weights
@@ -87,6 +90,15 @@ class LoopedTransformer(Generation, InheritedMethods, Circuits, PhysicalWeights)
                 self.ln_injection = Norm(cfg, device=device)
         self.initial_state = InitialState(cfg, device)
         self.hook_initial_state = HookPoint()
+        if cfg.step_embedding is not None:
+            self.step_embedding = StepEmbedding(cfg, device)
+        if cfg.router is not None:
+            self.router = Router(cfg, device)
+            self.hook_router_weights = HookPoint()
+        if cfg.hyper_connections is not None:
+            self.hyper_connections = HyperConnections(cfg, device)
+        if cfg.halting == "act":
+            self.hook_halted_state = HookPoint()
         if cfg.linear_before_coda:
             self.coda_in = CodaInput(cfg, device)
         self.ln_final = Norm(cfg, device=device)

@@ -57,6 +57,7 @@ def physical_tensors(cfg: "LoopedTransformerConfig") -> dict[str, PhysicalTensor
         found["injection.A_log"] = PhysicalTensor((d,))
         found["injection.dt_bias"] = PhysicalTensor((d,))
         found["injection.W_B"] = PhysicalTensor((d, d), "transposed")
+    found |= _mechanisms(cfg)
     if cfg.linear_before_coda:
         found["coda_in.W"] = PhysicalTensor((d, d), "transposed")
     found |= _norm(cfg, "ln_final", d)
@@ -72,11 +73,27 @@ def physical_tensors(cfg: "LoopedTransformerConfig") -> dict[str, PhysicalTensor
     return found
 
 
+def _mechanisms(cfg: "LoopedTransformerConfig") -> dict[str, PhysicalTensor]:
+    """Weights of step embeddings, routers and hyper-connections."""
+    d, rows = cfg.d_model, cfg.max_iterations or cfg.n_iterations
+    found: dict[str, PhysicalTensor] = {}
+    if cfg.step_embedding == "learned":
+        found["step_embedding.W_E"] = PhysicalTensor((rows, d))
+    if cfg.router is not None:
+        found["router.W"] = PhysicalTensor((d, rows), "transposed")
+    if cfg.hyper_connections is not None:
+        n = cfg.hyper_connections
+        found["hyper_connections.W_gates"] = PhysicalTensor((rows, n * d, 3 * n))
+        found["hyper_connections.b_gates"] = PhysicalTensor((rows, 3 * n))
+        found["hyper_connections.W_E"] = PhysicalTensor((rows, d))
+    return found
+
+
 def _layer(cfg: "LoopedTransformerConfig", number: int) -> dict[str, PhysicalTensor]:
     d, heads, d_head, d_mlp = cfg.d_model, cfg.n_heads, cfg.d_head, cfg.d_mlp or 0
     kv_heads = cfg.n_key_value_heads or heads
     found: dict[str, PhysicalTensor] = {}
-    if cfg.block_norm != "post_branch":
+    if cfg.block_norm not in ("post_branch", "post_norm"):
         found |= _norm(cfg, "ln1", d) | _norm(cfg, "ln2", d)
     if cfg.block_norm != "pre":
         found |= _norm(cfg, "ln1_post", d) | _norm(cfg, "ln2_post", d)

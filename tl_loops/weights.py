@@ -21,6 +21,9 @@ LOOSE = (
     "ln_injection",
     "initial_state",
     "injection",
+    "step_embedding",
+    "router",
+    "hyper_connections",
     "coda_in",
     "ln_final",
     "unembed",
@@ -280,7 +283,7 @@ class PhysicalWeights(TransformerBase):
             return left
         if cfg.normalization_type == "LN":
             return ["fold_ln (only RMS norms are folded)"]
-        if cfg.block_norm != "post_branch":
+        if cfg.block_norm not in ("post_branch", "post_norm"):
             for block in self.physical_blocks().values():
                 kv = block.attn.kv_prefix
                 attention_in = ("W_Q", f"{kv}W_K", f"{kv}W_V")

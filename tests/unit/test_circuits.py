@@ -52,7 +52,7 @@ def dense_score(model, left, right, mode, head1, head2):
         path = path @ linear(blocks[left].ln1_post)
     for index in range(left, right):
         at, after = layout.coordinate(index), layout.coordinate(index + 1)
-        if cfg.block_norm == "post_residual":
+        if cfg.block_norm in ("post_residual", "post_norm"):
             path = path @ linear(blocks[index].ln1_post) @ linear(blocks[index].ln2_post)
         new_iteration = after.phase == "core" and after.layer == 0
         if at.phase == "core" and (new_iteration or after.phase == "coda"):
@@ -75,7 +75,7 @@ def dense_score(model, left, right, mode, head1, head2):
         k = k * blocks[right].attn.k_norm.w.view(cfg.n_heads // groups, -1)[head2 // groups]
     W_O = blocks[right].attn.W_O[head2]
     W_O = W_O @ linear(blocks[right].ln1_post) if inner else W_O
-    if mode == "V" and cfg.block_norm == "post_residual":
+    if mode == "V" and cfg.block_norm in ("post_residual", "post_norm"):
         W_O = W_O @ linear(blocks[right].ln1_post)
     circuit = {"Q": q @ k.T, "K": k @ q.T, "V": v @ W_O}[mode]
     return (writes @ circuit).norm() / writes.norm() / circuit.norm()
@@ -232,7 +232,7 @@ def test_effective_weights_are_the_maps_of_the_model(model):
     assert_close(logits, cache["unembed.hook_out"], rtol=1e-3, atol=1e-4)
     for index in (0, cfg.n_layers - 1):
         block, prefix = model.blocks[index], f"blocks.{index}"
-        pre = cfg.block_norm != "post_branch"
+        pre = cfg.block_norm not in ("post_branch", "post_norm")
         scale = cache[f"{prefix}.ln2.hook_scale"] if pre else 1.0
         bias = block.ln2.b if pre and block.ln2.b is not None else torch.zeros(cfg.d_model)
         name = "pre_linear" if cfg.gated_mlp else "pre"

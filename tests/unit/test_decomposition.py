@@ -99,7 +99,7 @@ def test_components_sum_to_what_each_norm_makes_of_the_stream(either):
         stack = cache.decompose_resid(layer, mlp_input, apply_ln=True)
         if layer == cache.layout.n_layers:
             expected = normed(model.ln_final, "ln_final", cache)
-        elif model.cfg.block_norm == "post_branch":
+        elif model.cfg.block_norm in ("post_branch", "post_norm"):
             expected = stream(cache, layer, mlp_input)
         else:
             name = "ln2" if mlp_input else "ln1"
@@ -153,7 +153,9 @@ def test_attributions_sum_to_the_logits(either):
 
 def held(model, cache, but=None):
     """Hooks that hold every norm on the stream and every branch output, but one, as they were."""
-    between = ("ln1_post", "ln2_post") if model.cfg.block_norm == "post_residual" else ()
+    between = (
+        ("ln1_post", "ln2_post") if model.cfg.block_norm in ("post_residual", "post_norm") else ()
+    )
 
     def is_held(name):
         if name.endswith("hook_scale"):
@@ -404,6 +406,8 @@ def test_attributions_of_an_exit_sum_to_its_logits(model, cache):
         return
     logits = model(TOKENS, exit_at=1)
     expected = logits.gather(-1, TOKENS[..., None])[..., 0] - model.b_U[TOKENS]
+    if model.ln_final.b is not None and not model.cfg.norm_between_iterations:
+        expected = expected - (model.ln_final.b @ model.W_U)[TOKENS]
     assert_close(cache.logit_attrs(stack, TOKENS, state_out=1).sum(0), expected, **CLOSE)
 
 

@@ -152,7 +152,7 @@ class CachedRun:
             if not cfg.norm_between_iterations and not self.layout.n_coda:
                 self._check_read(norm, self.residual(target), "ln_final")
             return norm
-        if cfg.block_norm == "post_branch":
+        if cfg.block_norm in ("post_branch", "post_norm"):
             return None
         name = "ln2" if target.mlp_input else "ln1"
         block = self.block(target.layer)
@@ -257,8 +257,8 @@ class CachedRun:
             assert site.norm.scale is not None
             bias = site.norm.bias.expand(*site.norm.scale.shape[:-1], -1)
             return Rows(bias[None], [site.label])
-        if site.kind == "state_in":
-            name = f"iter.{site.iteration}.hook_state_in"
+        if site.kind in ("state_in", "step_embedding"):
+            name = f"iter.{site.iteration}.hook_{site.kind}"
         elif site.block is not None:
             name = f"blocks.{site.block}.hook_{site.kind}_out"
         else:

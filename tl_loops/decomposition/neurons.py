@@ -129,8 +129,8 @@ class NeuronDecomposition(LayerDecomposition):
         """The residual stream at a place as the sum over heads, neurons, embeddings and biases.
 
         The order is TransformerLens's: heads, neurons (or MLPs), ``"embed"``, ``"pos_embed"``, here
-        ``"initial_state"`` (or ``"r3_state_in"``), ``"bias"``. What the prelude and the embedding
-        contribute through the injections is in their own rows.
+        ``"initial_state"`` (or ``"r3_state_in"``), step embeddings, ``"bias"``. What the prelude
+        and the embedding contribute through the injections is in their own rows.
 
         Args:
             layer: The place is what enters this block; ``None`` or -1: the final norm.
@@ -183,7 +183,7 @@ class NeuronDecomposition(LayerDecomposition):
             parts.append(
                 self._projected_neurons(run, target, outputs, every, apply_ln, from_iteration)
             )
-        own = ("embed", "pos_embed", "initial_state", "state_in")
+        own = ("embed", "pos_embed", "initial_state", "state_in", "step_embedding")
         parts.append(group(lambda site: run.component(site) if site.kind in own else None))
         biases, _ = run.carry(
             target, lambda site: run.bias(site, expand_neurons), "parts", from_iteration

@@ -15,10 +15,19 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout import BlockCoordinate, LoopLayout
 
 SiteKind = Literal[
-    "embed", "pos_embed", "initial_state", "state_in", "injection", "attn", "mlp", "norm_bias"
+    "embed",
+    "pos_embed",
+    "initial_state",
+    "state_in",
+    "step_embedding",
+    "injection",
+    "attn",
+    "mlp",
+    "norm_bias",
 ]
 
 
@@ -168,6 +177,12 @@ class Inject(NamedTuple):
     site: Site
 
 
+_NOT_A_PATH = (
+    "halting, routing or hyper-connections mix the states of this loop, so what reaches this place "
+    "is no sum along one path: decompose a place before it (state_out=t with halting='act'), or "
+    "patch"
+)
+
 Step = Read | Write | Map | BeginLoop | Inject
 Freeze = Callable[[str, Any], FrozenNorm]
 """Makes a frozen norm from the prefix of its hook names and its module."""
@@ -221,7 +236,7 @@ def path_steps(
     """
     cfg, blocks = model.cfg, model.physical_blocks()
     first = from_iteration or 0
-    post_residual = cfg.block_norm == "post_residual"
+    norm_sum = cfg.block_norm in ("post_residual", "post_norm")
     carry, prepare = Mix(), Mix()
     if cfg.injection is not None:
         carry, prepare = injection_maps(model.injection, device or model.embed.W_E.device)
@@ -255,6 +270,11 @@ def path_steps(
                 yield BeginLoop(replaced)
                 if replaced:
                     yield Write(Site("initial_state", "initial_state"))
+            if cfg.router is not None or cfg.hyper_connections is not None:
+                raise LoopedSemanticsError(_NOT_A_PATH)
+            if cfg.step_embedding is not None:
+                label_t = f"r{t}_step_embedding"
+                yield Write(Site("step_embedding", label_t, iteration=t))
             if cfg.injection is not None:
                 yield Map(carry)
                 yield Inject(prepare, Site("injection", f"r{t}_injection", iteration=t))
@@ -268,14 +288,15 @@ def path_steps(
         block = blocks[physical]
         yield Read(index)
         yield Write(Site("attn", f"{label}_attn_out", index))
-        if post_residual:
-            yield Map(freeze(f"blocks.{index}.ln1_post", block.ln1_post))
+        if norm_sum:
+            prefix = f"blocks.{index}.ln1_post"
+            yield from normed(prefix, block.ln1_post, f"{label}_attn", t)
         if target.state_out is None and index == target.layer:
             return
         if not cfg.attn_only:
             yield Write(Site("mlp", f"{label}_mlp_out", index))
-        if post_residual:
-            yield Map(freeze(f"blocks.{index}.ln2_post", block.ln2_post))
+        if norm_sum:
+            yield from normed(f"blocks.{index}.ln2_post", block.ln2_post, f"{label}_mlp", t)
         if t is not None and index == layout.iteration_blocks(t)[-1]:
             # Without a coda the norm behind the last iteration is the final norm itself.
             is_final = index == n_layers - 1
@@ -284,5 +305,7 @@ def path_steps(
                 yield from normed(prefix, model.ln_final, f"r{t}", t)
             if target.state_out == t:
                 return
+            if cfg.halting == "act" and t == layout.n_iterations - 1:
+                raise LoopedSemanticsError(_NOT_A_PATH)
     if layout.n_coda == 0 and cfg.norm_before_coda:
         yield from normed("ln_coda", model.ln_final, "coda", None)

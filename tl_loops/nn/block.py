@@ -17,8 +17,8 @@ class Block(nn.Module):
 
     ``hook_attn_out`` and ``hook_mlp_out`` are what is added to the residual stream;
     ``hook_resid_mid`` and ``hook_resid_post`` are the stream behind each add (and behind the norm
-    on the sum, with ``block_norm="post_residual"``). ``ln1`` and ``ln2`` norm a branch's input;
-    ``ln1_post`` and ``ln2_post`` its output, or with ``"post_residual"`` the sum.
+    on the sum, with ``"post_residual"`` and ``"post_norm"``). ``ln1`` and ``ln2`` norm a branch's
+    input; ``ln1_post`` and ``ln2_post`` its output, or with these two the sum.
 
     Args:
         cfg: The config.
@@ -34,8 +34,9 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.cfg = cfg
-        self.norm_sum = cfg.block_norm == "post_residual"
-        if cfg.block_norm != "post_branch":
+        self.norm_sum = cfg.block_norm in ("post_residual", "post_norm")
+        self.norm_input = cfg.block_norm not in ("post_branch", "post_norm")
+        if self.norm_input:
             self.ln1 = Norm(cfg, device=device)
             self.ln2 = Norm(cfg, device=device)
         if cfg.block_norm != "pre":
@@ -74,7 +75,7 @@ class Block(nn.Module):
         return self.hook_resid_post(resid_post)
 
     def _pre_norm(self, name: str, x: Tensor) -> Tensor:
-        return x if self.cfg.block_norm == "post_branch" else getattr(self, name)(x)
+        return getattr(self, name)(x) if self.norm_input else x
 
     def _add(self, resid: Tensor, branch: Tensor, norm: str, hook: HookPoint) -> Tensor:
         if self.cfg.block_norm == "pre":

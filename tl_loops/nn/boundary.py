@@ -21,7 +21,10 @@ class IterationHooks(nn.Module):
 
     Hook points: ``hook_state_in`` (before injection), ``hook_injected`` (what enters the first
     layer), ``hook_state_out`` (behind the norm between iterations), ``hook_exit_gate`` (the
-    halting logit); all [batch, pos, d_model] but the last, [batch, pos, 1].
+    halting logit); all [batch, pos, d_model] but the last, [batch, pos, 1]. By the config also
+    ``hook_step_embedding`` [batch, pos, d_model], ``hook_halting`` (the halting probability) and
+    ``hook_router_weight``, both [batch, pos, 1], and ``hook_hyper_read``, ``hook_hyper_write`` and
+    ``hook_hyper_keep`` [batch, pos, stream].
     """
 
     def __init__(self, cfg: LoopedTransformerConfig, norm: Norm | None):
@@ -33,6 +36,16 @@ class IterationHooks(nn.Module):
         self.hook_state_out = HookPoint()
         if cfg.exit_gate:
             self.hook_exit_gate = HookPoint()
+        if cfg.step_embedding is not None:
+            self.hook_step_embedding = HookPoint()
+        if cfg.halting is not None:
+            self.hook_halting = HookPoint()
+        if cfg.router is not None:
+            self.hook_router_weight = HookPoint()
+        if cfg.hyper_connections is not None:
+            self.hook_hyper_read = HookPoint()
+            self.hook_hyper_write = HookPoint()
+            self.hook_hyper_keep = HookPoint()
 
 
 class InitialState(nn.Module):

@@ -13,7 +13,9 @@ from tl_loops.layout import LoopLayout
 from tl_loops.nn.block import Block
 from tl_loops.nn.boundary import IterationHooks
 from tl_loops.nn.context import ForwardContext
+from tl_loops.nn.halting import Halting
 from tl_loops.nn.norm import Norm
+from tl_loops.nn.routing import Routing
 from tl_loops.nn.tying import tied_copy
 from tl_loops.upstream import KeyValueCache, unshared
 
@@ -133,12 +135,18 @@ class StackRun:
         out = Trajectory(x)
         end = self.layout.n_layers if stop is None else stop
         self._injected = None if self.injection is None else self._prepare(self.injection)
+        self._halting = Halting(self.cfg.halting or "", self.cfg.act_epsilon)
+        self._halted: Tensor | None = None
+        self._routing: Routing | None = None
         for index in range(start, end):
             if index > start or enter_first:
                 begin = index > start or not state_given
                 out.resid = self._enter(index, out.resid, begin)
             entry = self.past[index] if self.past is not None else None
-            out.resid = self.model.blocks[index](out.resid, self.context, entry)
+            context = self.context
+            if self._routing is not None and self.layout.coordinate(index).phase == "core":
+                context = self._routed
+            out.resid = self.model.blocks[index](out.resid, context, entry)
             if index < self.layout.n_layers - 1 or stop is None:
                 self._leave(index, out)
         if stop is None or start < stop < self.layout.n_layers:
@@ -161,6 +169,13 @@ class StackRun:
             x = self._begin_loop(x)
         hooks = model.iter[t]
         state = hooks.hook_state_in(unshared(x, hooks.hook_state_in))
+        if self.cfg.router is not None:
+            self._route(state, t)
+        if self.cfg.hyper_connections is not None:
+            state = self._read_streams(x, state, t)
+        if self.cfg.step_embedding is not None:
+            embedding = model.step_embedding(state, t, self.context.positions)
+            state = state + hooks.hook_step_embedding(embedding)
         if self.cfg.injection is not None:
             assert self._injected is not None
             state = model.injection(state, self._injected)
@@ -179,6 +194,40 @@ class StackRun:
             state = model.initial_state(x, self.context.positions)
         return model.hook_initial_state(unshared(state, model.hook_initial_state))
 
+    def _route(self, state: Tensor, t: int) -> None:
+        """Fix every token's depth before iteration 0, and the masks of iteration t."""
+        self._entered = state
+        if t == 0 or self._routing is None:
+            weights = self.model.hook_router_weights(self.model.router(state))
+            depths = key_depths = weights.argmax(-1)
+            if self.past is not None:
+                # Which cached keys are there depends on the depths of their tokens.
+                known = getattr(self.past, "router_depths", None)
+                key_depths = depths if known is None else torch.cat([known, depths], dim=1)
+                if not self.past.frozen:
+                    self.past.router_depths = key_depths  # type: ignore[attr-defined]
+            every = self.cfg.router_gates == "every"
+            self._routing = Routing(weights, depths, key_depths, state, every)
+        self._routed = self._routing.context(self.context, t)
+
+    def _read_streams(self, x: Tensor, state: Tensor, t: int) -> Tensor:
+        """What the core reads of the streams; an edit of the state moves all of them alike."""
+        hyper, hooks = self.model.hyper_connections, self.model.iter[t]
+        if t == 0:
+            self._streams = hyper.start(state)
+        else:
+            self._streams = self._streams + (state - x).unsqueeze(-2)
+        gates = hyper.gates(self._streams, t)
+        self._write = hooks.hook_hyper_write(gates.write)
+        self._keep = hooks.hook_hyper_keep(gates.keep)
+        return hyper.read(self._streams, hooks.hook_hyper_read(gates.read))
+
+    def _write_streams(self, core: Tensor, t: int) -> Tensor:
+        """The mean of the streams behind an iteration: what the coda would read."""
+        hyper = self.model.hyper_connections
+        self._streams = hyper.write(self._streams, core, self._write, self._keep, t)
+        return self._streams.mean(-2)
+
     def _leave(self, index: int, out: Trajectory) -> None:
         """What happens behind block ``index`` when it ends an iteration."""
         layout = self.layout
@@ -188,14 +237,29 @@ class StackRun:
         t = behind_core // layout.n_core - 1
         hooks = self.model.iter[t]
         state = out.resid
+        last = t == layout.n_iterations - 1
+        if self._routing is not None:
+            weight = hooks.hook_router_weight(self._routing.weight(t))
+            state = self._routing.update(self._entered, state, weight, t)
+        if self.cfg.hyper_connections is not None:
+            state = self._write_streams(state, t)
         if self.cfg.norm_between_iterations:
-            out.normed = t == layout.n_iterations - 1 and layout.n_coda == 0
+            out.normed = last and layout.n_coda == 0
             state = (self.model.ln_final if out.normed else hooks.norm)(state)
         out.resid = hooks.hook_state_out(unshared(state, hooks.hook_state_out))
+        if self.cfg.hyper_connections is not None:
+            self._streams = self._streams + (out.resid - state).unsqueeze(-2)
         if self.cfg.exit_gate:
             out.gates.append(hooks.hook_exit_gate(self.model.exit_gate(out.resid)))
         if self.keep_states:
             out.states.append(out.resid)
+        if self.cfg.halting is not None:
+            weight = hooks.hook_halting(self._halting.step(out.gates[-1], last))
+            if self.cfg.halting == "act":
+                counted = weight.to(out.resid) * out.resid
+                self._halted = counted if self._halted is None else self._halted + counted
+                if last:
+                    out.resid = self.model.hook_halted_state(self._halted)
 
 
 def initialise(

@@ -118,6 +118,7 @@ class BaseRun:
         self.restarts = can_restart(model) and not (
             self.has_own_hooks
             or exits
+            or not getattr(cfg, "state_is_whole", True)
             or getattr(cfg, "n_devices", 1) > 1
             or cfg.positional_embedding_type == "shortformer"
         )
