@@ -13,12 +13,14 @@ cannot be seen.
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tl_loops.metrics.padding import statistic_dtype
 
@@ -100,8 +102,8 @@ def loop_spectrum(
             stops.
         seed: seed of the start vector.
         differentiation: `"forward"`: `torch.func.jvp`, one forward pass a product.
-            `"double_backward"`: for maps with an operation that has no forward derivative (fused
-            attention); keeps the graph of one pass.
+            `"double_backward"`: for maps with an operation that has no forward derivative; keeps
+            the graph of one pass. Fused attention is computed unfused in both.
 
     Returns:
         `LoopSpectrum`; check `converged`. Fewer eigenvalues than asked for if the state has fewer
@@ -243,6 +245,11 @@ def lyapunov_exponents(
     return LyapunovExponents(kept.mean(0), kept, state)
 
 
+def _differentiable_attention() -> AbstractContextManager[None]:
+    """Attention from plain products: the fused kernels have no forward or second derivative."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
 class _Jacobian:
     """Products with the Jacobian of `step` at `state`, on flat vectors of at least float32."""
 
@@ -260,7 +267,7 @@ class _Jacobian:
             with torch.no_grad():
                 output = step(self._state)
         else:
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad(), _differentiable_attention():
                 x = self._state.clone().requires_grad_()
                 output = step(x)
         if output.shape != state.shape:
@@ -288,7 +295,8 @@ class _Jacobian:
         """J v."""
         tangent = v.reshape(self._state.shape).to(self._state.dtype)
         if self._graph is None:
-            product = torch.func.jvp(self._step, (self._state,), (tangent,))[1]
+            with _differentiable_attention():
+                product = torch.func.jvp(self._step, (self._state,), (tangent,))[1]
         else:
             _, _, u, pullback = self._graph
             product = None

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -139,6 +140,20 @@ class TestSpectrum:
             loop_spectrum(torch.sqrt, torch.zeros(3))
         with pytest.raises(ValueError, match="krylov_dim"):
             loop_spectrum(torch.tanh, randn(0, 3), krylov_dim=0)
+
+    @modes
+    def test_fused_attention_is_differentiated(self, mode):
+        def step(state):
+            x = state.unflatten(-1, (2, 4)).transpose(0, 1)[None]
+            out = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+            return 0.5 * out[0].transpose(0, 1).flatten(-2)
+
+        state = randn(0, 5, 8)
+        expected = torch.linalg.eigvals(dense_jacobian(step, state)).abs().max().item()
+        result = loop_spectrum(step, state, krylov_dim=40, differentiation=mode)
+        assert result.spectral_radius == pytest.approx(expected, rel=1e-6)
+        exponents = lyapunov_exponents(step, state, 2, differentiation=mode).exponents
+        assert torch.isfinite(exponents).all()
 
 
 class TestOperatorNorm:
