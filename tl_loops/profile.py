@@ -4,7 +4,6 @@ import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -294,28 +293,23 @@ class LoopProfile:
         return load_profile(path)
 
     def plot(self, metric: str | None = None, by: Grouping = "iteration", **options: Any) -> Any:
-        """Draw a metric; see ``tl_loops.plots.plot_profile``.
+        """Draw a metric; see :func:`tl_loops.plots.plot_profile`.
 
         Args:
             metric: Name of a metric; ``None``: the first one.
-            by: The grouping of the curves.
-            **options: Of the plot.
+            by: The grouping of the curves; a feedforward profile is always unrolled.
+            **options: Of the plot, such as ``std=True``, ``backend="matplotlib"`` or ``title``.
+
+        Returns:
+            A figure of plotly, or of matplotlib.
 
         Raises:
-            ValueError: Unknown metric.
+            ValueError: Unknown metric or grouping.
             ImportError: The plotting library is missing.
         """
-        metric = self.metrics[0] if metric is None else metric
-        self._of(metric)
-        if self.layout is None:
-            by = "unrolled"
-        try:
-            plots = import_module("tl_loops.plots")
-        except ImportError as error:
-            raise ImportError(
-                f"plots need a library that is missing ({error}): pip install 'tl-loops[plots]'"
-            ) from error
-        return plots.plot_profile(self, metric, by=by, **options)
+        from tl_loops.plots import plot_profile
+
+        return plot_profile(self, metric, by=by, **options)
 
     def __repr__(self) -> str:
         p = self.provenance

@@ -12,7 +12,7 @@ from jinja2 import Environment
 
 from tl_loops import tasks
 from tl_loops.files import write_whole
-from tl_loops.plots.attention import circuitsvis_script
+from tl_loops.plots.views import circuitsvis_script
 from tl_loops.prompts import SAMPLE, PromptText, from_task
 from tl_loops.report_sections import (
     Section,

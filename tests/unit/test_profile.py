@@ -2,7 +2,6 @@
 
 import json
 import sys
-import types
 from typing import Any
 
 import pandas
@@ -330,17 +329,24 @@ def test_stages_of_other_options_are_not_compared():
 
 def test_plots_are_drawn_by_the_plots_package(monkeypatch):
     drawn = []
-    plots = types.ModuleType("tl_loops.plots")
-    plots.plot_profile = lambda *a, **k: drawn.append((a, k)) or "figure"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "tl_loops.plots", plots)
+    monkeypatch.setattr(
+        "tl_loops.plots.plot_profile", lambda *a, **k: drawn.append((a, k)) or "figure"
+    )
     p = profile(samples(2))
     assert p.plot("successive_cosine", by="layer", title="x") == "figure"
     assert drawn == [((p, "successive_cosine"), {"by": "layer", "title": "x"})]
+
+
+def test_a_plot_names_its_metric_and_its_library(monkeypatch):
+    p = profile(samples(2))
+    assert p.plot("successive_cosine", backend="matplotlib").get_axes()[0].get_ylabel().startswith(
+        "successive cosine"
+    )  # fmt: skip
     with pytest.raises(ValueError, match="no metric"):
         p.plot("xyz")
-    monkeypatch.setitem(sys.modules, "tl_loops.plots", None)
+    monkeypatch.setitem(sys.modules, "tl_loops.plots.plotly_figure", None)
     with pytest.raises(ImportError, match=r"tl-loops\[plots\]"):
-        p.plot()
+        p.plot(backend="plotly")
 
 
 def test_the_text_form_is_short():

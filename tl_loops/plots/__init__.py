@@ -1,6 +1,53 @@
-"""Figures from results; nothing here runs a model, shows a figure or writes a file."""
+"""Figures from results; nothing here runs a model, shows a figure or writes a file.
 
-from tl_loops.plots.attention import AttentionView, attention_view
+``plot_...`` return figures of plotly (interactive, where it is installed) or of matplotlib
+(``backend="matplotlib"``, for papers and pages without script). ``attention_...``,
+``colored_tokens`` and ``token_log_probs`` return circuitsvis views, which a notebook shows and
+which ask no network.
+"""
+
+from tl_loops.plots.attention import attention_heads, attention_patterns, attention_view
+from tl_loops.plots.backend import draw
+from tl_loops.plots.curves import plot_curves
+from tl_loops.plots.exits import plot_exit_curves, plot_exits
+from tl_loops.plots.fixed_points import plot_fixed_points
+from tl_loops.plots.floorplan import plot_floorplan
 from tl_loops.plots.heatmap import Heatmap
+from tl_loops.plots.neurons import plot_neurons
+from tl_loops.plots.norms import plot_residual_norms
+from tl_loops.plots.pairs import plot_matrix, plot_pairs
+from tl_loops.plots.patching import plot_patching
+from tl_loops.plots.pca import plot_pca
+from tl_loops.plots.profile import plot_profile
+from tl_loops.plots.ranks import plot_ranks
+from tl_loops.plots.stages import plot_stages
+from tl_loops.plots.tokens import colored_tokens, token_log_probs
+from tl_loops.plots.trajectories import plot_trajectories
+from tl_loops.plots.views import CircuitsView, circuitsvis_script
 
-__all__ = ["AttentionView", "Heatmap", "attention_view"]
+__all__ = [
+    "CircuitsView",
+    "Heatmap",
+    "attention_heads",
+    "attention_patterns",
+    "attention_view",
+    "circuitsvis_script",
+    "colored_tokens",
+    "draw",
+    "plot_curves",
+    "plot_exit_curves",
+    "plot_exits",
+    "plot_fixed_points",
+    "plot_floorplan",
+    "plot_matrix",
+    "plot_neurons",
+    "plot_pairs",
+    "plot_patching",
+    "plot_pca",
+    "plot_profile",
+    "plot_ranks",
+    "plot_residual_norms",
+    "plot_stages",
+    "plot_trajectories",
+    "token_log_probs",
+]

@@ -1,66 +1,18 @@
-"""circuitsvis attention views that need no network and hold the script once a page.
+"""Attention patterns by iteration, layer and head, drawn by circuitsvis side by side."""
 
-circuitsvis itself asks a public host whether it is online whenever a notebook shows a figure, and
-then either links to a content network or puts its whole script into every single figure.
-"""
-
-import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from importlib import resources
-from uuid import uuid4
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.layout import LoopLayout
+from tl_loops.plots.depth import block_values
+from tl_loops.plots.subject import subject_of
+from tl_loops.plots.views import CircuitsView, Component, ViewPart
 
-@lru_cache(maxsize=1)
-def circuitsvis_script() -> str:
-    """The circuitsvis bundle as the text of a script element; defines ``CircuitsVis``."""
-    bundle = resources.files("circuitsvis") / "dist" / "cdn" / "iife.js"
-    # Inside of a script element only its end tag must not occur.
-    return bundle.read_text(encoding="utf-8").replace("</script", "<\\/script")
-
-
-@dataclass(frozen=True)
-class AttentionView:
-    """Attention patterns of some heads of one prompt; small multiples, one enlarged on click.
-
-    Attributes:
-        tokens: The prompt's tokens as text.
-        attention: [head, dest, src], rounded.
-        head_names: One name a head.
-        height: Height in CSS pixels that the view scrolls within, so that it never collapses.
-        element_id: Id of the element that it is drawn into, different for every view.
-    """
-
-    tokens: tuple[str, ...]
-    attention: tuple[tuple[tuple[float, ...], ...], ...]
-    head_names: tuple[str, ...]
-    height: int = 420
-    element_id: str = field(default_factory=lambda: f"attention-{uuid4().hex[:12]}")
-
-    def element(self) -> str:
-        """HTML of the view, for a page that holds :func:`circuitsvis_script` once before it."""
-        props = {
-            "tokens": self.tokens,
-            "attention": self.attention,
-            "attentionHeadNames": self.head_names,
-        }
-        # Text from prompts must not end the script element it stands in.
-        data = json.dumps(props, separators=(",", ":")).replace("<", "\\u003c")
-        return (
-            f'<div class="attention-view" style="height:{self.height}px;overflow:auto">'
-            f'<div id="{self.element_id}"></div></div>'
-            f'<script>CircuitsVis.render("{self.element_id}",CircuitsVis.AttentionHeads,{data})'
-            "</script>"
-        )
-
-    def _repr_html_(self) -> str:
-        """HTML for a notebook cell, complete in itself."""
-        load = f"<script>if(!window.CircuitsVis){{{circuitsvis_script()};"
-        return f"{load}window.CircuitsVis=CircuitsVis}}</script>{self.element()}"
+Indices = int | Sequence[int] | None
 
 
 def attention_view(
@@ -69,8 +21,9 @@ def attention_view(
     head_names: Sequence[str] | None = None,
     height: int = 420,
     digits: int = 3,
-) -> AttentionView:
-    """Show attention patterns with circuitsvis, offline.
+    title: str = "",
+) -> CircuitsView:
+    """Attention patterns of any heads of one prompt: small multiples, one enlarged on click.
 
     Args:
         tokens: The prompt's tokens as text (``model.to_str_tokens``).
@@ -78,6 +31,7 @@ def attention_view(
         head_names: One name a head; ``None``: H0, H1, ...
         height: Height in CSS pixels.
         digits: Decimals that are kept.
+        title: Above the view.
 
     Returns:
         A view that a notebook shows.
@@ -85,15 +39,227 @@ def attention_view(
     Raises:
         ValueError: Numbers of tokens, names and rows do not agree.
     """
-    heads, dest, src = attention.shape
+    heads = attention.shape[0]
+    names = [f"H{h}" for h in range(heads)] if head_names is None else list(head_names)
+    if len(names) != heads:
+        raise ValueError(f"got {len(names)} head names for {heads} heads")
+    part, note = _part("", "AttentionHeads", list(tokens), attention, names, digits)
+    return CircuitsView((part,), title, note, height)
+
+
+def attention_heads(
+    source: Any,
+    tokens: Any,
+    *,
+    iterations: Indices = None,
+    layers: Indices = None,
+    heads: Indices = None,
+    row: int = 0,
+    layout: LoopLayout | None = None,
+    title: str | None = None,
+    height: int = 420,
+    width: int = 380,
+    digits: int = 3,
+) -> CircuitsView:
+    """All heads of some core layers, one column an iteration, side by side.
+
+    Heads are named as they are addressed: ``r3.0H2`` is iteration 3, layer 0, head 2. Click one to
+    enlarge it; point at a token to see where it looks.
+
+    Args:
+        source: An activation cache with ``pattern``; or patterns [block, head, dest, src], with a
+            layout.
+        tokens: The prompt: text, tokens [pos] or [1, pos], or its tokens as text.
+        iterations: Which ones, negative from the last; ``None``: all.
+        layers: Which core layers; ``None``: all.
+        heads: Which heads; ``None``: all.
+        row: Which prompt of a cache.
+        layout: Of the patterns, where the source is a tensor.
+        title: In place of the general one.
+        height: Of each column in CSS pixels.
+        width: Of each column in CSS pixels.
+        digits: Decimals that are kept.
+
+    Returns:
+        A view that a notebook shows.
+
+    Raises:
+        ValueError: No layout, no pattern, or tokens of another number.
+        IndexError: An iteration, layer or head that does not exist.
+    """
+    patterns, layout = _patterns(source, layout, row)
+    n_heads = patterns.shape[1]
+    words = token_texts(source, tokens)
+    chosen = chosen_indices("head", heads, n_heads)
+    parts, notes = [], []
+    for t in chosen_indices("iteration", iterations, layout.n_iterations):
+        blocks = [
+            layout.index(iteration=t, layer=layer)
+            for layer in chosen_indices("core layer", layers, layout.n_core)
+        ]
+        shown = patterns[blocks][:, chosen].flatten(0, 1)
+        names = [f"{layout.label(block)}H{head}" for block in blocks for head in chosen]
+        part, note = _part(f"iteration {t}", "AttentionHeads", words, shown, names, digits)
+        parts.append(part)
+        notes.append(note)
+    return _side_by_side(
+        source, words, parts, notes, title or "Attention heads by iteration", height, width
+    )
+
+
+def attention_patterns(
+    source: Any,
+    tokens: Any,
+    *,
+    layer: int = 0,
+    head: int = 0,
+    iterations: Indices = None,
+    row: int = 0,
+    layout: LoopLayout | None = None,
+    title: str | None = None,
+    height: int = 430,
+    width: int = 400,
+    digits: int = 3,
+) -> CircuitsView:
+    """The pattern of one head, large, in one iteration beside the other.
+
+    Args:
+        source: As in :func:`attention_heads`.
+        tokens: As in :func:`attention_heads`.
+        layer: Core layer.
+        head: Head.
+        iterations: Which ones, negative from the last; ``None``: all.
+        row: Which prompt of a cache.
+        layout: Of the patterns, where the source is a tensor.
+        title: In place of the general one.
+        height: Of each column in CSS pixels.
+        width: Of each column in CSS pixels.
+        digits: Decimals that are kept.
+
+    Returns:
+        A view that a notebook shows.
+
+    Raises:
+        ValueError: As :func:`attention_heads`.
+        IndexError: As :func:`attention_heads`.
+    """
+    patterns, layout = _patterns(source, layout, row)
+    words = token_texts(source, tokens)
+    (head,) = chosen_indices("head", head, patterns.shape[1])
+    parts, notes = [], []
+    for t in chosen_indices("iteration", iterations, layout.n_iterations):
+        block = layout.index(iteration=t, layer=layer)
+        name = f"{layout.label(block)}H{head}"
+        shown = patterns[block, head : head + 1]
+        part, note = _part(f"iteration {t}: {name}", "AttentionPattern", words, shown, [], digits)
+        parts.append(part)
+        notes.append(note)
+    heading = title or f"Attention pattern of layer {layer}, head {head} by iteration"
+    return _side_by_side(source, words, parts, notes, heading, height, width)
+
+
+def token_texts(source: Any, tokens: Any) -> list[str]:
+    """Tokens as text.
+
+    Args:
+        source: An activation cache or a model, whose tokenizer is asked; not needed for text that
+            is cut into tokens already.
+        tokens: Text, tokens [pos] or [1, pos], or a list of texts.
+
+    Raises:
+        ValueError: Several prompts, or no tokenizer to ask.
+    """
+    if isinstance(tokens, Tensor):
+        if tokens.ndim == 2 and tokens.shape[0] == 1:
+            tokens = tokens[0]
+        if tokens.ndim != 1:
+            raise ValueError(f"tokens has shape {list(tokens.shape)}, expected one prompt, [pos]")
+    elif not isinstance(tokens, str):
+        return [str(token) for token in tokens]
+    model = getattr(source, "model", source)
+    if getattr(model, "tokenizer", None) is None:
+        raise ValueError("there is no tokenizer to ask: pass the tokens as a list of texts")
+    return [str(token) for token in model.to_str_tokens(tokens)]
+
+
+def prompt_text(words: list[str]) -> str:
+    """The prompt that tokens make up; words that bring no spaces of their own get them."""
+    return ("" if any(" " in word for word in words) else " ").join(words)
+
+
+def _side_by_side(
+    source: Any,
+    words: list[str],
+    parts: list[ViewPart],
+    notes: list[str],
+    title: str,
+    height: int,
+    width: int,
+) -> CircuitsView:
+    subject = subject_of(source, prompts=prompt_text(words))
+    line = [subject.line(complete=False), *dict.fromkeys(note for note in notes if note)]
+    if not parts:
+        line.append("there is no iteration to show")
+    return CircuitsView(tuple(parts), title, " · ".join(line), height, width)
+
+
+def _patterns(
+    source: Any, layout: LoopLayout | None, row: int
+) -> tuple[Float[Tensor, "block head dest src"], LoopLayout]:
+    if hasattr(source, "cache_dict"):
+        layout = getattr(source, "layout", None)
+        if layout is None:
+            raise ValueError("the cache is of a model without a loop: use attention_view")
+        return block_values(source, "pattern", row), layout
+    if layout is None:
+        raise ValueError("patterns without a cache need layout=model.layout")
+    if source.ndim != 4 or source.shape[0] != layout.n_layers:
+        raise ValueError(
+            f"patterns has shape {list(source.shape)}, expected [block, head, dest, src] with "
+            f"{layout.n_layers} blocks"
+        )
+    return source, layout
+
+
+def chosen_indices(what: str, selection: Indices, size: int) -> list[int]:
+    """The indices of a selection, counted from 0.
+
+    Raises:
+        IndexError: One does not exist; the message calls it ``what``.
+    """
+    if selection is None:
+        return list(range(size))
+    chosen = [selection] if isinstance(selection, int) else list(selection)
+    for value in chosen:
+        if not -size <= value < size:
+            raise IndexError(f"there is no {what} {value}: there are {size}, counted from 0")
+    return [value % size for value in chosen]
+
+
+def _part(
+    heading: str,
+    component: Component,
+    tokens: list[str],
+    attention: Tensor,
+    names: list[str],
+    digits: int,
+) -> tuple[ViewPart, str]:
+    """A component, and words about weights that are undefined."""
+    dest, src = attention.shape[-2:]
     if (dest, src) != (len(tokens), len(tokens)):
         raise ValueError(
             f"attention must be [head, dest, src] with dest = src = {len(tokens)} tokens, "
             f"got {tuple(attention.shape)}"
         )
-    names = [f"H{h}" for h in range(heads)] if head_names is None else list(head_names)
-    if len(names) != heads:
-        raise ValueError(f"got {len(names)} head names for {heads} heads")
-    rows = attention.detach().float().cpu().tolist()
-    rounded = tuple(tuple(tuple(round(x, digits) for x in row) for row in head) for head in rows)
-    return AttentionView(tuple(tokens), rounded, tuple(names), height)
+    undefined = 0
+    rounded: list[list[list[float]]] = []
+    for rows in attention.detach().float().cpu().tolist():
+        undefined += sum(not math.isfinite(x) for row in rows for x in row)
+        rounded.append(
+            [[round(x, digits) if math.isfinite(x) else 0.0 for x in row] for row in rows]
+        )
+    note = "undefined (NaN) weights are shown as 0" if undefined else ""
+    if component == "AttentionPattern":
+        return ViewPart(heading, component, {"tokens": tokens, "attention": rounded[0]}), note
+    props = {"tokens": tokens, "attention": rounded, "attentionHeadNames": names}
+    return ViewPart(heading, component, props), note

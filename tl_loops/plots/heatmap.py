@@ -8,11 +8,7 @@ from html import escape
 from jaxtyping import Float
 from torch import Tensor
 
-_SCALES = {
-    # Perceptually even, from dark to light (values), and red-white-blue (signed effects).
-    "sequential": ("#440154", "#3b528b", "#21918c", "#5ec962", "#fde725"),
-    "diverging": ("#b2182b", "#ef8a62", "#f7f7f7", "#67a9cf", "#2166ac"),
-}
+from tl_loops.plots.colours import SCALES, colour_at, is_dark
 
 
 @dataclass(frozen=True)
@@ -49,8 +45,8 @@ class Heatmap:
                 f"values {tuple(self.values.shape)} do not fit {len(self.rows)} rows and "
                 f"{len(self.columns)} columns"
             )
-        if self.scale not in _SCALES:
-            raise ValueError(f"scale must be one of {', '.join(_SCALES)}, got {self.scale!r}")
+        if self.scale not in SCALES:
+            raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {self.scale!r}")
 
     def bounds(self) -> tuple[float, float]:
         """Values at the ends of the colour scale."""
@@ -82,7 +78,7 @@ class Heatmap:
             )
             lines.append(f'<tr><th scope="row">{escape(str(name))}</th>{cells}</tr>')
         lines.append("</tbody></table></div>")
-        ramp = ", ".join(_SCALES[self.scale])
+        ramp = ", ".join(SCALES[self.scale])
         lines.append(
             f'<p class="legend"><span>{low:.3g}</span>'
             f'<i style="background:linear-gradient(90deg,{ramp})"></i>'
@@ -94,22 +90,9 @@ class Heatmap:
         where = escape(f"{row}, {column}", quote=True)
         if math.isnan(value):
             return f'<td class="undefined" title="{where}: undefined"></td>'
-        colour, dark = _colour(_SCALES[self.scale], (value - low) / (high - low))
+        colour = colour_at(SCALES[self.scale], (value - low) / (high - low))
         text = f"{value:.2f}" if self.show_values else ""
-        ink = "#fff" if dark else "#111"
+        ink = "#fff" if is_dark(colour) else "#111"
         return (
             f'<td style="background:{colour};color:{ink}" title="{where}: {value:.4g}">{text}</td>'
         )
-
-
-def _colour(scale: Sequence[str], place: float) -> tuple[str, bool]:
-    """Colour at a place from 0 to 1 of a scale, and whether it is dark."""
-    place = min(max(place, 0.0), 1.0) * (len(scale) - 1)
-    first = min(int(place), len(scale) - 2)
-    mixed = []
-    for channel in (1, 3, 5):
-        a = int(scale[first][channel : channel + 2], 16)
-        b = int(scale[first + 1][channel : channel + 2], 16)
-        mixed.append(round(a + (b - a) * (place - first)))
-    luminance = 0.2126 * mixed[0] + 0.7152 * mixed[1] + 0.0722 * mixed[2]
-    return "#{:02x}{:02x}{:02x}".format(*mixed), luminance < 128

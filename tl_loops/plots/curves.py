@@ -1,0 +1,94 @@
+"""Any curves over iterations, layers or anything else, as a figure."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_loops.plots.backend import draw
+from tl_loops.plots.colours import DISTINCT, iteration_colours, layer_colours
+from tl_loops.plots.depth import depth_axis, iteration_rules, phase_spans
+from tl_loops.plots.figure import Axis, Figure, Line, Mark, Panel, every_few
+from tl_loops.plots.quantities import as_array
+from tl_loops.plots.subject import subject_of
+
+
+def plot_curves(
+    curves: Mapping[str, Float[Tensor, "point"]],
+    title: str,
+    *,
+    x: Float[Tensor, "point"] | Sequence[float | int] | str | None = None,
+    x_label: str | None = None,
+    y_label: str = "value",
+    legend: str = "",
+    colours: str = "distinct",
+    log: bool = False,
+    std: Mapping[str, Float[Tensor, "point"]] | None = None,
+    model: Any = None,
+    prompts: Any = None,
+    backend: str | None = None,
+    **options: Any,
+) -> Any:
+    """Named curves over a common axis, for quantities that have no figure of their own.
+
+    Args:
+        curves: Values by name; NaN leaves a gap.
+        title: What they are.
+        x: Places of the values; ``None``: the iterations 0, 1, 2, ...; ``"blocks"``: the unrolled
+            blocks of ``model``, with prelude and coda marked.
+        x_label: Quantity and unit along x, where x holds numbers.
+        y_label: Quantity and unit along y.
+        legend: What the names are.
+        colours: Green to yellow, blue to green, or colours without an order.
+        log: Whether the values' axis is logarithmic.
+        std: Half the height of a band, by name.
+        model: Model or its name.
+        prompts: Their number or text.
+        backend: See :func:`tl_loops.plots.draw`.
+        **options: ``width``, ``height``, and what the library takes.
+
+    Returns:
+        A figure of the library.
+
+    Raises:
+        ValueError: A curve has another number of points than x, or ``"blocks"`` without a model.
+        ImportError: The library is missing.
+    """
+    palette = {
+        "iterations": iteration_colours(len(curves)),
+        "layers": layer_colours(len(curves)),
+        "distinct": [DISTINCT[i % len(DISTINCT)] for i in range(len(curves))],
+    }
+    if colours not in palette:
+        raise ValueError(f"colours={colours!r}, expected 'iterations', 'layers' or 'distinct'")
+    subject = subject_of(model=model, prompts=prompts)
+    marks: list[Mark] = []
+    axis = Axis(x_label or ("iteration" if x is None else "x"), whole=x is None)
+    if isinstance(x, str):
+        if x != "blocks" or model is None or isinstance(model, str):
+            raise ValueError(f"x={x!r}, expected numbers, None, or 'blocks' with model=...")
+        n_blocks, layout = model.cfg.n_layers, subject.layout
+        axis, x = depth_axis(layout, n_blocks), list(range(n_blocks))
+        marks += [*phase_spans(layout), *iteration_rules(layout)]
+    named = every_few(len(curves), most=20)
+    for i, (name, values) in enumerate(curves.items()):
+        y = as_array(values)
+        places = np.arange(len(y), dtype=np.float64) if x is None else as_array(x)
+        if y.shape != places.shape or y.ndim != 1:
+            raise ValueError(
+                f"curve {name!r} has shape {list(y.shape)}, expected [{places.size}], one value a "
+                "place on x"
+            )
+        spread = as_array(std[name]) if std is not None and name in std else None
+        colour = palette[colours][i]
+        marks.append(Line(places, y, name, colour, spread=spread, in_legend=named(i)))
+    known = model is not None or prompts is not None
+    figure = Figure(
+        title,
+        subject.line(complete=False) if known else "",
+        (Panel(tuple(marks), axis, Axis(y_label, log=log)),),
+        legend=legend,
+    )
+    return draw(figure, backend, **options)

@@ -1,0 +1,215 @@
+"""Exits: when a model would leave the loop, and what it would have said."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_loops.exit_curves import ExitCurve
+from tl_loops.plots.backend import draw
+from tl_loops.plots.colours import DISTINCT
+from tl_loops.plots.figure import Axis, Bars, Figure, Line, Panel
+from tl_loops.plots.quantities import as_array
+from tl_loops.plots.subject import subject_of
+from tl_loops.profile import LoopProfile
+
+_CURVES = {
+    "loss": ("Loss", "cross entropy (nats per token)"),
+    "accuracy": ("Accuracy: right answers", "share of answers (0 to 1)"),
+    "kl_to_last": ("Distance to the last readout", "KL(last || this) (nats)"),
+    "flip_rate": ("Flips: changed since the one before", "share of answers (0 to 1)"),
+    "overthinking": ("Overthinking: right here, wrong at last", "share of answers (0 to 1)"),
+}
+
+Exits = (
+    LoopProfile
+    | Float[Tensor, "iteration *tokens"]
+    | Int[Tensor, "..."]
+    | Mapping[str, Int[Tensor, "..."]]
+)
+
+
+def plot_exits(
+    source: Exits,
+    *,
+    n_iterations: int | None = None,
+    model: Any = None,
+    prompts: Any = None,
+    title: str | None = None,
+    backend: str | None = None,
+    **options: Any,
+) -> Any:
+    """How likely, or how often, the loop is left after each iteration.
+
+    Args:
+        source: A profile with ``exit_probability``; probabilities [iteration, ...] of
+            :func:`tl_loops.metrics.exit_distribution`, averaged over the rest; the exit iteration
+            of every token, whole numbers from 0; or several such by name, one for each criterion
+            of :func:`tl_loops.metrics.exit_iteration`.
+        n_iterations: How many there are, where exit iterations do not tell.
+        model: Model or its name.
+        prompts: Their number or text.
+        title: In place of the general one.
+        backend: See :func:`tl_loops.plots.draw`.
+        **options: ``width``, ``height``, and what the library takes.
+
+    Returns:
+        A figure of the library.
+
+    Raises:
+        ValueError: The profile has no exit probabilities, a probability is out of [0, 1], or an
+            exit iteration out of range.
+        ImportError: The library is missing.
+    """
+    subject = subject_of(source, model=model, prompts=prompts, n_iterations=n_iterations)
+    if isinstance(source, Mapping) or (
+        isinstance(source, Tensor) and not source.is_floating_point()
+    ):
+        given = source if isinstance(source, Mapping) else {"tokens": source}
+        if subject.n_iterations is None:
+            most = max((int(v.max()) for v in given.values() if v.numel()), default=-1)
+            n_iterations = most + 1
+        else:
+            n_iterations = subject.n_iterations
+        shares = {name: _histogram(name, v, n_iterations) for name, v in given.items()}
+        y = Axis("share of tokens (0 to 1)", limits=(0.0, 1.0))
+        heading = "Exit iteration"
+        notes = tuple(
+            f"{name}: {v.numel()} tokens, mean {as_array(v).mean():.2f}."
+            for name, v in given.items()
+            if v.numel() and len(given) == 1
+        )
+    else:
+        probability = _probabilities(source)
+        shares = {"probability": probability}
+        y = Axis("probability (0 to 1)", limits=(0.0, 1.0))
+        heading = "Exit distribution"
+        expected = float(np.arange(len(probability)) @ probability) if len(probability) else np.nan
+        notes = (f"Expected exit: iteration {expected:.2f}.",) if np.isfinite(expected) else ()
+    n = max((len(share) for share in shares.values()), default=0)
+    x = np.arange(n, dtype=np.float64)
+    bars = tuple(
+        Bars(x, share, name, DISTINCT[i % len(DISTINCT)])
+        for i, (name, share) in enumerate(shares.items())
+    )
+    if subject.n_iterations is None:
+        subject = subject_of(source, model=model, prompts=prompts, n_iterations=n)
+    axis = Axis("iteration", ticks=_ticks(n), limits=(-0.6, max(n, 1) - 0.4))
+    figure = Figure(
+        title or heading,
+        subject.line(complete=title is None),
+        (Panel(bars, axis, y),),
+        panel_size=(560, 320),
+        legend="criterion",
+        footnotes=notes,
+    )
+    return draw(figure, backend, **options)
+
+
+def plot_exit_curves(
+    curve: ExitCurve,
+    *,
+    std: bool = False,
+    model: Any = None,
+    prompts: Any = None,
+    title: str | None = None,
+    backend: str | None = None,
+    **options: Any,
+) -> Any:
+    """Loss, accuracy, distance to the last readout, flips and overthinking by forced exit.
+
+    Args:
+        curve: From :func:`tl_loops.exit_curve`.
+        std: Whether bands show one standard deviation over prompts.
+        model: Model or its name.
+        prompts: Their text; ``None``: as many as were measured.
+        title: In place of the general one.
+        backend: See :func:`tl_loops.plots.draw`.
+        **options: ``width``, ``height``, and what the library takes.
+
+    Returns:
+        A figure of the library.
+
+    Raises:
+        ImportError: The library is missing.
+    """
+    panels = []
+    n = curve.moments["loss"].mean.shape[0]
+    for i, (name, (heading, label)) in enumerate(_CURVES.items()):
+        moments = curve.moments[name]
+        exists = as_array(moments.count + moments.undefined) > 0
+        x = np.arange(n, dtype=np.float64)[exists]
+        mean, spread = as_array(moments.mean)[exists], as_array(moments.std())[exists]
+        note = ""
+        if name == "flip_rate" and n == 1:
+            note = "Nothing to draw: with one iteration only no answer can change."
+        line = Line(
+            x,
+            mean,
+            heading,
+            DISTINCT[i],
+            spread=np.nan_to_num(spread) if std else None,
+            in_legend=False,
+        )
+        axis = Axis("exit after iteration", ticks=_ticks(n), limits=(-0.5, n - 0.5))
+        panels.append(Panel((line,), axis, Axis(label), title=heading, note=note))
+    subject = subject_of(
+        model=model, prompts=curve.n_prompts if prompts is None else prompts, n_iterations=n
+    )
+    notes = [f"{curve.n_targets} predicted tokens."]
+    if np.isfinite(curve.oracle_headroom):
+        notes.append(
+            f"A perfect choice of the exit would add {curve.oracle_headroom:.3f} accuracy."
+        )
+    if std:
+        notes.append("Bands: one standard deviation over prompts.")
+    figure = Figure(
+        title or "What the model says when it leaves the loop early",
+        subject.line(complete=title is None),
+        tuple(panels),
+        columns=3,
+        panel_size=(280, 230),
+        footnotes=(" ".join(notes),),
+    )
+    return draw(figure, backend, **options)
+
+
+def _probabilities(source: Any) -> np.ndarray:
+    if isinstance(source, LoopProfile):
+        if "exit_probability" not in source.metrics:
+            raise ValueError(
+                "the profile has no exit_probability: measure(model, prompts, "
+                "metrics=('exit_probability',)) of a model with an exit gate"
+            )
+        # One value an iteration, at its last layer.
+        return as_array(source.by_iteration("exit_probability")[:, -1])
+    values = as_array(source)
+    if values.ndim == 0:
+        raise ValueError("probabilities must be [iteration, ...], got a single number")
+    finite = values[np.isfinite(values)]
+    if finite.size and (finite.min() < -1e-6 or finite.max() > 1 + 1e-6):
+        raise ValueError(
+            f"probabilities lie in [0, 1], got {finite.min():.4g} to {finite.max():.4g}: pass "
+            "tl_loops.metrics.exit_distribution(gate_logits)"
+        )
+    return values.reshape(len(values), -1).mean(1) if values.size else np.zeros(0)
+
+
+def _histogram(name: str, exits: Tensor, n_iterations: int) -> np.ndarray:
+    flat = exits.detach().cpu().reshape(-1)
+    if not flat.numel():
+        return np.zeros(0)
+    low, high = int(flat.min()), int(flat.max())
+    if low < 0 or high >= n_iterations:
+        raise ValueError(
+            f"{name} exits between iteration {low} and {high}, but there are {n_iterations} "
+            "iterations, counted from 0"
+        )
+    return np.bincount(flat.numpy(), minlength=n_iterations) / flat.numel()
+
+
+def _ticks(n: int) -> tuple[tuple[int, str], ...]:
+    step = max(1, n // 16)
+    return tuple((t, str(t)) for t in range(0, n, step))
