@@ -9,6 +9,7 @@ from tl_loops.layout import LoopLayout
 from tl_loops.plots.colours import CODA, PRELUDE, iteration_colours
 from tl_loops.plots.figure import Axis, Box, Mark, Rule, Span, Ticks
 
+PHASES = {"prelude": PRELUDE, "coda": CODA}
 DEPTH = "unrolled block (p: prelude, r: iteration.layer, c: coda)"
 
 
@@ -53,6 +54,24 @@ def iteration_rules(layout: LoopLayout | None, most: int = 40) -> tuple[Rule, ..
     return tuple(Rule(at - 0.5) for at in _starts(layout)[1:])
 
 
+def block_groups(layout: LoopLayout) -> list[tuple[str, int | None, list[int]]]:
+    """Prelude, each iteration and coda with their blocks, in order; empty ones are left out.
+
+    Args:
+        layout: Of the model; its iterations may differ in length.
+
+    Returns:
+        Name, iteration (``None`` outside of the core) and blocks.
+    """
+    groups: list[tuple[str, int | None, list[int]]] = []
+    for block, at in enumerate(layout.coordinates()):
+        name = at.phase if at.iteration is None else f"iteration {at.iteration}"
+        if not groups or groups[-1][0] != name:
+            groups.append((name, at.iteration, []))
+        groups[-1][2].append(block)
+    return groups
+
+
 def matrix_marks(layout: LoopLayout | None) -> tuple[Mark, ...]:
     """Boxes around prelude and coda on the diagonal of a matrix of blocks, and rules between."""
     if layout is None:
@@ -69,9 +88,8 @@ def matrix_marks(layout: LoopLayout | None) -> tuple[Mark, ...]:
 def block_colours(layout: LoopLayout) -> list[str]:
     """Colour of each block: its iteration's, or that of prelude or coda."""
     ramp = iteration_colours(layout.n_iterations)
-    phases = {"prelude": PRELUDE, "coda": CODA}
     return [
-        phases[at.phase] if at.iteration is None else ramp[at.iteration]
+        PHASES[at.phase] if at.iteration is None else ramp[at.iteration]
         for at in layout.coordinates()
     ]
 

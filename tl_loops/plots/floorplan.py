@@ -11,8 +11,7 @@ from torch import Tensor
 
 from tl_loops.layout import LoopLayout
 from tl_loops.plots.backend import draw
-from tl_loops.plots.colours import CODA, PRELUDE, iteration_colours
-from tl_loops.plots.depth import block_values
+from tl_loops.plots.depth import PHASES, block_groups, block_values
 from tl_loops.plots.figure import Axis, Box, ColourScale, Figure, Heat, Mark, Panel
 from tl_loops.plots.quantities import as_array
 from tl_loops.plots.subject import Subject, subject_of
@@ -136,15 +135,7 @@ def _groups(layout: LoopLayout | None, n_blocks: int) -> list[Group]:
     """Blocks that stand together: title, blocks, colour of the outline."""
     if layout is None:
         return [("layers", list(range(n_blocks)), None)]
-    groups: list[Group] = []
-    if layout.n_prelude:
-        groups.append(("prelude", list(range(layout.n_prelude)), PRELUDE))
-    for t, _ in enumerate(iteration_colours(layout.n_iterations)):
-        start = layout.index(iteration=t)
-        groups.append((f"iteration {t}", list(range(start, start + layout.n_core)), None))
-    if layout.n_coda:
-        groups.append(("coda", list(range(layout.coda_start, layout.n_layers)), CODA))
-    return groups
+    return [(name, blocks, PHASES.get(name)) for name, _, blocks in block_groups(layout)]
 
 
 def _pages(groups: list[Group], per_row: int) -> list[list[Group]]:

@@ -9,8 +9,8 @@ from torch import Tensor
 from tl_loops.layout import LoopLayout
 from tl_loops.metrics.pca import PCATrajectory, pca_trajectory, random_walk_null
 from tl_loops.plots.backend import draw
-from tl_loops.plots.colours import CODA, MUTED, PRELUDE, iteration_colours
-from tl_loops.plots.depth import block_values
+from tl_loops.plots.colours import MUTED, iteration_colours
+from tl_loops.plots.depth import PHASES, block_groups, block_values
 from tl_loops.plots.figure import Axis, Figure, Line, Mark, Panel, every_few
 from tl_loops.plots.quantities import as_array
 from tl_loops.plots.subject import Subject, subject_of
@@ -159,18 +159,15 @@ def _groups(layout: LoopLayout | None, n: int) -> list[tuple[str, str, list[int]
             (f"iteration {t}", colour, [t], "circle", named(t))
             for t, colour in enumerate(iteration_colours(n))
         ]
-    groups: list[tuple[str, str, list[int], Any, bool]] = []
-    if layout.n_prelude:
-        groups.append(("prelude", PRELUDE, list(range(layout.n_prelude)), "diamond", True))
     named = every_few(layout.n_iterations)
-    for t, colour in enumerate(iteration_colours(layout.n_iterations)):
-        start = layout.index(iteration=t)
-        steps = list(range(start, start + layout.n_core))
-        groups.append((f"iteration {t}", colour, steps, "circle", named(t)))
-    if layout.n_coda:
-        coda = list(range(layout.coda_start, layout.n_layers))
-        groups.append(("coda", CODA, coda, "square", True))
-    return groups
+    ramp = iteration_colours(layout.n_iterations)
+    symbols = {"prelude": "diamond", "coda": "square"}
+    return [
+        (name, PHASES[name], blocks, symbols[name], True)
+        if t is None
+        else (name, ramp[t], blocks, "circle", named(t))
+        for name, t, blocks in block_groups(layout)
+    ]
 
 
 def _points(

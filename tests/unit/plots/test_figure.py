@@ -18,9 +18,10 @@ from tl_loops.plots.colours import (
     iteration_colours,
     layer_colours,
 )
-from tl_loops.plots.depth import block_ticks, phase_spans
+from tl_loops.plots.depth import block_groups, block_ticks, phase_spans
 from tl_loops.plots.figure import Axis, ColourScale, Figure, Heat, Line, Panel, every_few, explained
 from tl_loops.plots.subject import shown_text, subject_of
+from tl_loops.segments import Segment, SegmentedLayout
 from tl_loops.tasks import sample_pair
 
 NAN = float("nan")
@@ -118,6 +119,11 @@ def test_prelude_and_coda_are_where_the_layout_says():
     assert (coda.start, coda.stop) == (13.5, 14.5)
     assert phase_spans(LoopLayout(0, 3, 0, 4)) == () == phase_spans(None)
     assert [text for _, text in block_ticks(layout, range(15))] == layout.labels()
+    assert [name for name, _, _ in block_groups(LoopLayout(0, 3, 1, 2))] == [
+        "iteration 0", "iteration 1", "coda"
+    ]  # fmt: skip
+    unequal = SegmentedLayout((Segment(1, 3, 2), Segment(3, 4)), 1)
+    assert [blocks for _, _, blocks in block_groups(unequal)] == [[0], [1, 2], [3, 4], [5], [6]]
     long = LoopLayout(2, 4, 2, 128)
     ticks = block_ticks(long, range(long.n_layers))
     assert len(ticks) < 40 and ticks[0] == (0, "p0") and ticks[1] == (2, "r0.0")
