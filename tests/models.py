@@ -107,8 +107,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(architecture: str, **changes: Any) -> LoopedTransformerConfig:
-    """The config of one of :data:`ARCHITECTURES` or :data:`MECHANISMS`, with changes."""
-    known = {**ARCHITECTURES, **MECHANISMS}
+    """The config of one of :data:`ARCHITECTURES`, :data:`MECHANISMS`, :data:`STACKS`, changed."""
+    known = {**ARCHITECTURES, **MECHANISMS, **STACKS}
     return LoopedTransformerConfig(**{**SIZES, **known[architecture], **changes})
 
 
@@ -165,6 +165,32 @@ MECHANISMS: dict[str, dict[str, Any]] = {
     ),
 }
 """Loops that do more than run their core."""
+
+STACKS: dict[str, dict[str, Any]] = {
+    "hrm_text": dict(
+        n_core=2,
+        n_iterations=6,
+        stacks=("L", "L", "H"),
+        initial_state="learned",
+        norm_between_iterations=True,
+        normalization_type="RMSPre",
+        attn_gate=True,
+        prefix_mask=True,
+        embed_scale=5.0,
+    ),
+    "injected": dict(
+        n_prelude=1,
+        n_core=2,
+        n_coda=1,
+        n_iterations=4,
+        stacks=("fast", "slow"),
+        initial_state="normal",
+        slow_initial_state="learned",
+        injection="add",
+        n_key_value_heads=2,
+    ),
+}
+"""Architectures with two stacks, which some tools refuse."""
 
 VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("retrofitted", dict(injection=None, initial_state="embed")),

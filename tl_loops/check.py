@@ -156,11 +156,11 @@ def check_model(model: Any) -> Iterator[Finding]:
             yield Finding(name, "not applicable", f"refused: {refused}")
 
 
-def _run(model: Any, tokens: Tensor, **arguments: Any) -> Tensor:
+def _run(model: Any, input: Tensor, **arguments: Any) -> Tensor:
     """Logits; the mask is explicit, so that a random token is never taken for padding."""
-    arguments.setdefault("attention_mask", torch.ones_like(tokens))
+    arguments.setdefault("attention_mask", torch.ones_like(input))
     with torch.no_grad():
-        return model(tokens, **arguments)
+        return model(input, **arguments)
 
 
 def _agree(found: Tensor, expected: Tensor, what: str) -> str:
@@ -245,7 +245,8 @@ def _restarts(model: Any, tokens: Tensor) -> str:
     def keep(value: Tensor, hook: Any) -> None:
         states[hook.name] = value
 
-    wanted = {f"iter.{t}.hook_state_in" for t in iterations} | {"hook_injection"}
+    points = ("hook_state_in", "hook_other_in")
+    wanted = {f"iter.{t}.{point}" for t in iterations for point in points} | {"hook_injection"}
     with model.hooks([(lambda name: name in wanted, keep)]):
         logits = _run(model, tokens)
     again = [
@@ -255,6 +256,8 @@ def _restarts(model: Any, tokens: Tensor) -> str:
             attention_mask=mask,
             start_at_iteration=t,
             injection=states.get("hook_injection"),
+            other_state=states.get(f"iter.{t}.hook_other_in"),
+            tokens=tokens,
         )
         for t in iterations
     ]

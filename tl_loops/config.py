@@ -19,6 +19,7 @@ from tl_loops.upstream import BaseConfig
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "block_norm": ("pre", "sandwich", "post_residual", "post_branch", "post_norm"),
     "initial_state": ("embed", "normal", "zeros", "learned"),
+    "slow_initial_state": ("embed", "learned"),
     "injection": (None, "concat", "concat_injection_first", "add", "gated_diagonal"),
     "rotary_layout": ("half", "interleaved"),
     "rotary_table_dtype": (None, "bfloat16", "float16"),
@@ -130,6 +131,18 @@ class LoopedTransformerConfig(BaseConfig):
             (Hyperloop); ``None``: one, as usual.
         max_iterations: Iterations that learned step embeddings, the router and the
             hyper-connections have weights for; ``None``: ``n_iterations``.
+        stacks: The two stacks, e.g. ``("L", "L", "L", "H")``, that the iterations of one cycle call
+            (HRM). Each has ``n_core`` layers and a state of its own; an iteration is one call,
+            which reads the sum of both states and replaces that of its stack. The stack that the
+            cycle calls last is the slow one: its state is read out. ``n_iterations`` is a multiple
+            of the cycle. ``None``: one stack, one state. With ``injection="add"`` e enters the
+            calls of the other stack alone (HRM, TRM).
+        slow_initial_state: The slow stack's state before iteration 0: ``"embed"`` (what the
+            prelude, or the embedding, gives) or ``"learned"``. ``initial_state`` is the other's.
+        attn_gate: What attention writes is gated, head by head and dimension by dimension, by the
+            sigmoid of a linear map of what the queries read (HRM-Text).
+        prefix_mask: The forward pass takes ``prefix_mask``, whose positions see each other in both
+            directions (HRM-Text).
 
     Raises:
         ConfigError: A field is missing, out of range, contradicts another one, or asks for
@@ -173,6 +186,10 @@ class LoopedTransformerConfig(BaseConfig):
     router_gates: str = field(default="every", kw_only=True)
     hyper_connections: int | None = field(default=None, kw_only=True)
     max_iterations: int | None = field(default=None, kw_only=True)
+    stacks: tuple[str, ...] | None = field(default=None, kw_only=True)
+    slow_initial_state: str = field(default="embed", kw_only=True)
+    attn_gate: bool = field(default=False, kw_only=True)
+    prefix_mask: bool = field(default=False, kw_only=True)
     # Llama-style values for fields that TransformerLens defaults to GPT-2's.
     act_fn: str = "silu"
     gated_mlp: bool = True
@@ -235,6 +252,12 @@ class LoopedTransformerConfig(BaseConfig):
                 f"block_norm={self.block_norm!r} needs an RMS norm, "
                 f"got normalization_type={self.normalization_type!r}"
             )
+        if self.stacks is not None:
+            self._check_stacks(self.stacks)
+        elif self.slow_initial_state != "embed":
+            raise ConfigError("slow_initial_state needs stacks")
+        if self.prefix_mask and self.attention_dir != "causal":
+            raise ConfigError("prefix_mask needs attention_dir='causal'")
         for name in ("rotary_dim", "n_key_value_heads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -247,10 +270,39 @@ class LoopedTransformerConfig(BaseConfig):
                 f"n_key_value_heads={self.n_key_value_heads}"
             )
 
+    def _check_stacks(self, stacks: tuple[str, ...]) -> None:
+        names = [name for name in stacks if isinstance(name, str) and name.isidentifier()]
+        if len(names) < len(stacks) or len(set(stacks)) != 2 or stacks.count(stacks[-1]) != 1:
+            raise ConfigError(
+                "stacks must name two stacks, the slow one once and last, "
+                f"as ('L', 'L', 'H'), got {stacks!r}"
+            )
+        self._check_cycles(self.n_iterations)
+        if self.injection not in (None, "add"):
+            raise ConfigError(f"stacks need injection=None or 'add', got {self.injection!r}")
+        for name in ("exit_gate", "step_embedding", "router", "hyper_connections"):
+            if getattr(self, name):
+                raise ConfigError(f"{name} is not supported with stacks")
+
+    def _check_cycles(self, n_iterations: int) -> None:
+        if self.stacks is not None and n_iterations % len(self.stacks):
+            raise ConfigError(
+                f"n_iterations must be a multiple of {len(self.stacks)}, the calls of one cycle "
+                f"{' '.join(self.stacks)}, got {n_iterations}"
+            )
+
     @property
     def layout(self) -> LoopLayout:
         """Coordinates and names of the unrolled blocks."""
-        return LoopLayout(self.n_prelude, self.n_core, self.n_coda, self.n_iterations)
+        stacks = None
+        if self.stacks is not None:
+            stacks = self.stacks * (self.n_iterations // len(self.stacks))
+        return LoopLayout(self.n_prelude, self.n_core, self.n_coda, self.n_iterations, stacks)
+
+    @property
+    def slow_stack(self) -> str | None:
+        """The stack whose state is read out; ``None`` without ``stacks``."""
+        return None if self.stacks is None else self.stacks[-1]
 
     @property
     def notation(self) -> str:
@@ -298,6 +350,7 @@ class LoopedTransformerConfig(BaseConfig):
         if isinstance(n_iterations, bool) or not isinstance(n_iterations, int) or n_iterations < 1:
             raise ConfigError(f"n_iterations must be an integer of at least 1, got {n_iterations}")
         check_iterations(self, n_iterations)
+        self._check_cycles(n_iterations)
         layout = self.layout.with_iterations(n_iterations)
         self.n_iterations, self.n_layers = n_iterations, layout.n_layers
 
@@ -338,7 +391,8 @@ class LoopedTransformerConfig(BaseConfig):
         missing = [name for name in required if name not in config_dict]
         if missing:
             raise ConfigError(f"config lacks the required field(s) {', '.join(missing)}")
-        return cls(**config_dict)
+        lists = {key: tuple(v) for key, v in config_dict.items() if isinstance(v, list)}
+        return cls(**{**config_dict, **lists})  # JSON has no tuples
 
     def __repr__(self) -> str:
         return f"LoopedTransformerConfig:\n{self.describe()}"

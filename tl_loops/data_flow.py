@@ -31,11 +31,13 @@ def data_flow(cfg: "LoopedTransformerConfig") -> str:
         "add": "x = s + e",
         "gated_diagonal": "x = s·exp(-Δ·exp(A)) + Δ·(e Bᵀ)",
     }[cfg.injection]
-    after = "s = ln_final(x)" if cfg.norm_between_iterations else "s = x"
-    gate = "; gate(s)" if cfg.exit_gate else ""
     scale = f" · {cfg.embed_scale:.4g}" if cfg.embed_scale != 1.0 else ""
     embed = f"W_E[tokens]{scale}"
     embed = f"ln({embed})" if cfg.post_embedding_ln else embed
+    if cfg.stacks is not None:
+        return _of_stacks(cfg, embed, block)
+    after = "s = ln_final(x)" if cfg.norm_between_iterations else "s = x"
+    gate = "; gate(s)" if cfg.exit_gate else ""
     e = "ln_injection(x)" if cfg.norm_injection else "x"
     lines = [
         f"{cfg.model_name} {cfg.notation}, {cfg.n_params:,} parameters",
@@ -58,3 +60,33 @@ def data_flow(cfg: "LoopedTransformerConfig") -> str:
     if cfg.value_embeddings:
         lines.append("values   v += 2·sigmoid(gate(ln1(x)))·W_E[tokens], in every second layer")
     return "\n".join(lines)
+
+
+def _of_stacks(cfg: "LoopedTransformerConfig", embed: str, block: str) -> str:
+    """The data flow of a model with two stacks and two states."""
+    assert cfg.stacks is not None
+    fast, slow = f"z{cfg.stacks[0]}", f"z{cfg.stacks[-1]}"
+    start = {
+        "embed": "e",
+        "normal": f"N(0, {cfg.initial_state_std:.4g}²)",
+        "zeros": "0",
+        "learned": "learned vector",
+    }
+    begin = f"{fast} = {start[cfg.initial_state]}, {slow} = {start[cfg.slow_initial_state]}"
+    after = "ln_final(x)" if cfg.norm_between_iterations else "x"
+    inject = " + e" if cfg.injection is not None else ""
+    first = f"prelude  {cfg.n_prelude} x block; " if cfg.n_prelude else "start    "
+    run = f"{cfg.n_core} x block"
+    cycles = cfg.n_iterations // len(cfg.stacks)
+    lines = [
+        f"{cfg.model_name} {cfg.notation}, {cfg.n_params:,} parameters",
+        f"embed    x = {embed}",
+        f"{first}e = x; {begin}",
+        f"core     {cycles} x [ calls of {' '.join(cfg.stacks)} ], each call:",
+        f"  {cfg.stacks[0]:<6} x = {fast} + {slow}{inject}; {run}; {fast} = {after}",
+        f"  {cfg.stacks[-1]:<6} x = {slow} + {fast}; {run}; {slow} = {after}",
+    ]
+    if cfg.n_coda:
+        lines.append(f"coda     x = {slow}; {cfg.n_coda} x block")
+    final = "ln_final(x)" if cfg.n_coda or not cfg.norm_between_iterations else slow
+    return "\n".join([*lines, f"readout  logits = {final} W_U", f"block    {block}"])

@@ -66,6 +66,13 @@ class ExitMode:
                 f"exit_at={self.at} is out of range: there are {cfg.n_iterations} iterations, "
                 "counted from 0"
             )
+        if self.at is not None and cfg.layout.stacks is not None:
+            stack = cfg.layout.stacks[self.at]
+            if stack != cfg.slow_stack:
+                raise LoopedSemanticsError(
+                    f"iteration {self.at} is a call of stack {stack}, but the state of "
+                    f"{cfg.slow_stack} is read out; take the last iteration of a cycle"
+                )
         if self.at is None and not cfg.exit_gate:
             raise ValueError("exit_threshold and weighted_exit need a model with an exit gate")
         if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:

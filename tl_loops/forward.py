@@ -14,6 +14,7 @@ from tl_loops.nn.context import make_context
 from tl_loops.nn.norm import Norm
 from tl_loops.nn.rotary import RotaryTable
 from tl_loops.nn.stack import StackRun
+from tl_loops.nn.two_stacks import TwoStackRun
 from tl_loops.upstream import (
     USE_DEFAULT_VALUE,
     KeyValueCache,
@@ -52,6 +53,8 @@ class LoopedForward(CoordinateHooks):
         exit_at: int | None = None,
         exit_threshold: float | None = None,
         weighted_exit: bool = False,
+        other_state: Float[Tensor, "..."] | None = None,
+        prefix_mask: Int[Tensor, "..."] | Bool[Tensor, "..."] | None = None,
     ) -> Any:
         """Run the model.
 
@@ -83,6 +86,11 @@ class LoopedForward(CoordinateHooks):
             exit_threshold: Per position, logits of the first iteration whose cumulative exit
                 probability reaches this; default ``cfg.exit_threshold``.
             weighted_exit: Logits of all iterations weighted by their exit probabilities.
+            other_state: [batch, pos, d_model], with two stacks and a start inside the loop: the
+                state of the stack that the first iteration does not call
+                (``cache["iter.{t}.hook_other_in"]``).
+            prefix_mask: 1 where new tokens see each other in both directions, else 0 (models with
+                ``cfg.prefix_mask``). Not behind a filled key-value cache: a prefix is one call.
 
         Returns:
             Logits [batch, pos, d_vocab], the loss, both, nothing, or with ``stop_at_layer`` the
@@ -105,7 +113,13 @@ class LoopedForward(CoordinateHooks):
             mode = ExitMode(threshold=self.cfg.exit_threshold)
         with LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
             run, x, tokens, start = self._prepare(
-                input, tokens, attention_mask, start_at_layer, start_at_iteration, past_kv_cache
+                input,
+                tokens,
+                attention_mask,
+                start_at_layer,
+                start_at_iteration,
+                past_kv_cache,
+                prefix_mask,
             )
         stop = None if stop_at_layer is None else self._block_index(stop_at_layer, "stop_at_layer")
         first_iteration = start_at_iteration or max(
@@ -116,9 +130,14 @@ class LoopedForward(CoordinateHooks):
         run.keep_states = mode.early and stop is None
         self._check_state("initial_state", initial_state, x)
         self._check_state("injection", injection, x)
+        self._check_state("other_state", other_state, x)
         run.initial_state = initial_state
         run.injection = None if injection is None else injection.to(x)
-        self._need_injection(run, start, start_at_layer, start_at_iteration, stop)
+        self._need_injection(run, start, start_at_layer, start_at_iteration, stop, other_state)
+        if isinstance(run, TwoStackRun):
+            run.other_state = None if other_state is None else other_state.to(x)
+        elif other_state is not None:
+            raise ValueError("other_state is for models with two stacks (cfg.stacks)")
 
         trajectory = run.run(
             x,
@@ -148,6 +167,7 @@ class LoopedForward(CoordinateHooks):
         start_at_layer: int | None,
         start_at_iteration: int | None,
         past: KeyValueCache | None,
+        prefix_mask: Tensor | None = None,
     ) -> tuple[StackRun, Tensor, Tensor | None, int]:
         """Embed the input or take the residual stream; positions, masks and the first block."""
         start = 0
@@ -194,6 +214,7 @@ class LoopedForward(CoordinateHooks):
             self._rotary,
             self.embed.W_E.device,
             self._value_tokens(tokens, batch, n_new),
+            self._prefix(prefix_mask, batch, n_new, n_past),
         )
         if start_at_layer is None and start_at_iteration is None:
             x = self.hook_embed(self.embed(tokens))
@@ -201,7 +222,8 @@ class LoopedForward(CoordinateHooks):
                 x = x + self.hook_pos_embed(self.pos_embed(context.positions))
         else:
             x = input
-        return StackRun(self, self.layout, self.cfg, context, past=past), x, tokens, start
+        kind = StackRun if self.cfg.stacks is None else TwoStackRun
+        return kind(self, self.layout, self.cfg, context, past=past), x, tokens, start
 
     def _value_tokens(self, tokens: Tensor | None, batch: int, n_new: int) -> Tensor | None:
         """The tokens that value embeddings read; ``None`` where the model has none."""
@@ -214,6 +236,29 @@ class LoopedForward(CoordinateHooks):
                 f"residual stream also pass tokens=[batch, pos] = ({batch}, {n_new}), got {found}"
             )
         return tokens.to(self.embed.W_E.device)
+
+    def _prefix(
+        self, prefix_mask: Tensor | None, batch: int, n_new: int, n_past: int
+    ) -> Tensor | None:
+        """A prefix mask that has an effect, as booleans."""
+        if prefix_mask is None:
+            return None
+        if not self.cfg.prefix_mask:
+            raise ValueError("this model takes no prefix_mask (cfg.prefix_mask is False)")
+        if tuple(prefix_mask.shape) != (batch, n_new):
+            raise ValueError(
+                f"prefix_mask must be [batch, new tokens] = ({batch}, {n_new}), "
+                f"got {tuple(prefix_mask.shape)}"
+            )
+        prefix = prefix_mask.to(self.embed.W_E.device).bool()
+        if not bool(prefix.any()):
+            return None
+        if n_past:
+            raise ValueError(
+                "a prefix sees itself in both directions, so it must be one call: the key-value "
+                f"cache already holds {n_past} tokens, whose states cannot see new ones"
+            )
+        return prefix
 
     def _mask(
         self,
@@ -269,25 +314,41 @@ class LoopedForward(CoordinateHooks):
         start_at_layer: int | None,
         start_at_iteration: int | None,
         stop: int | None,
+        other_state: Tensor | None,
     ) -> None:
         """Refuse a start behind the prelude whose later iterations would lack e."""
-        if self.cfg.injection is None or run.injection is not None:
-            return
+        if self._lacks(start, start_at_layer, start_at_iteration, stop):
+            if self.cfg.injection is not None and run.injection is None:
+                raise ValueError(
+                    "this start skips the prelude, whose output the following iterations inject: "
+                    "pass injection=cache['hook_injection'] [batch, pos, d_model]"
+                )
+            if self.cfg.stacks is not None and other_state is None:
+                raise ValueError(
+                    "this start skips a call of the other stack, whose state the following "
+                    "iterations read: pass other_state=cache['iter.{t}.hook_other_in'] "
+                    "[batch, pos, d_model] of the iteration t of the start"
+                )
+
+    def _lacks(
+        self,
+        start: int,
+        start_at_layer: int | None,
+        start_at_iteration: int | None,
+        stop: int | None,
+    ) -> bool:
+        """Whether a start skips what a later iteration of the run reads besides the stream."""
         layout = self.layout
         end = layout.n_layers if stop is None else stop
         if start_at_iteration is None:
             if start_at_layer is None or start < max(layout.core_start, 1):
-                return
+                return False
             next_entry = layout.core_start + layout.n_core * (
                 (start - layout.core_start) // layout.n_core + 1
             )
         else:
             next_entry = start
-        if next_entry < layout.coda_start and next_entry <= end:
-            raise ValueError(
-                "this start skips the prelude, whose output the following iterations inject: "
-                "pass injection=cache['hook_injection'] [batch, pos, d_model]"
-            )
+        return next_entry < layout.coda_start and next_entry <= end
 
     def enter_coda(
         self, state: Float[Tensor, "batch pos d_model"]

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -66,7 +67,8 @@ class Generation(LoopedForward):
             verbose: Show a progress bar.
             n_iterations: Number of iterations for this call.
             attention_mask: 1 for tokens, 0 for padding, for token input.
-            **forward_kwargs: Passed on to each forward pass, e.g. ``exit_threshold``.
+            **forward_kwargs: Passed on to each forward pass, e.g. ``exit_threshold``. A
+                ``prefix_mask`` [batch, pos] is of the prompt.
 
         Returns:
             The input with what was sampled behind it.
@@ -244,6 +246,7 @@ class Generation(LoopedForward):
         do_sample = sampling.pop("do_sample")
         sampled = given[:, :0]
         step, step_mask = prompt, mask
+        prefix = forward_kwargs.pop("prefix_mask", None)
         for _ in tqdm(range(max_new_tokens), disable=not verbose):
             start = 0 if step.is_floating_point() else None
             if start == 0 and past is not None:
@@ -253,7 +256,7 @@ class Generation(LoopedForward):
                 start_at_layer=start,
                 attention_mask=step_mask,
                 past_kv_cache=past,
-                **forward_kwargs,
+                **(forward_kwargs if prefix is None else {**forward_kwargs, "prefix_mask": prefix}),
             )[:, -1]
             if do_sample:
                 new = sample_logits(logits, tokens=torch.cat([given, sampled], 1), **sampling)
@@ -268,6 +271,8 @@ class Generation(LoopedForward):
             if bool(finished.all()):
                 break
             mask = torch.cat([mask, mask.new_ones(batch, 1)], dim=1)
+            if prefix is not None:  # What is sampled is not part of the prefix.
+                prefix = None if past is not None else F.pad(prefix, (0, 1))
             if past is not None:
                 step, step_mask = new[:, None], mask.new_ones(batch, 1)
             elif prompt.is_floating_point():

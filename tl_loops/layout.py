@@ -11,6 +11,7 @@ PHASES: tuple[Phase, ...] = ("prelude", "core", "coda")
 
 ITERATION_HOOKS = (
     "hook_state_in",
+    "hook_other_in",
     "hook_injected",
     "hook_state_out",
     "hook_exit_gate",
@@ -148,6 +149,10 @@ class LoopLayout:
         """
         first = self.index(iteration=iteration)
         return range(first, first + self.n_core)
+
+    def state_path(self, iteration: int) -> str:
+        """Which sequence of states an iteration's belongs to: with two stacks, that of its own."""
+        return self.stacks[iteration] if self.stacks is not None else "loop"
 
     @property
     def n_pass(self) -> int:

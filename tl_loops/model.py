@@ -35,7 +35,9 @@ class LoopedTransformer(Generation, InheritedMethods, Circuits, PhysicalWeights)
     ``model.layout`` translates. Everything that takes a hook name also takes ``prelude.{l}.REST``,
     ``iter.{t}.{l}.REST`` and ``coda.{l}.REST``. Between iterations there are
     ``hook_initial_state``, ``hook_injection``, ``iter.{t}.hook_state_in``,
-    ``iter.{t}.hook_injected``, ``iter.{t}.hook_state_out`` and ``iter.{t}.hook_exit_gate``.
+    ``iter.{t}.hook_injected``, ``iter.{t}.hook_state_out`` and ``iter.{t}.hook_exit_gate``. With
+    two stacks these are of the stack that iteration t calls; ``iter.{t}.hook_other_in`` is what it
+    reads of the other's state, and ``hook_slow_initial_state`` the slow stack's first state.
 
     Args:
         cfg: The architecture. The model keeps a copy.
@@ -99,6 +101,9 @@ class LoopedTransformer(Generation, InheritedMethods, Circuits, PhysicalWeights)
             self.hyper_connections = HyperConnections(cfg, device)
         if cfg.halting == "act":
             self.hook_halted_state = HookPoint()
+        if cfg.stacks is not None:
+            self.slow_initial_state = InitialState(cfg, device, cfg.slow_initial_state)
+            self.hook_slow_initial_state = HookPoint()
         if cfg.linear_before_coda:
             self.coda_in = CodaInput(cfg, device)
         self.ln_final = Norm(cfg, device=device)

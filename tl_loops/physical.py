@@ -58,6 +58,8 @@ def physical_tensors(cfg: "LoopedTransformerConfig") -> dict[str, PhysicalTensor
         found["injection.dt_bias"] = PhysicalTensor((d,))
         found["injection.W_B"] = PhysicalTensor((d, d), "transposed")
     found |= _mechanisms(cfg)
+    if cfg.slow_initial_state == "learned":
+        found["slow_initial_state.state"] = PhysicalTensor((d,))
     if cfg.linear_before_coda:
         found["coda_in.W"] = PhysicalTensor((d, d), "transposed")
     found |= _norm(cfg, "ln_final", d)
@@ -111,6 +113,8 @@ def _layer(cfg: "LoopedTransformerConfig", number: int) -> dict[str, PhysicalTen
     if cfg.qk_norm == "full":
         found |= _norm(cfg, "attn.q_norm", heads * d_head)
         found |= _norm(cfg, "attn.k_norm", kv_heads * d_head)
+    if cfg.attn_gate:
+        found["attn.W_gate"] = PhysicalTensor((heads, d, d_head), "heads_in")
     if cfg.has_value_embedding(number):
         found["attn.value_embed.W_E"] = PhysicalTensor((cfg.d_vocab, kv_heads, d_head))
         channels = cfg.value_gate_channels

@@ -119,6 +119,10 @@ class SegmentedLayout(LoopLayout):
         """Blocks on one way through the layers, each segment once."""
         return self.n_physical_layers
 
+    def state_path(self, iteration: int) -> str:
+        """``"loop"``: one stream goes through all loops."""
+        return "loop"
+
     def place_in_pass(self, index: int) -> int:
         """The physical layer of an unrolled block, counted from 0."""
         at = self.coordinate(index)

@@ -100,9 +100,9 @@ class StreamPlan:
         for t in range(0 if layout is None else layout.n_iterations):
             block = layout.index(iteration=t, layer=-1)  # type: ignore[union-attr]
             for activation in ("state_out", "exit_gate"):
-                points.append(
-                    (f"iter.{t}.hook_{activation}", activation, block, (activation, "loop"))
-                )
+                path = layout.state_path(t)  # type: ignore[union-attr]
+                name = f"iter.{t}.hook_{activation}"
+                points.append((name, activation, block, (activation, path)))
         read = []
         for name, activation, block, key in points:
             readers = tuple(

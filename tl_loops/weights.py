@@ -20,6 +20,7 @@ LOOSE = (
     "pos_embed",
     "ln_injection",
     "initial_state",
+    "slow_initial_state",
     "injection",
     "step_embedding",
     "router",
@@ -295,6 +296,8 @@ class PhysicalWeights(TransformerBase):
                     assert norm.w is not None
                     for name in names:
                         getattr(reader, name).mul_(norm.w[:, None])
+                    if reader is block.attn and cfg.attn_gate:
+                        block.attn.W_gate.mul_(norm.w[:, None])
                     if reader is block.attn and block.attn.value_embed is not None:
                         embed = block.attn.value_embed
                         embed.W_gate.mul_(norm.w[: embed.channels, None])

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from tl_loops.config import LoopedTransformerConfig
 from tl_loops.errors import CheckpointError
+from tl_loops.families.hrm_text import HRM_TEXT_SPLIT
 from tl_loops.families.huginn import HUGINN
 from tl_loops.families.nanochat import NANOCHAT_RECURSIVE
 from tl_loops.families.native import NATIVE, config_to_json
@@ -37,6 +38,7 @@ FAMILY_OF = {
     "retrofitted_olmo_default": RETROFITTED_OLMO,
     "parcae": PARCAE,
     "nanochat_recursive": NANOCHAT_RECURSIVE,
+    "hrm_text": HRM_TEXT_SPLIT,
 }
 RELEASED = {name: json.loads((FIXTURES / name / "config.json").read_text()) for name in FAMILY_OF}
 BY_NAME = pytest.mark.parametrize("name", FAMILY_OF)
@@ -186,6 +188,19 @@ def test_nanochat_config():
     assert config("nanochat_recursive", train_recur_mean=...).n_iterations == 4
 
 
+def test_hrm_text_config():
+    cfg = config("hrm_text")
+    assert (cfg.notation, cfg.stacks) == ("(0, 2⊗8, 0)", ("L", "L", "L", "H"))
+    assert (cfg.initial_state, cfg.slow_initial_state) == ("learned", "embed")
+    assert cfg.norm_between_iterations and cfg.normalization_type == "RMSPre"
+    assert cfg.attn_gate and cfg.prefix_mask and cfg.embed_scale == 20.0
+    # Without the depth of a stack, num_hidden_layers is it; with it, it counts all calls.
+    assert config("hrm_text", num_layers_per_stack=..., num_hidden_layers=3).n_core == 3
+    assert config("hrm_text", num_hidden_layers=77).n_core == 2
+    assert config("hrm_text", embedding_scale=None, initializer_range=0.1).embed_scale == 10.0
+    assert not config("hrm_text", prefix_lm=False).prefix_mask
+
+
 def test_a_config_with_a_model_type_is_not_taken_for_nanochat():
     released = {**RELEASED["nanochat_recursive"], "model_type": "gpt2"}
     assert not is_looped_config(released)
@@ -331,6 +346,17 @@ REFUSALS = [
     ("nanochat_recursive", {"n_head": 5}, "multiple of 'n_head'"),
     ("nanochat_recursive", {"train_recur_mean": 0.5}, "'train_recur_mean' must be at least 1"),
     ("nanochat_recursive", {"vocab_size": ...}, "'vocab_size' is missing"),
+    ("hrm_text", {"hidden_act": "gelu"}, "'hidden_act' is 'gelu'"),
+    ("hrm_text", {"attention_bias": True}, "'attention_bias' is True"),
+    ("hrm_text", {"H_cycles": 0}, "'H_cycles' = 0 and 'L_cycles' = 3 must be at least 1"),
+    ("hrm_text", {"num_key_value_heads": 1}, "'num_key_value_heads' is 1"),
+    ("hrm_text", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "'yarn'"),
+    ("hrm_text", {"embedding_scale": None, "initializer_range": 0}, "must be above 0"),
+    (
+        "hrm_text",
+        {"num_layers_per_stack": ..., "num_hidden_layers": ...},
+        "'num_layers_per_stack' is missing",
+    ),
 ]
 
 
@@ -417,6 +443,9 @@ ARCHITECTURES = st.fixed_dictionaries(
         "norm_injection": st.booleans(),
         "linear_before_coda": st.booleans(),
         "value_embeddings": st.booleans(),
+        "attn_gate": st.booleans(),
+        "stacks": st.sampled_from([None, ("a", "b"), ("a", "a", "b")]),
+        "slow_initial_state": st.sampled_from(["embed", "learned"]),
         "post_embedding_ln": st.booleans(),
         "positional_embedding_type": st.sampled_from(["rotary", "standard"]),
         "norms": st.sampled_from(
@@ -437,6 +466,12 @@ ARCHITECTURES = st.fixed_dictionaries(
 def architecture(drawn):
     drawn = dict(drawn)
     norm, placement = drawn.pop("norms")
+    if drawn["stacks"] is None:
+        drawn["slow_initial_state"] = "embed"
+    else:
+        drawn["n_iterations"] *= len(drawn["stacks"])
+        drawn["exit_gate"] = False
+        drawn["injection"] = drawn["injection"] and "add"
     drawn["norm_injection"] &= drawn["injection"] is not None
     drawn["linear_before_coda"] &= drawn["n_coda"] > 0
     if norm == "LN" and drawn["qk_norm"] == "full":
@@ -552,7 +587,7 @@ def test_names_and_aliases_are_unique_and_not_transformer_lens_names():
 
 def test_every_hub_model_lists_a_config_a_source_and_known_unverified_fields():
     hub = [entry for entry in catalogue() if entry.known.packaged is None]
-    assert len(hub) == 28
+    assert len(hub) == 29
     for entry in hub:
         cfg = entry.config()
         assert cfg.n_params > 1e8 and cfg.model_name == entry.name.split("/")[1]

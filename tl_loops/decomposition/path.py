@@ -233,8 +233,15 @@ def path_steps(
 
     Raises:
         ValueError: ``from_iteration`` lies behind the target.
+        LoopedSemanticsError: The model has two stacks.
     """
     cfg, blocks = model.cfg, model.physical_blocks()
+    if cfg.stacks is not None:
+        raise LoopedSemanticsError(
+            "this model has two stacks with a state each, so its residual stream is no single sum "
+            "of components; patch iter.{t}.hook_state_in, hook_other_in or hook_state_out, or "
+            "read cache.stack_activation('state_out')"
+        )
     first = from_iteration or 0
     norm_sum = cfg.block_norm in ("post_residual", "post_norm")
     carry, prepare = Mix(), Mix()

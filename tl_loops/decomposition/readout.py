@@ -99,9 +99,12 @@ class ResidualReadout(ActivationCache):
         rows: list[tuple[str, Tensor]] = []
         normed: set[int] = set()
         norms_states = self.model.cfg.norm_between_iterations and not layout.n_coda
+        cfg = self.model.cfg
+        # Only then does an iteration read the state before it as it is.
+        plain = cfg.injection is None and cfg.stacks is None
         for index in range(min(target.layer + 1, layout.n_layers)):
             at, label = layout.coordinate(index), layout.label(index)
-            if norms_states and at.iteration and at.layer == 0 and not self.model.cfg.injection:
+            if norms_states and at.iteration and at.layer == 0 and plain:
                 normed.add(len(rows))
             rows.append((f"{label}_pre", run.read(f"blocks.{index}.hook_resid_pre")))
             within = index < target.layer

@@ -156,6 +156,13 @@ class ExitLens(LogitLens):
                     f"the exit lens reads hook_state_out of iterations, not {point.name}; use "
                     "logit_lens inside an iteration"
                 )
+            stacks = model.layout.stacks
+            if model.cfg.stacks is not None and stacks[point.iteration] != model.cfg.slow_stack:
+                raise LoopedSemanticsError(
+                    f"iteration {point.iteration} is a call of stack {stacks[point.iteration]}, "
+                    f"but the state of {model.cfg.slow_stack} is read out; give the names of the "
+                    "exits, e.g. points=['iter.3.hook_state_out'], or use logit_lens"
+                )
 
 
 def unembed(model: Any, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
@@ -169,6 +176,11 @@ def behind_iteration_norm(cfg: Any, point: LensPoint) -> bool:
         return False
     if point.kind == "state_out":
         return True
+    if cfg.stacks is not None and point.phase == "core":
+        if point.kind != "state_in":
+            return False  # A call reads the sum of both states.
+        stacks, t = cfg.layout.stacks, point.iteration
+        return stacks[t] in stacks[:t]
     enters = point.kind == "state_in" or (
         cfg.injection is None
         and (point.kind == "injected" or (point.kind == "resid_pre" and point.layer == 0))

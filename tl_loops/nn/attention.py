@@ -97,6 +97,9 @@ class Attention(nn.Module):
         if cfg.qk_norm == "full":
             self.q_norm = Norm(cfg, heads * d_head, device)
             self.k_norm = Norm(cfg, kv_heads * d_head, device)
+        if cfg.attn_gate:
+            self.W_gate = head_in_parameter(heads, d, d_head, cfg.dtype, device)
+            self.hook_gate = HookPoint()  # [batch, pos, head, d_head], in (0, 1)
         self.value_embed = ValueEmbedding(cfg, device) if value_embedding else None
 
         self.hook_q = HookPoint()  # [batch, pos, head, d_head]
@@ -107,7 +110,7 @@ class Attention(nn.Module):
             self.hook_rot_k = HookPoint()
         self.hook_attn_scores = HookPoint()  # [batch, head, query, key]
         self.hook_pattern = HookPoint()  # [batch, head, query, key]
-        self.hook_z = HookPoint()  # [batch, pos, head, d_head]
+        self.hook_z = HookPoint()  # [batch, pos, head, d_head], what W_O reads (gated)
         self.hook_result = HookPoint()  # [batch, pos, head, d_model]
 
     @property
@@ -138,6 +141,9 @@ class Attention(nn.Module):
             z = self._explicit(q, k, v, context)
         else:
             z = self._fused(q, k, v, context)
+        if self.cfg.attn_gate:
+            logits = project_in(query_input, self.W_gate, torch.zeros_like(self.b_Q))
+            z = self.hook_gate(torch.sigmoid(logits)) * z
         return self._output(self.hook_z(z))
 
     def _queries_keys_values(

@@ -23,13 +23,16 @@ class IterationHooks(nn.Module):
     layer), ``hook_state_out`` (behind the norm between iterations), ``hook_exit_gate`` (the
     halting logit); all [batch, pos, d_model] but the last, [batch, pos, 1]. By the config also
     ``hook_step_embedding`` [batch, pos, d_model], ``hook_halting`` (the halting probability) and
-    ``hook_router_weight``, both [batch, pos, 1], and ``hook_hyper_read``, ``hook_hyper_write`` and
-    ``hook_hyper_keep`` [batch, pos, stream].
+    ``hook_router_weight``, both [batch, pos, 1], ``hook_hyper_read``, ``hook_hyper_write`` and
+    ``hook_hyper_keep`` [batch, pos, stream], and with two stacks ``hook_other_in`` (what this call
+    reads of the other stack's state) [batch, pos, d_model].
     """
 
     def __init__(self, cfg: LoopedTransformerConfig, norm: Norm | None):
         super().__init__()
         self.hook_state_in = HookPoint()
+        if cfg.stacks is not None:
+            self.hook_other_in = HookPoint()
         self.hook_injected = HookPoint()
         if norm is not None:
             self.norm = norm
@@ -49,12 +52,23 @@ class IterationHooks(nn.Module):
 
 
 class InitialState(nn.Module):
-    """The state before iteration 0, by ``cfg.initial_state``."""
+    """The state before iteration 0, by ``cfg.initial_state``.
 
-    def __init__(self, cfg: LoopedTransformerConfig, device: torch.device | str | None = None):
+    Args:
+        cfg: The config.
+        device: Where the weights go.
+        rule: Used instead of ``cfg.initial_state``.
+    """
+
+    def __init__(
+        self,
+        cfg: LoopedTransformerConfig,
+        device: torch.device | str | None = None,
+        rule: str | None = None,
+    ):
         super().__init__()
-        self.cfg = cfg
-        if cfg.initial_state == "learned":
+        self.cfg, self.rule = cfg, cfg.initial_state if rule is None else rule
+        if self.rule == "learned":
             self.state = nn.Parameter(torch.empty(cfg.d_model, dtype=cfg.dtype, device=device))
         self._drawn: Tensor | None = None
         self._drawn_for: tuple = ()
@@ -62,7 +76,7 @@ class InitialState(nn.Module):
     def forward(
         self, e: Float[Tensor, "batch pos d_model"], positions: Int[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch pos d_model"]:
-        rule = self.cfg.initial_state
+        rule = self.rule
         if rule == "embed":
             return e
         if rule == "zeros":

@@ -42,6 +42,7 @@ def make_context(
     rotary: RotaryTable | None,
     device: torch.device,
     tokens: Int[Tensor, "batch pos"] | None = None,
+    prefix_mask: Bool[Tensor, "batch pos"] | None = None,
 ) -> ForwardContext:
     """Positions and masks for ``n_new`` tokens behind ``n_past`` cached ones.
 
@@ -54,6 +55,7 @@ def make_context(
         rotary: Table of rotations, if the model has rotary positions.
         device: Where the masks are made.
         tokens: The new tokens, where they are known.
+        prefix_mask: New tokens that see each other in both directions.
 
     Raises:
         ValueError: The mask's shape is not [batch, past + new].
@@ -75,10 +77,13 @@ def make_context(
     cos, sin = rotary(positions) if rotary is not None else (None, None)
 
     allowed = blind = None
-    if attention_mask is not None or (causal and n_past > 0 and n_new > 1):
+    masked = attention_mask is not None or prefix_mask is not None
+    if masked or (causal and n_past > 0 and n_new > 1):
         allowed = torch.ones(1, 1, n_new, n_keys, dtype=torch.bool, device=device)
         if causal:
             allowed = allowed.tril(diagonal=n_past)
+            if prefix_mask is not None:
+                allowed = allowed | (prefix_mask[:, None, :, None] & prefix_mask[:, None, None, :])
         if attention_mask is not None:
             allowed = allowed & attention_mask[:, None, None, :]
             sees_any = allowed.any(-1, keepdim=True)

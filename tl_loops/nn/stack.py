@@ -167,7 +167,11 @@ class StackRun:
         t = (index - layout.core_start) // layout.n_core
         if t == 0 and begin:
             x = self._begin_loop(x)
-        hooks = model.iter[t]
+        return self._inject(t, x)
+
+    def _inject(self, t: int, x: Tensor) -> Tensor:
+        """What enters the first layer of iteration ``t``, from the state before it."""
+        model, hooks = self.model, self.model.iter[t]
         state = hooks.hook_state_in(unshared(x, hooks.hook_state_in))
         if self.cfg.router is not None:
             self._route(state, t)

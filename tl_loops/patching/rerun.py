@@ -119,6 +119,8 @@ class BaseRun:
             self.has_own_hooks
             or exits
             or not getattr(cfg, "state_is_whole", True)
+            # A cell would also have to carry the other stack's state along.
+            or getattr(cfg, "stacks", None) is not None
             or getattr(cfg, "n_devices", 1) > 1
             or cfg.positional_embedding_type == "shortformer"
         )

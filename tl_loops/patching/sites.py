@@ -30,8 +30,8 @@ _HEADS = (
 )
 _KEY_VALUE = ("k", "v", "rot_k", "k_input", "v_input")
 _PATTERNS = ("pattern", "attn_scores")
-_ITERATION = ("state_in", "injected", "state_out", "exit_gate")
-_RUN = ("embed", "pos_embed", "injection", "initial_state")
+_ITERATION = ("state_in", "other_in", "injected", "state_out", "exit_gate")
+_RUN = ("embed", "pos_embed", "injection", "initial_state", "slow_initial_state")
 _FLAGS = {
     "result": "use_attn_result",
     "q_input": "use_split_qkv_input",

@@ -24,10 +24,14 @@ def stage_of(name: str, layout: LoopLayout | None, n_layers: int) -> int:
     if layout is not None and kind == "iter":
         t, _, point = rest.partition(".")
         blocks = layout.iteration_blocks(int(t))
-        if point.startswith(("hook_state_in", "hook_injected")):
+        if point.startswith(("hook_state_in", "hook_other_in", "hook_injected")):
             return max(blocks[0] - 1, 0)
         return blocks[-1]
-    if layout is not None and name in ("hook_injection", "hook_initial_state"):
+    if layout is not None and name in (
+        "hook_injection",
+        "hook_initial_state",
+        "hook_slow_initial_state",
+    ):
         return crossing_block(layout)
     if layout is not None and kind == "ln_coda":
         return layout.coda_start - 1
