@@ -2,6 +2,7 @@
 # make test   the same with the test extras, then runs every test
 # make lint   ruff and pyright
 # make docs   builds the documentation
+# make notebooks   runs the scripts of demos/ into notebooks
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .constraints.txt
 PYTEST_ARGS ?= -n 2
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs notebooks clean
 
 demo: $(VENV)/.base
 	$(BIN)/tl-loops report --out report.html
@@ -22,6 +23,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+notebooks: $(VENV)/.dev
+	for script in $$(grep -l "^# jupyter:" demos/*.py); do \
+		$(BIN)/jupytext --to ipynb --execute $$script || exit 1; done
 
 docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict
