@@ -254,6 +254,9 @@ class Circuits(TransformerBase):
 
     def _behind_qk_norm(self, attn: Any, norm: str, weight: str, block: Any) -> Tensor:
         W = effective_weight(block, "attn", weight)
+        if self.cfg.qk_norm == "head_weight":
+            gain = getattr(attn, norm).w
+            return W if gain is None else W * working(gain)
         if self.cfg.qk_norm != "full":
             return W
         # The norm is over all (distinct) heads of a position together.

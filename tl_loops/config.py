@@ -23,7 +23,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "injection": (None, "concat", "concat_injection_first", "add", "gated_diagonal"),
     "rotary_layout": ("half", "interleaved"),
     "rotary_table_dtype": (None, "bfloat16", "float16"),
-    "qk_norm": (None, "full", "head"),
+    "qk_norm": (None, "full", "head", "head_weight"),
     "positional_embedding_type": ("rotary", "standard", "none"),
     "normalization_type": ("RMS", "RMSPre", "LN", "LNPre"),
     "attention_dir": ("causal", "bidirectional"),
@@ -100,7 +100,8 @@ class LoopedTransformerConfig(BaseConfig):
             (nanochat), before they are used in float32; ``None``: not rounded.
         qk_norm: Norm of queries and keys. ``"full"``: over the whole projection with a weight,
             before heads are split and rotated (OLMo-2). ``"head"``: weightless per head, after
-            the rotation (Parcae).
+            the rotation (Parcae). ``"head_weight"``: per head with a weight that all heads share,
+            before the rotation (Qwen3).
         qk_bias: Queries and keys have a bias (``b_Q``, ``b_K``), added before the rotation.
         attn_bias: Queries, keys, values and the attention output have biases.
         mlp_bias: The MLP has biases (``b_in``, ``b_out``).
@@ -141,6 +142,8 @@ class LoopedTransformerConfig(BaseConfig):
             prelude, or the embedding, gives) or ``"learned"``. ``initial_state`` is the other's.
         attn_gate: What attention writes is gated, head by head and dimension by dimension, by the
             sigmoid of a linear map of what the queries read (HRM-Text).
+        first_pass_window: From iteration 1 on, heads mix by a gate full attention to iteration 0's
+            keys and values with attention to their own of this many positions (IQuest).
         prefix_mask: The forward pass takes ``prefix_mask``, whose positions see each other in both
             directions (HRM-Text).
 
@@ -190,6 +193,7 @@ class LoopedTransformerConfig(BaseConfig):
     slow_initial_state: str = field(default="embed", kw_only=True)
     attn_gate: bool = field(default=False, kw_only=True)
     prefix_mask: bool = field(default=False, kw_only=True)
+    first_pass_window: int | None = field(default=None, kw_only=True)
     # Llama-style values for fields that TransformerLens defaults to GPT-2's.
     act_fn: str = "silu"
     gated_mlp: bool = True
@@ -256,6 +260,13 @@ class LoopedTransformerConfig(BaseConfig):
             self._check_stacks(self.stacks)
         elif self.slow_initial_state != "embed":
             raise ConfigError("slow_initial_state needs stacks")
+        if self.first_pass_window is not None:
+            if self.first_pass_window < 1:
+                raise ConfigError(
+                    f"first_pass_window must be at least 1, got {self.first_pass_window}"
+                )
+            if self.router is not None or self.attention_dir != "causal":
+                raise ConfigError("first_pass_window needs causal attention and no router")
         if self.prefix_mask and self.attention_dir != "causal":
             raise ConfigError("prefix_mask needs attention_dir='causal'")
         for name in ("rotary_dim", "n_key_value_heads"):
@@ -280,7 +291,13 @@ class LoopedTransformerConfig(BaseConfig):
         self._check_cycles(self.n_iterations)
         if self.injection not in (None, "add"):
             raise ConfigError(f"stacks need injection=None or 'add', got {self.injection!r}")
-        for name in ("exit_gate", "step_embedding", "router", "hyper_connections"):
+        for name in (
+            "exit_gate",
+            "step_embedding",
+            "router",
+            "hyper_connections",
+            "first_pass_window",
+        ):
             if getattr(self, name):
                 raise ConfigError(f"{name} is not supported with stacks")
 
@@ -325,10 +342,10 @@ class LoopedTransformerConfig(BaseConfig):
     def state_is_whole(self) -> bool:
         """Whether the state (with the injection) is all that goes from an iteration to the next.
 
-        Halting probabilities, routes and residual streams are more: such a model cannot start in
-        the middle of its loop.
+        Halting probabilities, routes, residual streams and keys of iteration 0 are more: such a
+        model cannot start in the middle of its loop.
         """
-        others = (self.router, self.hyper_connections)
+        others = (self.router, self.hyper_connections, self.first_pass_window)
         return self.halting != "act" and all(other is None for other in others)
 
     @property

@@ -57,6 +57,11 @@ def data_flow(cfg: "LoopedTransformerConfig") -> str:
     final = "s W_U" if cfg.norm_between_iterations and not cfg.n_coda else "ln_final(x) W_U"
     lines += [f"readout  logits = {final}", f"block    {block}"]
     lines += mechanism_lines(cfg)
+    if cfg.first_pass_window is not None:
+        lines.append(
+            "heads    t > 0: z = g·A(q, K_0, V_0) + (1 - g)·A(q, K_t, V_t; last "
+            f"{cfg.first_pass_window}), g = σ(q·w + b)"
+        )
     if cfg.value_embeddings:
         lines.append("values   v += 2·sigmoid(gate(ln1(x)))·W_E[tokens], in every second layer")
     return "\n".join(lines)

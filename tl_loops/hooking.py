@@ -99,6 +99,12 @@ class CoordinateHooks(TransformerBase):
         Raises:
             HookNameError: The flag that the hook point needs is off; the message names the setter.
         """
+        if ".attn.first_pass." in hook_point_name:
+            index = int(hook_point_name.split(".")[1])
+            if not self.layout.coordinate(index).iteration:
+                raise HookNameError(
+                    f"{hook_point_name} fires from iteration 1 on: iteration 0 is the first pass"
+                )
         for suffixes, flag in (
             (("attn.hook_result",), "use_attn_result"),
             (("hook_q_input", "hook_k_input", "hook_v_input"), "use_split_qkv_input"),

@@ -113,6 +113,11 @@ def _layer(cfg: "LoopedTransformerConfig", number: int) -> dict[str, PhysicalTen
     if cfg.qk_norm == "full":
         found |= _norm(cfg, "attn.q_norm", heads * d_head)
         found |= _norm(cfg, "attn.k_norm", kv_heads * d_head)
+    if cfg.qk_norm == "head_weight":
+        found |= _norm(cfg, "attn.q_norm", d_head) | _norm(cfg, "attn.k_norm", d_head)
+    if cfg.first_pass_window is not None:
+        found["attn.first_pass.W"] = PhysicalTensor((heads, d_head))
+        found["attn.first_pass.b"] = PhysicalTensor((heads,))
     if cfg.attn_gate:
         found["attn.W_gate"] = PhysicalTensor((heads, d, d_head), "heads_in")
     if cfg.has_value_embedding(number):

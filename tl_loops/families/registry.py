@@ -15,6 +15,8 @@ from tl_loops.families.base import Family, KnownModel, Released
 from tl_loops.families.checkpoint import CONFIG_FILE, read_json
 from tl_loops.families.hrm_text import HRM_TEXT, HRM_TEXT_SPLIT
 from tl_loops.families.huginn import HUGINN
+from tl_loops.families.iquest import IQUEST_LOOP
+from tl_loops.families.nanbeige import NANBEIGE
 from tl_loops.families.nanochat import NANOCHAT_RECURSIVE
 from tl_loops.families.native import NATIVE
 from tl_loops.families.ouro import OURO
@@ -32,6 +34,8 @@ FAMILIES: tuple[Family, ...] = (
     NANOCHAT_RECURSIVE,
     HRM_TEXT,
     HRM_TEXT_SPLIT,
+    NANBEIGE,
+    IQUEST_LOOP,
 )
 
 

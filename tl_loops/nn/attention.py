@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_loops.config import LoopedTransformerConfig
-from tl_loops.nn.context import ForwardContext
+from tl_loops.nn.context import ForwardContext, windowed
+from tl_loops.nn.first_pass import FirstPassGate
 from tl_loops.nn.norm import Norm
 from tl_loops.nn.rotary import apply_rotary
 from tl_loops.nn.value_embedding import ValueEmbedding
@@ -97,6 +98,10 @@ class Attention(nn.Module):
         if cfg.qk_norm == "full":
             self.q_norm = Norm(cfg, heads * d_head, device)
             self.k_norm = Norm(cfg, kv_heads * d_head, device)
+        elif cfg.qk_norm == "head_weight":
+            self.q_norm, self.k_norm = Norm(cfg, d_head, device), Norm(cfg, d_head, device)
+        if cfg.first_pass_window is not None:
+            self.first_pass = FirstPassGate(cfg, device)
         if cfg.attn_gate:
             self.W_gate = head_in_parameter(heads, d, d_head, cfg.dtype, device)
             self.hook_gate = HookPoint()  # [batch, pos, head, d_head], in (0, 1)
@@ -137,10 +142,7 @@ class Attention(nn.Module):
         if k.shape[2] != q.shape[2]:
             k = k.repeat_interleave(self.groups, dim=2)
             v = v.repeat_interleave(self.groups, dim=2)
-        if has_hooks(self.hook_pattern) or has_hooks(self.hook_attn_scores):
-            z = self._explicit(q, k, v, context)
-        else:
-            z = self._fused(q, k, v, context)
+        z = self._mixed(q, k, v, context)
         if self.cfg.attn_gate:
             logits = project_in(query_input, self.W_gate, torch.zeros_like(self.b_Q))
             z = self.hook_gate(torch.sigmoid(logits)) * z
@@ -165,6 +167,8 @@ class Attention(nn.Module):
             distinct = k[:, :, ::copies]
             k = self.k_norm(distinct.flatten(-2)).view_as(distinct)
             k = k.repeat_interleave(copies, dim=2) if copies > 1 else k
+        elif self.cfg.qk_norm == "head_weight":
+            q, k = self.q_norm(q), self.k_norm(k)
         if context.cos is not None and context.sin is not None:
             layout = self.cfg.rotary_layout
             q = self.hook_rot_q(apply_rotary(q, context.cos, context.sin, layout))
@@ -173,19 +177,56 @@ class Attention(nn.Module):
             q, k = _unit_rms(q), _unit_rms(k)
         return q, k, v
 
-    def _explicit(self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext) -> Tensor:
+    def _mixed(self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext) -> Tensor:
+        """What the heads read; from iteration 1 on mixed with iteration 0 where the config says."""
+        own = (self.hook_attn_scores, self.hook_pattern)
+        window = self.cfg.first_pass_window
+        if window is None or context.place is None:
+            return self._attend(q, k, v, context, own)
+        iteration, layer = context.place
+        if iteration == 0:
+            context.first_pass[layer] = k, v
+            return self._attend(q, k, v, context, own)
+        near = self._attend(q, k, v, windowed(context, q.shape[1], k.shape[1], window), own)
+        first = (self.first_pass.hook_attn_scores, self.first_pass.hook_pattern)
+        everything = self._attend(q, *context.first_pass[layer], context, first)
+        gate = self.first_pass(q).unsqueeze(-1)
+        return gate * everything + (1 - gate) * near
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: ForwardContext,
+        hooks: tuple[HookPoint, HookPoint],
+    ) -> Tensor:
+        """Fused, or explicit when somebody looks at scores or patterns (``hooks``)."""
+        if any(has_hooks(point) for point in hooks):
+            return self._explicit(q, k, v, context, *hooks)
+        return self._fused(q, k, v, context)
+
+    def _explicit(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: ForwardContext,
+        hook_attn_scores: HookPoint,
+        hook_pattern: HookPoint,
+    ) -> Tensor:
         scores = torch.einsum("bqhe,bkhe->bhqk", q, k) * self.scale
         if context.allowed is not None:
             scores = scores.masked_fill(~context.allowed, -torch.inf)
         elif context.causal:
             seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
             scores = scores.masked_fill(~seen, -torch.inf)
-        scores = self.hook_attn_scores(scores)
+        scores = hook_attn_scores(scores)
         working = scores.dtype if scores.dtype == torch.float64 else torch.float32
         pattern = F.softmax(scores, dim=-1, dtype=working)
         if context.blind is not None:
             pattern = pattern.masked_fill(context.blind, 0.0)
-        pattern = self.hook_pattern(pattern.to(scores.dtype))
+        pattern = hook_pattern(pattern.to(scores.dtype))
         return torch.einsum("bhqk,bkhe->bqhe", pattern.to(v.dtype), v)
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext) -> Tensor:

@@ -1,6 +1,6 @@
 """What all blocks of one forward pass share: positions, rotations and the attention mask."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,15 +22,19 @@ class ForwardContext:
         causal: With ``allowed=None``: whether attention is causal.
         blind: Queries that see no key at all (padding); their attention output is zero.
         tokens: The new tokens, where they are known.
+        place: Iteration and layer of the core block that this is for, where blocks ask for it.
+        first_pass: Keys and values of iteration 0 by layer, for later iterations.
     """
 
     positions: Int[Tensor, "batch pos"]
     cos: Float[Tensor, "batch pos 1 half"] | None
     sin: Float[Tensor, "batch pos 1 half"] | None
-    allowed: Bool[Tensor, "batch 1 query key"] | None
+    allowed: Bool[Tensor, "#batch 1 query key"] | None
     causal: bool
     blind: Bool[Tensor, "batch 1 query 1"] | None
     tokens: Int[Tensor, "batch pos"] | None = None
+    place: tuple[int, int] | None = None
+    first_pass: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 def make_context(
@@ -92,3 +96,17 @@ def make_context(
     # One new token behind a cache sees every key: neither mask nor causality is needed.
     causal = causal and not (n_past > 0 and n_new == 1)
     return ForwardContext(positions, cos, sin, allowed, causal, blind, tokens)
+
+
+def windowed(context: ForwardContext, n_new: int, n_keys: int, window: int) -> ForwardContext:
+    """The same with each query seeing its own position and the ``window - 1`` before it alone."""
+    device = context.positions.device
+    query = torch.arange(n_keys - n_new, n_keys, device=device).unsqueeze(-1)
+    key = torch.arange(n_keys, device=device)
+    allowed = ((key <= query) & (key > query - window))[None, None]
+    blind = None
+    if context.allowed is not None:
+        allowed = allowed & context.allowed
+        sees_any = allowed.any(-1, keepdim=True)
+        blind = None if bool(sees_any.all()) else ~sees_any
+    return replace(context, allowed=allowed, blind=blind)

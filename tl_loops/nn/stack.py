@@ -1,7 +1,7 @@
 """The unrolled stack: physical blocks, unrolled by tying, run with the loop's boundaries."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -146,6 +146,10 @@ class StackRun:
             context = self.context
             if self._routing is not None and self.layout.coordinate(index).phase == "core":
                 context = self._routed
+            if self.cfg.first_pass_window is not None:
+                at = self.layout.coordinate(index)
+                place = None if at.iteration is None else (at.iteration, at.layer)
+                context = replace(context, place=place)
             out.resid = self.model.blocks[index](out.resid, context, entry)
             if index < self.layout.n_layers - 1 or stop is None:
                 self._leave(index, out)
