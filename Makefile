@@ -1,8 +1,8 @@
 # make demo   makes an environment, installs tl_loops, writes report.html for the embedded model
 # make test   the same with the test extras, then runs every test
 # make lint   ruff and pyright
-# make docs   builds the documentation
 # make notebooks   runs the scripts of demos/ into notebooks
+# make docs   builds the documentation in site/; a warning or a dead link is an error
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -28,8 +28,8 @@ notebooks: $(VENV)/.dev
 	for script in $$(grep -l "^# jupyter:" demos/*.py); do \
 		$(BIN)/jupytext --to ipynb --execute $$script || exit 1; done
 
-docs: $(VENV)/.dev
-	$(BIN)/mkdocs build --strict
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
@@ -45,6 +45,10 @@ $(VENV)/.base: pyproject.toml .constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP_INSTALL) -e '.[test,dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	$(PIP_INSTALL) -e '.[docs]'
 	@touch $@
 
 clean:

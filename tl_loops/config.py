@@ -63,7 +63,7 @@ _INSTEAD = {
 
 @dataclass(repr=False)
 class LoopedTransformerConfig(BaseConfig):
-    """A :class:`HookedTransformerConfig` with the fields that describe the loop.
+    """A ``HookedTransformerConfig`` with the fields that describe the loop.
 
     All fields of the TransformerLens config keep their meaning; ``n_layers`` (the unrolled depth)
     follows from the sizes and need not be given. Defaults describe a Llama-style block (RMSNorm,

@@ -31,12 +31,12 @@ class InheritedMethods(LoopedForward):
         fold_value_biases: bool = True,
         refactor_factored_attn_matrices: bool = False,
     ) -> None:
-        """Load weights and process them as :meth:`process_weights_` does.
+        """Load weights and process them as ``process_weights_`` does.
 
         Args:
             state_dict: ``state_dict()`` or ``physical_state_dict()`` of a model of this
                 architecture; of the former, with any number of iterations.
-            fold_ln: As for :meth:`process_weights_`.
+            fold_ln: As for ``process_weights_``.
             center_writing_weights: Likewise.
             center_unembed: Likewise.
             fold_value_biases: Likewise.
@@ -143,7 +143,7 @@ class InheritedMethods(LoopedForward):
         )
 
     def fill_missing_keys(self, state_dict: StateDict) -> NoReturn:
-        """Refused: call :meth:`load_physical_state_dict`, which names what is missing.
+        """Refused: call ``load_physical_state_dict``, which names what is missing.
 
         Raises:
             LoopedSemanticsError: Always.

@@ -230,8 +230,8 @@ class LoopedTransformer(Generation, InheritedMethods, Circuits, PhysicalWeights)
         one warning names the rest.
 
         Args:
-            model_name: A name of :func:`tl_loops.models`, or a directory with ``config.json`` and
-                ``*.safetensors``.
+            model_name: A name that ``tl-loops models`` lists, or a directory with ``config.json``
+                and ``*.safetensors``.
             fold_ln: Fold the gains of pre-norms into the weights that read them.
             center_writing_weights: Never exact here, so never done.
             center_unembed: Never exact here (it moves the logits), so never done.

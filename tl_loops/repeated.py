@@ -137,7 +137,7 @@ class RepeatedTransformer(CoordinateHooks, Circuits, PhysicalWeights):
             start_at_iteration: Start before this iteration, with its ``hook_state_in`` as input.
 
         Returns:
-            As :meth:`HookedTransformer.forward`.
+            As ``HookedTransformer.forward``.
 
         Raises:
             ValueError: Arguments of the wrong shape, out of range, or that contradict each other.

@@ -67,7 +67,7 @@ class PhysicalWeights(TransformerBase):
                 yield f"{prefix}.{name}", parameter
 
     def physical_state_dict(self) -> dict[str, Tensor]:
-        """Every weight once, detached but not copied; what :meth:`save_pretrained` saves."""
+        """Every weight once, detached but not copied; what ``save_pretrained`` saves."""
         return {name: parameter.detach() for name, parameter in self.physical_named_parameters()}
 
     def load_physical_state_dict(self, state_dict: dict[str, Tensor]) -> None:
