@@ -279,7 +279,8 @@ def _gradients(model: Any, tokens: Tensor) -> str:
     def keep(value: Tensor, hook: Any) -> None:
         gates.append(value)
 
-    with model.hooks([(lambda name: name.endswith("hook_exit_gate"), keep)]), torch.enable_grad():
+    heads = ("hook_exit_gate", "hook_halt_logit")
+    with model.hooks([(lambda name: name.endswith(heads), keep)]), torch.enable_grad():
         logits = model(tokens, attention_mask=torch.ones_like(tokens))
         loss = sum((gate.float().square().mean() for gate in gates), logits.float().square().mean())
         # Padded rows of the vocabulary get none, which is right: a weight counts as a whole.

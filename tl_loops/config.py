@@ -144,6 +144,9 @@ class LoopedTransformerConfig(BaseConfig):
             sigmoid of a linear map of what the queries read (HRM-Text).
         first_pass_window: From iteration 1 on, heads mix by a gate full attention to iteration 0's
             keys and values with attention to their own of this many positions (IQuest).
+        state_gate_rank: An iteration leaves g·new + (1 - g)·old, with a gate g in each dimension
+            that a map of this rank gives of new - old (LoopUS); ``None``: new.
+        halt_head: A head reads new - old into a halting logit (LoopUS).
         prefix_mask: The forward pass takes ``prefix_mask``, whose positions see each other in both
             directions (HRM-Text).
 
@@ -194,6 +197,8 @@ class LoopedTransformerConfig(BaseConfig):
     attn_gate: bool = field(default=False, kw_only=True)
     prefix_mask: bool = field(default=False, kw_only=True)
     first_pass_window: int | None = field(default=None, kw_only=True)
+    state_gate_rank: int | None = field(default=None, kw_only=True)
+    halt_head: bool = field(default=False, kw_only=True)
     # Llama-style values for fields that TransformerLens defaults to GPT-2's.
     act_fn: str = "silu"
     gated_mlp: bool = True
@@ -267,6 +272,14 @@ class LoopedTransformerConfig(BaseConfig):
                 )
             if self.router is not None or self.attention_dir != "causal":
                 raise ConfigError("first_pass_window needs causal attention and no router")
+        if self.state_gate_rank is not None and self.state_gate_rank < 1:
+            raise ConfigError(f"state_gate_rank must be at least 1, got {self.state_gate_rank}")
+        gated = self.state_gate_rank is not None or self.halt_head
+        if gated and (self.router is not None or self.hyper_connections is not None):
+            raise ConfigError(
+                "state_gate_rank and halt_head exclude router and hyper_connections: each says "
+                "what an iteration leaves"
+            )
         if self.prefix_mask and self.attention_dir != "causal":
             raise ConfigError("prefix_mask needs attention_dir='causal'")
         for name in ("rotary_dim", "n_key_value_heads"):
@@ -297,6 +310,8 @@ class LoopedTransformerConfig(BaseConfig):
             "router",
             "hyper_connections",
             "first_pass_window",
+            "state_gate_rank",
+            "halt_head",
         ):
             if getattr(self, name):
                 raise ConfigError(f"{name} is not supported with stacks")
@@ -342,11 +357,12 @@ class LoopedTransformerConfig(BaseConfig):
     def state_is_whole(self) -> bool:
         """Whether the state (with the injection) is all that goes from an iteration to the next.
 
-        Halting probabilities, routes, residual streams and keys of iteration 0 are more: such a
-        model cannot start in the middle of its loop.
+        Halting probabilities, routes, residual streams, keys of iteration 0 and the state that a
+        gate mixes in again are more: such a model cannot start in the middle of its loop.
         """
-        others = (self.router, self.hyper_connections, self.first_pass_window)
-        return self.halting != "act" and all(other is None for other in others)
+        others = (self.router, self.hyper_connections, self.first_pass_window, self.state_gate_rank)
+        whole = self.halting != "act" and not self.halt_head
+        return whole and all(other is None for other in others)
 
     @property
     def branch_norms(self) -> tuple[str, str]:

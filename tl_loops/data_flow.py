@@ -37,6 +37,8 @@ def data_flow(cfg: "LoopedTransformerConfig") -> str:
     if cfg.stacks is not None:
         return _of_stacks(cfg, embed, block)
     after = "s = ln_final(x)" if cfg.norm_between_iterations else "s = x"
+    if cfg.state_gate_rank is not None:
+        after = f"x = g·x + (1 - g)·s, g = exp(-softplus(W(x - s))·exp(A)); {after}"
     gate = "; gate(s)" if cfg.exit_gate else ""
     e = "ln_injection(x)" if cfg.norm_injection else "x"
     lines = [

@@ -297,7 +297,8 @@ class LoopedForward(CoordinateHooks):
         if (start_at_layer is not None and inside) or start_at_iteration:
             raise LoopedSemanticsError(
                 "this loop carries more than its state from one iteration to the next (halting "
-                "probabilities, routes, residual streams or keys of iteration 0), so a run cannot "
+                "probabilities, routes, residual streams, keys of iteration 0 or the state that a "
+                "gate mixes in again), so a run cannot "
                 "start inside it: start_at_layer=0 or start_at_iteration=0 runs all of it"
             )
 

@@ -12,6 +12,8 @@ PHASES: tuple[Phase, ...] = ("prelude", "core", "coda")
 ITERATION_HOOKS = (
     "hook_state_in",
     "hook_other_in",
+    "hook_state_gate",
+    "hook_halt_logit",
     "hook_injected",
     "hook_state_out",
     "hook_exit_gate",

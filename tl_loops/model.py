@@ -22,6 +22,7 @@ from tl_loops.nn.norm import Norm
 from tl_loops.nn.rotary import RotaryTable
 from tl_loops.nn.routing import Router
 from tl_loops.nn.stack import initialise, iteration_hooks, physical_blocks, unroll
+from tl_loops.nn.state_gate import HaltHead, StateGate
 from tl_loops.nn.step_embedding import StepEmbedding
 from tl_loops.nn.tying import tied_copy
 from tl_loops.upstream import HookPoint, init_root, set_tokenizer
@@ -104,6 +105,10 @@ class LoopedTransformer(Generation, InheritedMethods, Circuits, PhysicalWeights)
         if cfg.stacks is not None:
             self.slow_initial_state = InitialState(cfg, device, cfg.slow_initial_state)
             self.hook_slow_initial_state = HookPoint()
+        if cfg.state_gate_rank is not None:
+            self.state_gate = StateGate(cfg, device)
+        if cfg.halt_head:
+            self.halt_head = HaltHead(cfg, device)
         if cfg.linear_before_coda:
             self.coda_in = CodaInput(cfg, device)
         self.ln_final = Norm(cfg, device=device)

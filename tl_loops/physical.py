@@ -60,6 +60,14 @@ def physical_tensors(cfg: "LoopedTransformerConfig") -> dict[str, PhysicalTensor
     found |= _mechanisms(cfg)
     if cfg.slow_initial_state == "learned":
         found["slow_initial_state.state"] = PhysicalTensor((d,))
+    if cfg.state_gate_rank is not None:
+        found["state_gate.W_in"] = PhysicalTensor((d, cfg.state_gate_rank), "transposed")
+        found["state_gate.W_out"] = PhysicalTensor((cfg.state_gate_rank, d), "transposed")
+        found["state_gate.b_out"] = found["state_gate.A_log"] = PhysicalTensor((d,))
+    if cfg.halt_head:
+        found["halt_head.w"] = found["halt_head.b"] = PhysicalTensor((d,))
+        found["halt_head.W"] = PhysicalTensor((d, 1), "transposed")
+        found["halt_head.b_out"] = PhysicalTensor((1,))
     if cfg.linear_before_coda:
         found["coda_in.W"] = PhysicalTensor((d, d), "transposed")
     found |= _norm(cfg, "ln_final", d)

@@ -25,6 +25,8 @@ LOOSE = (
     "step_embedding",
     "router",
     "hyper_connections",
+    "state_gate",
+    "halt_head",
     "coda_in",
     "ln_final",
     "unembed",

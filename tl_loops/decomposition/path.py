@@ -178,8 +178,8 @@ class Inject(NamedTuple):
 
 
 _NOT_A_PATH = (
-    "halting, routing or hyper-connections mix the states of this loop, so what reaches this place "
-    "is no sum along one path: decompose a place before it (state_out=t with halting='act'), or "
+    "halting, routing, gates or hyper-connections mix the states of this loop, so what reaches "
+    "this place is no sum along one path: decompose a place before it (state_out=t with halting='act'), or "
     "patch"
 )
 
@@ -277,7 +277,8 @@ def path_steps(
                 yield BeginLoop(replaced)
                 if replaced:
                     yield Write(Site("initial_state", "initial_state"))
-            if cfg.router is not None or cfg.hyper_connections is not None:
+            mixed = (cfg.router, cfg.hyper_connections, cfg.state_gate_rank)
+            if any(mechanism is not None for mechanism in mixed):
                 raise LoopedSemanticsError(_NOT_A_PATH)
             if cfg.step_embedding is not None:
                 label_t = f"r{t}_step_embedding"

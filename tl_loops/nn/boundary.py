@@ -25,7 +25,9 @@ class IterationHooks(nn.Module):
     ``hook_step_embedding`` [batch, pos, d_model], ``hook_halting`` (the halting probability) and
     ``hook_router_weight``, both [batch, pos, 1], ``hook_hyper_read``, ``hook_hyper_write`` and
     ``hook_hyper_keep`` [batch, pos, stream], and with two stacks ``hook_other_in`` (what this call
-    reads of the other stack's state) [batch, pos, d_model].
+    reads of the other stack's state) [batch, pos, d_model]. ``hook_state_gate`` [batch, pos,
+    d_model] is how much of the iteration the state takes on, ``hook_halt_logit`` [batch, pos, 1]
+    what the head says of it.
     """
 
     def __init__(self, cfg: LoopedTransformerConfig, norm: Norm | None):
@@ -39,6 +41,10 @@ class IterationHooks(nn.Module):
         self.hook_state_out = HookPoint()
         if cfg.exit_gate:
             self.hook_exit_gate = HookPoint()
+        if cfg.state_gate_rank is not None:
+            self.hook_state_gate = HookPoint()
+        if cfg.halt_head:
+            self.hook_halt_logit = HookPoint()
         if cfg.step_embedding is not None:
             self.hook_step_embedding = HookPoint()
         if cfg.halting is not None:

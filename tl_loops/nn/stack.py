@@ -177,6 +177,7 @@ class StackRun:
         """What enters the first layer of iteration ``t``, from the state before it."""
         model, hooks = self.model, self.model.iter[t]
         state = hooks.hook_state_in(unshared(x, hooks.hook_state_in))
+        self._before = state
         if self.cfg.router is not None:
             self._route(state, t)
         if self.cfg.hyper_connections is not None:
@@ -251,6 +252,11 @@ class StackRun:
             state = self._routing.update(self._entered, state, weight, t)
         if self.cfg.hyper_connections is not None:
             state = self._write_streams(state, t)
+        if self.cfg.halt_head:
+            hooks.hook_halt_logit(self.model.halt_head(state - self._before))
+        if self.cfg.state_gate_rank is not None:
+            gate = hooks.hook_state_gate(self.model.state_gate(state - self._before))
+            state = gate * state + (1 - gate) * self._before
         if self.cfg.norm_between_iterations:
             out.normed = last and layout.n_coda == 0
             state = (self.model.ln_final if out.normed else hooks.norm)(state)
