@@ -6,6 +6,7 @@ recurrent layer then has hook points of its own, over weights that exist once.
 """
 
 from tl_loops import attribution, lens, loop_hooks, metrics, patching, plots, steering, tasks
+from tl_loops.bridge import UnrolledBridge, unroll
 from tl_loops.cache import LoopedActivationCache
 from tl_loops.config import LoopedTransformerConfig
 from tl_loops.errors import (
@@ -40,6 +41,7 @@ __all__ = [
     "LoopedTransformer",
     "LoopedTransformerConfig",
     "UnknownModelError",
+    "UnrolledBridge",
     "attribution",
     "available_metrics",
     "exit_curve",
@@ -54,6 +56,7 @@ __all__ = [
     "steering",
     "tasks",
     "unregister",
+    "unroll",
 ]
 
 warn_if_untried()
