@@ -1,19 +1,28 @@
-"""Making HookedTransformer.from_pretrained know the looped families."""
+"""What importing tl_loops changes in TransformerLens, and undoing it."""
 
 from tl_loops import loading
+from tl_loops.bridge.refusal import refuse_looped_bridge
 from tl_loops.model import LoopedTransformer
-from tl_loops.upstream import install_from_pretrained, uninstall_from_pretrained
+from tl_loops.upstream import (
+    install_from_pretrained,
+    install_guards,
+    uninstall_from_pretrained,
+    uninstall_guards,
+)
 
 
 def register() -> None:
-    """Let ``HookedTransformer.from_pretrained`` load looped names and directories.
+    """Let ``HookedTransformer.from_pretrained`` load looped names, and guard bridged loops.
 
-    Importing tl_loops does this. Every other name reaches TransformerLens as before. Calling it
-    twice is the same as once.
+    Importing tl_loops does this. Every other name reaches TransformerLens as before. Tools of
+    TransformerLens that are wrong on a TransformerBridge of a looped model then refuse it; all
+    other models pass. Calling it twice is the same as once.
     """
     install_from_pretrained(loading.is_looped_name, LoopedTransformer.from_pretrained)
+    install_guards(refuse_looped_bridge)
 
 
 def unregister() -> None:
     """Undo :func:`register`; ``LoopedTransformer.from_pretrained`` stays the way in."""
     uninstall_from_pretrained()
+    uninstall_guards()

@@ -26,6 +26,9 @@ class Block(nn.Module):
         number: Of the physical layer, counted through prelude, core and coda.
     """
 
+    # TransformerLens 4 asks for it before it reads the stream off ``hook_resid_post``.
+    hook_out_is_single_residual_stream = True
+
     def __init__(
         self,
         cfg: LoopedTransformerConfig,

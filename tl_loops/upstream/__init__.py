@@ -29,6 +29,7 @@ from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 from tl_loops.upstream.bridges import is_bridge
 from tl_loops.upstream.classes import BaseConfig, HookedTransformer, Output, TransformerBase
 from tl_loops.upstream.from_pretrained import install_from_pretrained, uninstall_from_pretrained
+from tl_loops.upstream.guards import install_guards, uninstall_guards
 from tl_loops.upstream.hook_points import has_editing_hooks, has_hooks, unshared
 from tl_loops.upstream.root import can_restart, complete_norm, init_root, set_tokenizer
 from tl_loops.upstream.version import HAS_HOOKED_TRANSFORMER, warn_if_untried
@@ -59,11 +60,13 @@ __all__ = [
     "has_hooks",
     "init_root",
     "install_from_pretrained",
+    "install_guards",
     "is_bridge",
     "lm_cross_entropy_loss",
     "sample_logits",
     "set_tokenizer",
     "uninstall_from_pretrained",
+    "uninstall_guards",
     "unshared",
     "warn_if_untried",
 ]

@@ -6,5 +6,5 @@ from typing import Any
 
 def is_bridge(model: Any) -> bool:
     """Whether a model is a TransformerBridge."""
-    module = sys.modules.get("transformer_lens.model_bridge.transformer_bridge")
+    module = sys.modules.get("transformer_lens.model_bridge")
     return module is not None and isinstance(model, module.TransformerBridge)
