@@ -51,6 +51,7 @@ def page(browser, report):
     page.on("pageerror", lambda error: page.problems.append(str(error)))
     context.route("http*://**", lambda route: route.abort())
     page.goto(report.as_uri())
+    page.wait_for_selector("html[data-drawn]")
     page.wait_for_selector(".attention-view canvas, .attention-view table, .attention-view img")
     yield page
     context.close()
@@ -65,12 +66,18 @@ def test_it_is_one_small_file_that_asks_for_nothing(page: Page, report):
 def test_every_figure_is_drawn(page: Page):
     figures = page.locator("figure")
     titles = figures.locator("figcaption").all_inner_texts()
-    assert len(titles) == len(set(titles)) >= 11
+    assert len(titles) == len(set(titles)) >= 22
     for figure in figures.all():
         box = figure.bounding_box()
         assert box is not None
         assert box["width"] > 150
         assert box["height"] > 60
+    plotted = page.locator("figure.plot").all()
+    assert len(plotted) == int(page.locator("html").get_attribute("data-drawn") or 0) >= 17
+    for figure in plotted:
+        assert figure.locator("svg .xtick").count() > 1
+        marks = ".scatterlayer .trace path, .barlayer .point path, .heatmaplayer image"
+        assert figure.locator(marks).count() > 0, figure.inner_text()
     for view in page.locator(".attention-view").all():
         assert "r" in view.inner_text()
         assert view.locator("canvas, svg, img, table").count() > 0
@@ -79,13 +86,31 @@ def test_every_figure_is_drawn(page: Page):
 def test_sections_and_contents_agree(page: Page):
     links = [link.get_attribute("href") for link in page.locator("nav a").all()]
     assert links == [f"#{s.get_attribute('id')}" for s in page.locator("main section").all()]
-    assert len(links) == 6
+    assert len(links) == 11
+    findings = page.locator("#summary li").all()
+    assert len(findings) >= 4
+    for finding in findings:
+        assert finding.locator("a").get_attribute("href") in links
 
 
-def test_a_cell_tells_its_number_on_hover(page: Page):
-    cell = page.locator("#attention-metrics td[title]").first
-    cell.hover()
-    assert "iteration 0, layer 0: " in (cell.get_attribute("title") or "")
+def test_a_point_tells_its_number_on_hover(page: Page):
+    figure = page.locator("#readout figure.plot")
+    figure.scroll_into_view_if_needed()
+    box = figure.locator(".scatterlayer .points path").nth(2).bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.wait_for_selector("#readout .hoverlayer .hovertext")
+    assert "exit after iteration: 2" in (figure.locator(".hoverlayer").text_content() or "")
+
+
+def test_a_cell_of_the_patching_grid_tells_its_place(page: Page):
+    figure = page.locator("#patching figure.plot")
+    figure.scroll_into_view_if_needed()
+    box = figure.locator(".heatmaplayer image").first.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 5)
+    page.wait_for_selector("#patching .hoverlayer .hovertext")
+    assert "r0" in (figure.locator(".hoverlayer").text_content() or "")
 
 
 def test_it_fits_a_phone_and_follows_the_dark_scheme(page: Page):
@@ -93,8 +118,11 @@ def test_it_fits_a_phone_and_follows_the_dark_scheme(page: Page):
     assert page.evaluate("document.documentElement.scrollWidth") <= 391
     colour = "getComputedStyle(document.body).backgroundColor"
     light = page.evaluate(colour)
+    text = "getComputedStyle(document.querySelector('.plotly .xtick text')).fill"
+    before = page.evaluate(text)
     page.emulate_media(color_scheme="dark")
     assert page.evaluate(colour) != light
+    page.wait_for_function(f"{text} !== '{before}'")
 
 
 def test_text_from_prompts_is_escaped(browser, report, tmp_path):

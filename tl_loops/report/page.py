@@ -1,5 +1,7 @@
 """One self-contained HTML page about a looped model on some prompts."""
 
+import base64
+import gzip
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,17 +14,21 @@ from jinja2 import Environment
 
 from tl_loops import tasks
 from tl_loops.files import write_whole
+from tl_loops.measure import measure
 from tl_loops.plots.views import circuitsvis_script
 from tl_loops.prompts import SAMPLE, PromptText, from_task
-from tl_loops.report_sections import (
-    Section,
-    answers_section,
-    attention_section,
-    measurements_section,
-    overview_section,
-    patching_section,
-    readout_section,
+from tl_loops.report.attention import attention_section, floorplan_section
+from tl_loops.report.measurements import (
+    MEASURED,
+    dynamics_section,
+    exits_section,
+    neurons_section,
+    pairs_section,
+    stages_section,
 )
+from tl_loops.report.patching import patching_section
+from tl_loops.report.readout import answers_section, readout_section
+from tl_loops.report.section import Section, last_tokens, shortened
 
 MOST_BYTES = 6_000_000
 """A page is never larger than this."""
@@ -77,9 +83,10 @@ def report_html(
 ) -> str:
     """The page as text.
 
-    It shows accuracy (or loss) per iteration, the answer after each iteration, three attention
-    metrics per iteration and layer, an activation-patching grid over iteration, layer and position,
-    and attention patterns. It loads nothing from anywhere when it is opened.
+    It shows accuracy (or loss) and the answer after each iteration, attention, entropy and
+    dynamics by iteration and layer, likeness of all pairs of blocks, neurons, an
+    activation-patching grid over iteration, layer and position, the halting gate where there is
+    one, and attention patterns. It loads nothing from anywhere when it is opened.
 
     Args:
         model: A looped model with a tokenizer.
@@ -100,15 +107,7 @@ def report_html(
     elif not isinstance(prompts, ReportPrompts):
         prompts = ReportPrompts([PromptText(p) if isinstance(p, str) else p for p in prompts])
     with torch.no_grad(), model.iterations(n_iterations or model.cfg.n_iterations):
-        sections = [
-            overview_section(model, len(prompts.evaluated), prompts.what),
-            readout_section(model, prompts.evaluated, prompts.what),
-            answers_section(model, prompts.shown[:_SHOWN]),
-            measurements_section(model, prompts.evaluated, prompts.what, progress),
-            patching_section(model, prompts.shown, progress),
-            attention_section(model, prompts.shown[0]),
-        ]
-        page = _render(model, sections)
+        page = _render(model, _sections(model, prompts, progress))
     if len(page.encode()) > MOST_BYTES:
         raise ValueError(
             f"the page would have {len(page.encode()):,} bytes, more than {MOST_BYTES:,}: "
@@ -146,10 +145,56 @@ def write_report(
     return Path(out).resolve()
 
 
+def _sections(model: Any, prompts: ReportPrompts, progress: bool) -> list[Section]:
+    """Every section that applies to the model."""
+    cfg = model.cfg
+    gate = ("exit_probability", "expected_exit_iteration") if cfg.exit_gate else ()
+    texts = [p.text for p in prompts.evaluated]
+    profile = measure(model, texts, (*MEASURED, *gate), progress=progress)
+    first = prompts.shown[0]
+    _, cache = model.run_with_cache(last_tokens(model, first.text), names_filter=_is_pictured)
+    text = shortened(first.text, 80)
+    sections = [
+        _model_section(model, len(texts), prompts.what),
+        readout_section(model, prompts.evaluated, progress),
+        answers_section(model, prompts.shown[:_SHOWN]),
+        patching_section(model, prompts.shown, progress),
+        dynamics_section(model, profile, cache, text),
+        stages_section(profile),
+        pairs_section(cache, text),
+        exits_section(model, profile),
+        neurons_section(model),
+        floorplan_section(model, cache, text),
+        attention_section(model, first),
+    ]
+    return [section for section in sections if section is not None]
+
+
+def _is_pictured(name: str) -> bool:
+    return name.endswith(("hook_pattern", "hook_resid_post", "hook_state_out", "hook_resid_pre"))
+
+
+def _model_section(model: Any, n_prompts: int, what: str) -> Section:
+    """What the model is."""
+    cfg = model.cfg
+    return Section(
+        "model",
+        "The model",
+        [
+            f"A looped transformer of {cfg.n_params:,} parameters whose {cfg.n_core} core layers "
+            f"run {cfg.n_iterations} times, unrolled to {cfg.n_layers} blocks; looked at on "
+            f"{n_prompts} prompts ({what}).",
+            "Data flow of one forward pass:",
+        ],
+        code=cfg.describe(),
+    )
+
+
 def _render(model: Any, sections: Sequence[Section]) -> str:
     from tl_loops import __version__
 
-    source = (resources.files("tl_loops") / "templates" / "report.html").read_text("utf-8")
+    folder = resources.files("tl_loops") / "templates"
+    source = (folder / "report.html").read_text("utf-8")
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         source
     )
@@ -157,6 +202,18 @@ def _render(model: Any, sections: Sequence[Section]) -> str:
         title=f"{model.cfg.model_name} {model.cfg.notation}",
         subtitle=sections[0].paragraphs[0],
         sections=sections,
-        script=circuitsvis_script(),
+        summary=[section for section in sections if section.finding],
+        style=(folder / "report.css").read_text("utf-8"),
+        script=(folder / "report.js").read_text("utf-8"),
+        libraries=[_packed(_plotly_script()), _packed(circuitsvis_script())],
         version=__version__,
     )
+
+
+def _plotly_script() -> str:
+    return (resources.files("plotly") / "package_data" / "plotly.min.js").read_text("utf-8")
+
+
+def _packed(script: str) -> str:
+    """A script as gzip in base64: a quarter of its size, and nothing that could end an element."""
+    return base64.b64encode(gzip.compress(script.encode("utf-8"), mtime=0)).decode("ascii")

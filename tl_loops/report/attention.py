@@ -1,0 +1,69 @@
+"""Attention patterns: all of them on one page, and the core's in detail."""
+
+from typing import Any
+
+import torch
+
+from tl_loops import plots
+from tl_loops.cache import LoopedActivationCache
+from tl_loops.prompts import PromptText
+from tl_loops.report.section import Section, as_text, html_figure, last_tokens, plotly_figure
+
+_ATTENTION_BYTES = 1_200_000
+_BYTES_A_WEIGHT = 6
+_FLOORPLAN_WEIGHTS = 160_000
+
+
+def floorplan_section(model: Any, cache: LoopedActivationCache, prompt: str) -> Section:
+    """Every pattern of the model at once."""
+    layout = model.layout
+    n_pos = cache["pattern", 0].shape[-1]
+    n_tiles = layout.n_layers * model.cfg.n_heads
+    heads = "all" if n_tiles * min(n_pos, 24) ** 2 <= _FLOORPLAN_WEIGHTS else "mean"
+    n_tiles = n_tiles if heads == "all" else layout.n_layers
+    tile = min(n_pos, max(2, int((_FLOORPLAN_WEIGHTS / n_tiles) ** 0.5)))
+    figure = plots.plot_floorplan(cache, heads=heads, tile=tile, prompts=prompt)
+    text = (
+        "Each square is one attention pattern, queries from top to bottom and keys from left to "
+        "right; a column is an unrolled block"
+        + (", a row a head." if heads == "all" else ", averaged over its heads.")
+        + (
+            f" {n_pos} tokens are shown in {tile} pixels by the largest weight in each."
+            if tile < n_pos
+            else ""
+        )
+    )
+    return Section("floorplan", "The looped floorplan", [text], [plotly_figure(figure)])
+
+
+def attention_section(model: Any, prompt: PromptText) -> Section:
+    """Attention patterns of the core, drawn by circuitsvis, one view an iteration."""
+    tokens = last_tokens(model, prompt.text)
+    words, cfg, layout = model.to_str_tokens(tokens[0]), model.cfg, model.layout
+    _, cache = model.run_with_cache(tokens, names_filter=lambda n: n.endswith("hook_pattern"))
+    weights = cfg.n_core * cfg.n_heads * len(words) ** 2
+    room = max(1, _ATTENTION_BYTES // _BYTES_A_WEIGHT)
+    n_views = min(cfg.n_iterations, max(2, room // weights))
+    chosen = sorted(
+        {round(i * (cfg.n_iterations - 1) / max(1, n_views - 1)) for i in range(n_views)}
+    )
+    n_heads = max(1, min(cfg.n_heads, room // (len(chosen) * cfg.n_core * len(words) ** 2)))
+    figures = []
+    for t in chosen:
+        patterns = [cache["pattern", layout.index(iteration=t, layer=x)] for x in range(cfg.n_core)]
+        shown = torch.cat([p[0, :n_heads] for p in patterns])
+        names = [f"r{t}.L{x}H{h}" for x in range(cfg.n_core) for h in range(n_heads)]
+        view = plots.attention_view(words, shown, names).element()
+        figures.append(html_figure(f"Iteration {t} ({cfg.model_name}, prompt 0)", view))
+    left_out = []
+    if len(chosen) < cfg.n_iterations:
+        left_out.append(f"iterations {', '.join(map(str, chosen))} of {cfg.n_iterations}")
+    if n_heads < cfg.n_heads:
+        left_out.append(f"the first {n_heads} of {cfg.n_heads} heads a layer")
+    text = [
+        f"The prompt is “{as_text(model, tokens)}”. Names read r(iteration).L(layer)H(head). Click "
+        "a head to enlarge it; point at a token to see where it looks."
+    ]
+    if left_out:
+        text.append("To keep the page small it shows " + " and ".join(left_out) + ".")
+    return Section("attention", "Attention patterns", text, figures)
