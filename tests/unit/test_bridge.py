@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformer_lens import patching as upstream_patching
 
 from tests.bridged.models import FIXTURES, bridged, reference
-from tests.plain import plain_model
+from tests.feedforward import plain_model
 from tl_loops import HookNameError, LoopedSemanticsError, LoopedTransformer, lens, measure, unroll
 from tl_loops.bridge.family import _nothing
 from tl_loops.patching import activation_patch

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.feedforward import only_before_4
 from tests.models import ARCHITECTURES, VARIATIONS, any_model, tiny_model, tiny_tokens
-from tests.plain import only_before_4
 from tl_loops import LoopedSemanticsError
 from tl_loops.upstream import HookedTransformer, KeyValueCache
 

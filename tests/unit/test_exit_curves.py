@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.feedforward import plain_model
 from tests.models import ARCHITECTURES, tiny_model
-from tests.plain import plain_model
 from tl_loops.exit_curves import exit_curve
 from tl_loops.metrics.readout import answer_flips, kl_divergence, oracle_headroom, overthinking
 

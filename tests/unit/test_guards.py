@@ -13,7 +13,7 @@ from transformer_lens import ActivationCache, head_detector, patching
 
 import tl_loops
 from tests.bridged.models import bridged, reference
-from tests.plain import only_from_4, plain_model
+from tests.feedforward import only_from_4, plain_model
 from tl_loops import LoopedSemanticsError, unroll
 from tl_loops.bridge.refusal import LOOPED_ADAPTERS
 from tl_loops.upstream.guards import GUARDED_FUNCTIONS, GUARDED_METHODS

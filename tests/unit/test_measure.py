@@ -17,8 +17,8 @@ from torch import Tensor
 
 import tl_loops
 import tl_loops.files
+from tests.feedforward import plain_model
 from tests.models import ARCHITECTURES, tiny_model
-from tests.plain import plain_model
 from tl_loops.errors import CheckpointError
 from tl_loops.measure import available_metrics, measure
 from tl_loops.measurements import DEFAULT_METRICS, MEASUREMENTS

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.feedforward import plain_model
 from tests.models import ARCHITECTURES, tiny_model, tiny_tokens
-from tests.plain import plain_model
 from tl_loops import LoopedSemanticsError
 from tl_loops.patching import activation_patch, axis_labels
 from tl_loops.upstream import is_bridge

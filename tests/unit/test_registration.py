@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import tl_loops
-from tests.plain import only_before_4, only_from_4, plain_model
+from tests.feedforward import only_before_4, only_from_4, plain_model
 from tl_loops import HookedTransformer, LoopedSemanticsError, LoopedTransformer, UnknownModelError
 from tl_loops.upstream import warn_if_untried
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.plain import plain_model
+from tests.feedforward import plain_model
 from tl_loops.metrics.neurons import (
     NeuronStatistics,
     classify_neurons,
