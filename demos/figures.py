@@ -86,7 +86,9 @@ def small(picture: bytes) -> bytes:
     image.save(buffer, "PNG", optimize=True)
     if buffer.tell() > LARGEST:
         buffer = io.BytesIO()
-        image.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+        # Colours that few points have are kept too.
+        few = image.quantize(200, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        few.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 

@@ -131,12 +131,15 @@ def plot_patching(
         )
     width = max(200, min(900, 15 * len(columns)))
     most = max(1, 1100 // (width + 30))
+    # One panel alone has room; of many each is low.
+    alone = len(panels) == 1 or animate
+    height = max(150, min(460, 34 * len(rows))) if alone else max(50, min(420, 22 * len(rows)))
     figure = Figure(
         title or "Activation patching: effect by " + ", ".join(_NAMES[name] for name in names),
         subject.line(complete=title is None),
         tuple(panels),
         columns=max(1, min(len(panels), most, 4)),
-        panel_size=(width, max(50, min(420, 22 * len(rows)))),
+        panel_size=(width, height),
         colours=ColourScale.of(values, unit, "diverging", limits),
         slider=_NAMES[facets[0]] if animate and facets else "",
         shared_x=True,

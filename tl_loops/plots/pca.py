@@ -145,7 +145,7 @@ def _panel(result: PCATrajectory, n_components: int, layout: LoopLayout | None, 
         hover = [labels[i] for i in members]
         marks.append(_points(at, members, group, colour, hover, symbol=symbol, named=named))
     axes = [
-        Axis(f"PC {i + 1} ({100 * r:.0f}% of the variance)" if np.isfinite(r) else f"PC {i + 1}")
+        Axis(f"PC {i + 1} ({100 * r:.0f}% of variance)" if np.isfinite(r) else f"PC {i + 1}")
         for i, r in enumerate(ratio)
     ]
     return Panel(tuple(marks), axes[0], axes[1], axes[2] if n_components == 3 else None, name)

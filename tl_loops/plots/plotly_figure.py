@@ -12,6 +12,7 @@ from tl_loops.plots.colours import SCALES
 from tl_loops.plots.figure import Axis, Bars, Box, Figure, Heat, Line, Panel, Rule, Span
 
 _BETWEEN = {"x": 76, "y": 92, "shared": 34}
+_NARROWEST = 700
 _MARGIN = {"l": 70, "r": 30, "b": 66}
 _SYMBOLS = {"circle": "circle", "diamond": "diamond", "square": "square"}
 
@@ -30,7 +31,7 @@ def render(
     moving = bool(figure.slider) and len(figure.panels) > 1
     shown = figure.panels[:1] if moving else figure.panels
     rows, columns = (1, 1) if moving else (figure.rows, figure.columns)
-    header = _header(figure, width or columns * figure.panel_size[0])
+    header = _header(figure, width or max(_NARROWEST, columns * figure.panel_size[0]))
     top = 26 + 22 * len(header[0]) + 17 * len(header[1]) + _above(shown)
     bottom = _MARGIN["b"] + (80 if moving else 0)
     between = _BETWEEN["shared" if figure.shared_x else "y"]
@@ -162,6 +163,8 @@ def _draw_panel(
             xaxis_title_text=escape(panel.x.label),
             yaxis_title_text=escape(panel.y.label),
             zaxis_title_text=escape(panel.z.label),
+            camera_eye={"x": 2.0, "y": 2.0, "z": 1.3},
+            aspectmode="cube",
             **at,
         )
         return
@@ -255,7 +258,8 @@ def _heatmap(mark: Heat, panel: Panel) -> go.Heatmap:
     if mark.hover is not None:
         texts = np.array([[escape(text) for text in row] for row in mark.hover.tolist()])
         settings = {"text": texts, "hovertemplate": "%{text}: %{z:.4g}<extra></extra>"}
-    return go.Heatmap(z=mark.values, coloraxis="coloraxis", hoverongaps=False, **settings)
+    values = mark.values.astype(np.float32)  # half the size of the page
+    return go.Heatmap(z=values, coloraxis="coloraxis", hoverongaps=False, **settings)
 
 
 def _add_shape(drawn: go.Figure, mark: Any, at: dict[str, Any]) -> None:
@@ -342,8 +346,8 @@ def _animate(drawn: go.Figure, figure: Figure) -> None:
         sliders=[
             {
                 "steps": steps,
-                "currentvalue": {"prefix": f"{escape(figure.slider)}: "},
-                "pad": {"t": 50, "l": 60},
+                "currentvalue": {"prefix": ""},
+                "pad": {"t": 50, "l": 110},
                 "x": 0,
                 "len": 1,
             }

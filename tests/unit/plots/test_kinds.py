@@ -78,7 +78,7 @@ def test_components_are_those_of_the_metric(cache, model, n, backend):
     x, y = curves(figure)["path"]
     np.testing.assert_allclose(x, expected.coordinates[:, 0], atol=1e-5)
     np.testing.assert_allclose(y, expected.coordinates[:, 1], atol=1e-5)
-    assert f"{100 * expected.explained_variance_ratio[0]:.0f}% of the variance" in told(figure)
+    assert f"{100 * expected.explained_variance_ratio[0]:.0f}% of variance" in told(figure)
     assert "random walk (null)" in told(figure) and "position 8 of 9" in told(figure)
     assert {"prelude", "coda", "iteration 0", "iteration 2"} <= set(curves(figure))
 
