@@ -1,5 +1,6 @@
 """What a figure shows, read back from either library."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -43,13 +44,15 @@ def matrices(figure: Any) -> list[np.ndarray]:
 
 
 def words(figure: Any) -> str:
-    """All text of a figure: titles, labels, ticks, notes."""
+    """All text of a figure on one line: titles, labels, ticks, notes."""
     if isinstance(figure, MatplotlibFigure):
         from matplotlib.text import Text
 
         figure.canvas.draw()  # which makes ticks
-        return "\n".join(text.get_text() for text in figure.findobj(Text))
-    return str(figure.to_dict())
+        shown = " ".join(text.get_text() for text in figure.findobj(Text))
+    else:
+        shown = re.sub(r"<[^<>]*>", " ", str(figure.to_dict()))  # of line breaks and sizes
+    return " ".join(shown.split())
 
 
 def colours(figure: Any) -> dict[str, str]:

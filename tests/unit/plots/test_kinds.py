@@ -25,10 +25,6 @@ def cache(model):
         return model.run_with_cache(tiny_tokens())[1]
 
 
-def told(figure) -> str:
-    return words(figure).replace("<br>", " ").replace("\n", " ")
-
-
 # --- states --------------------------------------------------------------------------------------
 
 
@@ -42,7 +38,7 @@ def test_a_contraction_is_a_straight_line(backend):
         x, y = curves(figure)[f"layer {layer}"]
         np.testing.assert_allclose(x, range(1, 6))
         np.testing.assert_allclose(np.diff(np.log(y)), np.log(0.5), rtol=1e-5)
-    assert "mine · 6 iterations · 5 prompts" in told(figure)
+    assert "mine · 6 iterations · 5 prompts" in words(figure)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -60,11 +56,11 @@ def test_states_of_any_shape_are_averaged_over_tokens(shape, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_states_that_say_nothing_are_told(backend):
     once = plots.plot_fixed_points(torch.ones(1, 2, 3, 8), backend=backend)
-    assert "one iteration only" in told(once)
+    assert "one iteration only" in words(once)
     undefined = plots.plot_fixed_points(torch.full((4, 2, 3, 8), NAN), backend=backend)
-    assert "every value is undefined (NaN)" in told(undefined)
+    assert "every value is undefined (NaN)" in words(undefined)
     empty = plots.plot_fixed_points(torch.ones(0, 2, 3, 8), backend=backend)
-    assert "there are no values" in told(empty)
+    assert "there are no values" in words(empty)
     with pytest.raises(ValueError, match=r"\[iteration, layer"):
         plots.plot_fixed_points(torch.ones(3))
 
@@ -78,26 +74,26 @@ def test_components_are_those_of_the_metric(cache, model, n, backend):
     x, y = curves(figure)["path"]
     np.testing.assert_allclose(x, expected.coordinates[:, 0], atol=1e-5)
     np.testing.assert_allclose(y, expected.coordinates[:, 1], atol=1e-5)
-    assert f"{100 * expected.explained_variance_ratio[0]:.0f}% of variance" in told(figure)
-    assert "random walk (null)" in told(figure) and "position 8 of 9" in told(figure)
+    assert f"{100 * expected.explained_variance_ratio[0]:.0f}% of variance" in words(figure)
+    assert "random walk (null)" in words(figure) and "position 8 of 9" in words(figure)
     assert {"prelude", "coda", "iteration 0", "iteration 2"} <= set(curves(figure))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_paths_that_say_nothing_are_told(backend):
-    assert "two states" in told(plots.plot_pca(torch.ones(1, 8), backend=backend))
+    assert "two states" in words(plots.plot_pca(torch.ones(1, 8), backend=backend))
     states = torch.randn(5, 8)
     states[2] = NAN
-    assert "1 of 5 states are not finite" in told(plots.plot_pca(states, backend=backend))
+    assert "1 of 5 states are not finite" in words(plots.plot_pca(states, backend=backend))
     still = plots.plot_pca(torch.ones(4, 8), backend=backend)  # no variance at all
-    assert "PC 1" in told(still)
+    assert "PC 1" in words(still)
 
 
 def test_a_fitted_trajectory_is_drawn_as_it_is():
     fitted = metrics.pca_trajectory(torch.randn(5, 8), 3)
     figure = plots.plot_pca(fitted, 3, model="mine", backend="plotly")
     np.testing.assert_allclose(curves(figure)["path"][1], fitted.coordinates[:, 1])
-    assert "null" not in told(figure) and "5 iterations" in told(figure)
+    assert "null" not in words(figure) and "5 iterations" in words(figure)
     with pytest.raises(ValueError, match="n_components=3"):
         plots.plot_pca(metrics.pca_trajectory(torch.randn(5, 8), 2), 3)
     for bad in (torch.ones(2, 3, 4), "text"):
@@ -130,8 +126,8 @@ def test_each_class_has_its_clearest_token(backend):
     drawn = curves(figure)
     np.testing.assert_allclose(drawn["token 0"][1], found.similarity[:, 0])
     np.testing.assert_allclose(drawn["token 1"][1], found.similarity[:, 1])
-    assert "Of 2 tokens: fixed point 50%, orbit 50%, slider 0%, unknown 0%." in told(figure)
-    assert "mine · 64 iterations" in told(figure)
+    assert "Of 2 tokens: fixed point 50%, orbit 50%, slider 0%, unknown 0%." in words(figure)
+    assert "mine · 64 iterations" in words(figure)
     same = plots.plot_trajectories(states, model="mine", backend=backend)
     np.testing.assert_allclose(curves(same)["token 0"][1], drawn["token 0"][1])
 
@@ -149,12 +145,12 @@ def test_a_spectrum_has_its_peak_at_the_frequency():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_trajectories_that_say_nothing_are_told(backend):
-    assert "one iteration only" in told(
+    assert "one iteration only" in words(
         plots.plot_trajectories(torch.ones(1, 3, 4), backend=backend)
     )
-    assert "no token" in told(plots.plot_trajectories(torch.ones(5, 0, 4), backend=backend))
+    assert "no token" in words(plots.plot_trajectories(torch.ones(5, 0, 4), backend=backend))
     undefined = plots.plot_trajectories(torch.full((5, 2, 4), NAN), backend=backend)
-    assert "undefined (NaN)" in told(undefined)
+    assert "undefined (NaN)" in words(undefined)
     with pytest.raises(ValueError, match="examples=0"):
         plots.plot_trajectories(torch.ones(5, 2, 4), examples=0)
 
@@ -172,8 +168,8 @@ def test_pairs_of_a_cache_are_those_of_the_metrics(cache, model, backend):
     expected = metrics.pairwise_pattern_distance(patterns).mean(-1)
     figure = plots.plot_pairs(cache, "attention", backend=backend)
     np.testing.assert_allclose(matrices(figure)[0], expected, atol=1e-6)
-    assert "r1.0" in told(figure) and "Frobenius norm" in told(figure)
-    assert "2 prompts" in told(figure) and "3 iterations" in told(figure)
+    assert "r1.0" in words(figure) and "Frobenius norm" in words(figure)
+    assert "2 prompts" in words(figure) and "3 iterations" in words(figure)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -182,8 +178,8 @@ def test_a_matrix_of_pairs_may_have_holes(backend):
     matrix[1, 2] = NAN
     figure = plots.plot_pairs(matrix, model="mine", backend=backend)
     np.testing.assert_array_equal(matrices(figure)[0], matrix)
-    assert "1 value is undefined" in told(figure)
-    assert "no values" in told(plots.plot_pairs(torch.zeros(0, 0), backend=backend))
+    assert "1 value is undefined" in words(figure)
+    assert "no values" in words(plots.plot_pairs(torch.zeros(0, 0), backend=backend))
     with pytest.raises(ValueError, match=r"\[block, block\]"):
         plots.plot_pairs(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="'cosine' or 'attention'"):
@@ -209,7 +205,7 @@ def test_residual_norms_set_the_first_token_apart(cache, model, backend):
     np.testing.assert_allclose(drawn["largest of the others"][1], largest, rtol=1e-5)
     one = plots.plot_residual_norms(torch.ones(3, 1, 4), backend=backend)
     assert list(curves(one)) == ["first token"]
-    assert "no values" in told(plots.plot_residual_norms(torch.ones(3, 0, 4), backend=backend))
+    assert "no values" in words(plots.plot_residual_norms(torch.ones(3, 0, 4), backend=backend))
     with pytest.raises(ValueError, match=r"\[block, ..., pos, d_model\]"):
         plots.plot_residual_norms(torch.ones(3, 4))
 
@@ -222,11 +218,11 @@ def test_stages_lie_over_the_reference(backend):
     drawn = curves(figure)
     np.testing.assert_allclose(drawn["reference"][0], np.linspace(0, 100, 6))
     np.testing.assert_allclose(drawn["iteration 1"][1], block[1])
-    assert "best window: layers 1 to 4" in told(figure)
+    assert "best window: layers 1 to 4" in words(figure)
     holes = block.clone()
     holes[0, 1] = NAN  # no alignment then, but a figure that says so
     figure = plots.plot_stages(holes, reference, backend=backend)
-    assert "1 value is undefined" in told(figure) and "best window" not in told(figure)
+    assert "1 value is undefined" in words(figure) and "best window" not in words(figure)
     alignment = metrics.align_stages(block, reference)
     with pytest.raises(ValueError, match="alignment has 2 curves, but there are 1"):
         plots.plot_stages(block[:1], reference, alignment=alignment)
@@ -250,7 +246,7 @@ def test_neurons_by_physical_layer(model, backend):
     drawn = curves(figure)
     np.testing.assert_allclose(drawn["prediction"][1], [0.2] * n)
     np.testing.assert_allclose(drawn["suppression"][1], [0.3] * n, rtol=1e-6)
-    assert "core.1" in told(figure) and "weights only" in told(figure)
+    assert "core.1" in words(figure) and "weights only" in words(figure)
     compared = plots.plot_neurons(neurons(n, 0.2), neurons(9, 0.4), partition=True, backend=backend)
     drawn = curves(compared)
     np.testing.assert_allclose(drawn["suppression, reference"][0], np.linspace(0, 100, 9))
@@ -274,7 +270,7 @@ def test_a_floorplan_holds_every_pattern(cache, model, backend):
         at += 10 + (
             4 if block == 0 or (model.layout.coordinate(block).phase == "core" and ends) else 0
         )
-    text = told(figure)
+    text = words(figure)
     for word in ("prelude", "coda", "r2.1", "H3", "9 tokens"):
         assert word in text
     assert "undefined" not in text
@@ -299,14 +295,14 @@ def test_a_large_pattern_keeps_its_largest_weights():
     figure = plots.plot_floorplan(pattern, tile=20, backend="plotly")
     (canvas,) = matrices(figure)
     assert (canvas[:20, 0] == 1).all() and np.nanmax(canvas[:20, 1:]) == 0
-    assert "the largest of several weights" in told(figure)
+    assert "the largest of several weights" in words(figure)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_patterns_that_say_nothing_are_told(backend):
     undefined = plots.plot_floorplan(torch.full((2, 2, 3, 3), NAN), backend=backend)
-    assert "every attention weight is undefined" in told(undefined)
-    assert "no pattern" in told(plots.plot_floorplan(torch.ones(0, 2, 3, 3), backend=backend))
+    assert "every attention weight is undefined" in words(undefined)
+    assert "no pattern" in words(plots.plot_floorplan(torch.ones(0, 2, 3, 3), backend=backend))
     with pytest.raises(ValueError, match=r"\[block, head, dest, src\]"):
         plots.plot_floorplan(torch.ones(2, 3, 3))
 
@@ -322,7 +318,7 @@ def test_patching_has_one_panel_an_iteration(model, backend):
         effect, axes, model=model, tokens=tiny_tokens()[:1], unit="logits", backend=backend
     )
     np.testing.assert_allclose(np.stack(matrices(figure)), effect, rtol=1e-6)
-    assert "iteration 2" in told(figure) and "logits" in told(figure)
+    assert "iteration 2" in words(figure) and "logits" in words(figure)
     by_layer = plots.plot_patching(effect, axes, facet="layer", backend=backend)
     np.testing.assert_allclose(np.stack(matrices(by_layer)), effect.transpose(0, 1), rtol=1e-6)
 
@@ -381,13 +377,15 @@ def test_an_animation_shows_one_panel_at_a_time():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_undefined_and_missing_effects_are_told(backend):
     effect = torch.full((2, 3), NAN)
-    assert "undefined (NaN)" in told(plots.plot_patching(effect, ("layer", "pos"), backend=backend))
+    assert "undefined (NaN)" in words(
+        plots.plot_patching(effect, ("layer", "pos"), backend=backend)
+    )
     effect[0, 0] = 1.0
-    assert "5 values are undefined" in told(
+    assert "5 values are undefined" in words(
         plots.plot_patching(effect, ("layer", "pos"), backend=backend)
     )
     none = plots.plot_patching(torch.ones(0, 3), ("layer", "pos"), backend=backend)
-    assert "no values" in told(none)
+    assert "no values" in words(none)
 
 
 def test_axes_and_labels_that_do_not_fit_are_refused(model):
@@ -413,7 +411,9 @@ def test_ranks_are_geometric_means_over_prompts(model, backend):
     for name in ("a", "b"):
         expected = result.tracked[name].rank[..., 0].double().log().mean(-1).exp()
         np.testing.assert_allclose(drawn[name][1], expected, rtol=1e-5)
-    assert "2 prompts" in told(figure) and "3 iterations" in told(figure) and "r0.0" in told(figure)
+    assert (
+        "2 prompts" in words(figure) and "3 iterations" in words(figure) and "r0.0" in words(figure)
+    )
     by_layer = plots.plot_ranks(result, by="layer", backend=backend)
     points = [i for i, p in enumerate(result.points) if (p.phase, p.layer) == ("core", 1)]
     expected = result.tracked["a"].rank[points, :, 0].double().log().mean(-1).exp()
@@ -451,7 +451,7 @@ def test_exit_probabilities_are_averaged_over_tokens(backend):
     (drawn,) = heights(figure)
     np.testing.assert_allclose(drawn, probability.mean((1, 2)), rtol=1e-5)
     expected = metrics.expected_exit_iteration(gates).mean()
-    assert f"Expected exit: iteration {expected:.2f}." in told(figure)
+    assert f"Expected exit: iteration {expected:.2f}." in words(figure)
     with pytest.raises(ValueError, match="exit_distribution"):
         plots.plot_exits(gates)
 
@@ -466,9 +466,9 @@ def test_exit_iterations_are_counted(backend):
     with pytest.raises(ValueError, match="there are 3 iterations"):
         plots.plot_exits(exits, n_iterations=3)
     nobody = plots.plot_exits(torch.zeros(0, dtype=torch.long), n_iterations=3, backend=backend)
-    assert "there are no values" in told(nobody)
+    assert "there are no values" in words(nobody)
     undefined = plots.plot_exits(torch.full((3, 2), NAN), backend=backend)
-    assert "undefined (NaN)" in told(undefined)
+    assert "undefined (NaN)" in words(undefined)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -478,9 +478,9 @@ def test_exit_curves_are_the_curves(model, backend):
     drawn = curves(figure)
     np.testing.assert_allclose(drawn["Loss"][1], curve.loss)
     np.testing.assert_allclose(drawn["Flips: changed since the one before"][0], [1, 2])
-    assert "2 prompts" in told(figure)
+    assert "2 prompts" in words(figure)
     once = exit_curve(model, list(tiny_tokens()), n_iterations=1, progress=False)
-    assert "one iteration only" in told(plots.plot_exit_curves(once, backend=backend))
+    assert "one iteration only" in words(plots.plot_exit_curves(once, backend=backend))
 
 
 # --- anything ------------------------------------------------------------------------------------
@@ -498,8 +498,8 @@ def test_any_curves(model, backend):
     assert colours(figure)["one"] == "#2438c8"
     depth = {"a": torch.rand(model.cfg.n_layers)}
     figure = plots.plot_curves(depth, "mine", x="blocks", model=model, backend=backend)
-    assert "prelude" in told(figure) and "r2.1" in told(figure)
-    assert "no values" in told(plots.plot_curves({}, "mine", backend=backend))
+    assert "prelude" in words(figure) and "r2.1" in words(figure)
+    assert "no values" in words(plots.plot_curves({}, "mine", backend=backend))
     for bad in (dict(x=[1.0]), dict(x="blocks"), dict(colours="rainbow")):
         with pytest.raises(ValueError, match="expected"):
             plots.plot_curves(values, "mine", **bad)
@@ -512,6 +512,6 @@ def test_any_matrix(backend):
         values, ["r0", "r1"], ["c0", "c1"], "mine", unit="u", scale="diverging", backend=backend
     )
     np.testing.assert_array_equal(matrices(figure)[0], values)
-    assert "c1" in told(figure)
+    assert "c1" in words(figure)
     with pytest.raises(ValueError, match="2 rows and 1 columns"):
         plots.plot_matrix(values, ["r0", "r1"], ["c0"], "mine")

@@ -127,12 +127,12 @@ def test_metrics_without_a_value_at_first_start_later(backend):
 @pytest.mark.parametrize("by", ["iteration", "layer", "unrolled"])
 def test_undefined_values_one_iteration_and_no_prompt_are_said(backend, by):
     some = plot_profile(profile(undefined=(3,)), "sink_rate", by=by, backend=backend)
-    assert "undefined (NaN) and left out" in words(some).replace("<br>", " ").replace("\n", " ")
+    assert "undefined (NaN) and left out" in words(some)
     every = profile(undefined=range(LAYOUT.n_layers))
     told = words(plot_profile(every, "sink_rate", by=by, backend=backend))
-    assert "sink_rate is undefined (NaN)" in told.replace("<br>", " ").replace("\n", " ")
+    assert "sink_rate is undefined (NaN)" in told
     nobody = plot_profile(profile(n_prompts=0), "sink_rate", by=by, backend=backend)
-    assert "no prompt has a value of sink_rate" in words(nobody).replace("<br>", " ")
+    assert "no prompt has a value of sink_rate" in words(nobody)
     once = profile(LoopLayout(0, 2, 0, 1))
     figure = plot_profile(once, "sink_rate", by=by, backend=backend)
     assert "1 iteration · 5 prompts" in words(figure)
