@@ -230,6 +230,8 @@ def _left_padding(model: Any, tokens: Tensor) -> str:
 def _cached_decoding(model: Any, tokens: Tensor) -> str:
     if model.cfg.attention_dir != "causal":
         raise _DoesNotApply(f"attention is {model.cfg.attention_dir} by the config")
+    if model.cfg.kv_sharing is not None:
+        raise _DoesNotApply(f"iterations share keys and values: {model.cfg.kv_sharing}")
     past = KeyValueCache.init_cache(model.cfg, tokens.device, tokens.shape[0])
     half = tokens.shape[1] // 2
     pieces = [tokens[:, :half], *tokens[:, half:].split(1, dim=1)]

@@ -130,6 +130,8 @@ class LoopedTransformerConfig(BaseConfig):
             ``"last"``: only the last one of a token.
         hyper_connections: Number of residual streams around the core, mixed after each iteration
             (Hyperloop); ``None``: one, as usual.
+        kv_sharing: Which keys and values the iterations share; see
+            :class:`~tl_loops.kv_sharing.KVSharing`. ``None``: each has its own.
         max_iterations: Iterations that learned step embeddings, the router and the
             hyper-connections have weights for; ``None``: ``n_iterations``.
         stacks: The two stacks, e.g. ``("L", "L", "L", "H")``, that the iterations of one cycle call
@@ -191,6 +193,7 @@ class LoopedTransformerConfig(BaseConfig):
     router_scale: float = field(default=1.0, kw_only=True)
     router_gates: str = field(default="every", kw_only=True)
     hyper_connections: int | None = field(default=None, kw_only=True)
+    kv_sharing: str | None = field(default=None, kw_only=True)
     max_iterations: int | None = field(default=None, kw_only=True)
     stacks: tuple[str, ...] | None = field(default=None, kw_only=True)
     slow_initial_state: str = field(default="embed", kw_only=True)
@@ -357,10 +360,17 @@ class LoopedTransformerConfig(BaseConfig):
     def state_is_whole(self) -> bool:
         """Whether the state (with the injection) is all that goes from an iteration to the next.
 
-        Halting probabilities, routes, residual streams, keys of iteration 0 and the state that a
-        gate mixes in again are more: such a model cannot start in the middle of its loop.
+        Halting probabilities, routes, residual streams, shared keys, keys of iteration 0 and the
+        state that a gate mixes in again are more: such a model cannot start in the middle of its
+        loop.
         """
-        others = (self.router, self.hyper_connections, self.first_pass_window, self.state_gate_rank)
+        others = (
+            self.router,
+            self.hyper_connections,
+            self.kv_sharing,
+            self.first_pass_window,
+            self.state_gate_rank,
+        )
         whole = self.halting != "act" and not self.halt_head
         return whole and all(other is None for other in others)
 

@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_loops.errors import LoopedSemanticsError
+from tl_loops.errors import ConfigError, LoopedSemanticsError
 from tl_loops.exits import ExitMode, exit_probabilities, select_state, threshold_iteration
 from tl_loops.hooking import CoordinateHooks
+from tl_loops.kv_sharing import KVSharing, SharedKeyValueCache
 from tl_loops.nn.boundary import CodaInput
 from tl_loops.nn.context import make_context
 from tl_loops.nn.norm import Norm
@@ -55,6 +56,7 @@ class LoopedForward(CoordinateHooks):
         weighted_exit: bool = False,
         other_state: Float[Tensor, "..."] | None = None,
         prefix_mask: Int[Tensor, "..."] | Bool[Tensor, "..."] | None = None,
+        kv_sharing: str | None = None,
     ) -> Any:
         """Run the model.
 
@@ -91,6 +93,9 @@ class LoopedForward(CoordinateHooks):
                 (``cache["iter.{t}.hook_other_in"]``).
             prefix_mask: 1 where new tokens see each other in both directions, else 0 (models with
                 ``cfg.prefix_mask``). Not behind a filled key-value cache: a prefix is one call.
+            kv_sharing: Which keys and values the iterations share, see
+                :class:`~tl_loops.kv_sharing.KVSharing`; ``None``: as the cache was made, else
+                ``cfg.kv_sharing``; ``"none"``: not. With ``past_kv_cache`` it must be the cache's.
 
         Returns:
             Logits [batch, pos, d_vocab], the loss, both, nothing, or with ``stop_at_layer`` the
@@ -111,6 +116,7 @@ class LoopedForward(CoordinateHooks):
         mode = ExitMode(exit_at, exit_threshold, weighted_exit)
         if not mode.early:
             mode = ExitMode(threshold=self.cfg.exit_threshold)
+        sharing = self._sharing(kv_sharing, past_kv_cache)
         with LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
             run, x, tokens, start = self._prepare(
                 input,
@@ -126,7 +132,10 @@ class LoopedForward(CoordinateHooks):
             0, -(-(start - self.cfg.n_prelude) // self.cfg.n_core)
         )
         mode.check(self.cfg, first_iteration)
-        self._check_start(start, start_at_layer, start_at_iteration)
+        self._check_start(start, start_at_layer, start_at_iteration, sharing)
+        if sharing is not None and sharing.within_call and run.past is None:
+            run.past = SharedKeyValueCache(self.cfg, sharing, x.device, x.shape[0])
+            run.past.unroll(self.layout)
         run.keep_states = mode.early and stop is None
         self._check_state("initial_state", initial_state, x)
         self._check_state("injection", injection, x)
@@ -286,20 +295,63 @@ class LoopedForward(CoordinateHooks):
             raise ValueError(f"{name}={index} is out of range: there are {depth} unrolled blocks")
         return index + depth if index < 0 else index
 
+    def make_kv_cache(self, batch: int = 1, kv_sharing: str | None = None) -> KeyValueCache:
+        """An empty key-value cache for ``past_kv_cache``.
+
+        Args:
+            batch: Number of texts.
+            kv_sharing: Which keys and values the iterations share; ``None``: ``cfg.kv_sharing``;
+                ``"none"``: each block has its own.
+
+        Raises:
+            ConfigError: ``kv_sharing`` names no sharing, or the model routes its tokens.
+        """
+        sharing = self._sharing(kv_sharing, None)
+        device = self.embed.W_E.device
+        if sharing is None:
+            return KeyValueCache.init_cache(self.cfg, device, batch)
+        cache = SharedKeyValueCache(self.cfg, sharing, device, batch)
+        cache.unroll(self.layout)
+        return cache
+
+    def _sharing(self, kv_sharing: str | None, past: KeyValueCache | None) -> KVSharing | None:
+        """How iterations share keys and values in a call, checked against its cache."""
+        held = past.sharing if isinstance(past, SharedKeyValueCache) else None
+        if kv_sharing is None:
+            sharing = held or KVSharing.parse(self.cfg.kv_sharing)
+        else:
+            sharing = KVSharing.parse(kv_sharing)
+        if past is not None and sharing != held:
+            raise ValueError(
+                f"kv_sharing={str(sharing)!r}, but the cache was made for {str(held)!r}: make it "
+                "with model.make_kv_cache(batch, kv_sharing)"
+            )
+        if sharing is not None and self.cfg.router is not None:
+            raise ConfigError(
+                "kv_sharing and router exclude each other: routes decide which keys there are"
+            )
+        if isinstance(past, SharedKeyValueCache):
+            past.unroll(self.layout)
+        return sharing
+
     def _check_start(
-        self, start: int, start_at_layer: int | None, start_at_iteration: int | None
+        self,
+        start: int,
+        start_at_layer: int | None,
+        start_at_iteration: int | None,
+        sharing: KVSharing | None,
     ) -> None:
         """Refuse a start in a loop that carries more than its state."""
-        if self.cfg.state_is_whole:
+        if self.cfg.state_is_whole and sharing is None:
             return
         layout = self.layout
         inside = max(layout.core_start, 1) <= start < layout.coda_start
         if (start_at_layer is not None and inside) or start_at_iteration:
             raise LoopedSemanticsError(
                 "this loop carries more than its state from one iteration to the next (halting "
-                "probabilities, routes, residual streams, keys of iteration 0 or the state that a "
-                "gate mixes in again), so a run cannot "
-                "start inside it: start_at_layer=0 or start_at_iteration=0 runs all of it"
+                "probabilities, routes, residual streams, shared keys, keys of iteration 0 or the "
+                "state that a gate mixes in again), so a run cannot start inside it: "
+                "start_at_layer=0 or start_at_iteration=0 runs all of it"
             )
 
     def _check_state(self, name: str, state: Tensor | None, x: Tensor) -> None:

@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 from tl_loops.forward import LoopedForward
 from tl_loops.upstream import (
     USE_DEFAULT_VALUE,
-    KeyValueCache,
     LocallyOverridenDefaults,
     get_attention_mask,
     sample_logits,
@@ -67,8 +66,8 @@ class Generation(LoopedForward):
             verbose: Show a progress bar.
             n_iterations: Number of iterations for this call.
             attention_mask: 1 for tokens, 0 for padding, for token input.
-            **forward_kwargs: Passed on to each forward pass, e.g. ``exit_threshold``. A
-                ``prefix_mask`` [batch, pos] is of the prompt.
+            **forward_kwargs: Passed on to each forward pass, e.g. ``exit_threshold`` or
+                ``kv_sharing``. A ``prefix_mask`` [batch, pos] is of the prompt.
 
         Returns:
             The input with what was sampled behind it.
@@ -240,7 +239,8 @@ class Generation(LoopedForward):
     ) -> Iterator[Int[Tensor, "batch"]]:
         """Sample step by step; gives the new tokens of every step."""
         batch, device = prompt.shape[0], prompt.device
-        past = KeyValueCache.init_cache(self.cfg, device, batch) if use_cache else None
+        sharing = forward_kwargs.get("kv_sharing")
+        past = self.make_kv_cache(batch, sharing) if use_cache else None
         finished = torch.zeros(batch, dtype=torch.bool, device=device)
         given = prompt if not prompt.is_floating_point() else prompt.new_zeros(batch, 0).long()
         do_sample = sampling.pop("do_sample")

@@ -7,6 +7,7 @@ depths (Mixture-of-Recursions) and hyper-connections after each loop (Hyperloop)
 from typing import TYPE_CHECKING
 
 from tl_loops.errors import ConfigError
+from tl_loops.kv_sharing import KVSharing
 
 if TYPE_CHECKING:  # the config is checked and described here
     from tl_loops.config import LoopedTransformerConfig
@@ -57,6 +58,11 @@ def check_mechanisms(cfg: "LoopedTransformerConfig") -> None:
         )
     if several and several != ["halting='act'"] and cfg.norm_between_iterations:
         raise ConfigError(f"{several[0]} and norm_between_iterations exclude each other")
+    KVSharing.parse(cfg.kv_sharing)
+    if cfg.kv_sharing is not None and cfg.router is not None:
+        raise ConfigError(
+            "kv_sharing and router exclude each other: routes decide which keys there are"
+        )
     check_iterations(cfg, cfg.n_iterations)
 
 
@@ -132,4 +138,6 @@ def mechanism_lines(cfg: "LoopedTransformerConfig") -> list[str]:
             f"streams  {cfg.hyper_connections} streams S; r, w, k = σ(rms(S) W_t + b_t); "
             "x enters as Σ r S; S = k S + 2w (x + W_E[t]); s = mean S"
         )
+    if cfg.kv_sharing is not None:
+        lines.append(f"keys     and values are shared across iterations: {cfg.kv_sharing}")
     return lines

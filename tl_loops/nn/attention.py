@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_loops.config import LoopedTransformerConfig
+from tl_loops.kv_sharing import FarKeys
 from tl_loops.nn.context import ForwardContext, windowed
 from tl_loops.nn.first_pass import FirstPassGate
 from tl_loops.nn.norm import Norm
@@ -137,12 +138,17 @@ class Attention(nn.Module):
         past: KeyValueCacheEntry | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
         q, k, v = self._queries_keys_values(query_input, key_input, value_input, context)
+        far = None
         if past is not None:
             k, v = past.append(k, v)
+            far = getattr(past, "far", None)
         if k.shape[2] != q.shape[2]:
             k = k.repeat_interleave(self.groups, dim=2)
             v = v.repeat_interleave(self.groups, dim=2)
-        z = self._mixed(q, k, v, context)
+        if far is None:
+            z = self._mixed(q, k, v, context)
+        else:
+            z = self._beyond_window(q, k, v, context, far)
         if self.cfg.attn_gate:
             logits = project_in(query_input, self.W_gate, torch.zeros_like(self.b_Q))
             z = self.hook_gate(torch.sigmoid(logits)) * z
@@ -216,6 +222,37 @@ class Attention(nn.Module):
         hook_pattern: HookPoint,
     ) -> Tensor:
         scores = torch.einsum("bqhe,bkhe->bhqk", q, k) * self.scale
+        pattern = self._pattern(scores, context, hook_attn_scores, hook_pattern)
+        return torch.einsum("bhqk,bkhe->bqhe", pattern.to(v.dtype), v)
+
+    def _beyond_window(
+        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, far: FarKeys
+    ) -> Tensor:
+        """Attention that reads other keys and values beyond a window of the last tokens."""
+        copies = q.shape[2] // far.keys.shape[2]
+        far_k, far_v = (x.repeat_interleave(copies, dim=2) for x in (far.keys, far.values))
+        n_new, n_keys = q.shape[1], k.shape[1]
+        places = torch.arange(n_keys, device=q.device)
+        near = places[n_keys - n_new :, None] - places[None, :] < far.window
+        scores = torch.where(
+            near,
+            torch.einsum("bqhe,bkhe->bhqk", q, k),
+            torch.einsum("bqhe,bkhe->bhqk", q, far_k),
+        )
+        hooks = (self.hook_attn_scores, self.hook_pattern)
+        pattern = self._pattern(scores * self.scale, context, *hooks).to(v.dtype)
+        return torch.einsum("bhqk,bkhe->bqhe", pattern * near, v) + torch.einsum(
+            "bhqk,bkhe->bqhe", pattern * ~near, far_v
+        )
+
+    def _pattern(
+        self,
+        scores: Tensor,
+        context: ForwardContext,
+        hook_attn_scores: HookPoint,
+        hook_pattern: HookPoint,
+    ) -> Tensor:
+        """Masked scores, softmax, and the hook points of both."""
         if context.allowed is not None:
             scores = scores.masked_fill(~context.allowed, -torch.inf)
         elif context.causal:
@@ -226,8 +263,7 @@ class Attention(nn.Module):
         pattern = F.softmax(scores, dim=-1, dtype=working)
         if context.blind is not None:
             pattern = pattern.masked_fill(context.blind, 0.0)
-        pattern = hook_pattern(pattern.to(scores.dtype))
-        return torch.einsum("bhqk,bkhe->bqhe", pattern.to(v.dtype), v)
+        return hook_pattern(pattern.to(scores.dtype))
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext) -> Tensor:
         z = F.scaled_dot_product_attention(
