@@ -6,10 +6,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_loops.errors import ConfigError, LoopedSemanticsError
+from tl_loops.errors import LoopedSemanticsError
 from tl_loops.exits import ExitMode, exit_probabilities, select_state, threshold_iteration
 from tl_loops.hooking import CoordinateHooks
 from tl_loops.kv_sharing import KVSharing, SharedKeyValueCache
+from tl_loops.mechanisms import check_kv_sharing
 from tl_loops.nn.boundary import CodaInput
 from tl_loops.nn.context import make_context
 from tl_loops.nn.norm import Norm
@@ -304,7 +305,8 @@ class LoopedForward(CoordinateHooks):
                 ``"none"``: each block has its own.
 
         Raises:
-            ConfigError: ``kv_sharing`` names no sharing, or the model routes its tokens.
+            ConfigError: ``kv_sharing`` names no sharing, or the model routes its tokens or has two
+                stacks.
         """
         sharing = self._sharing(kv_sharing, None)
         device = self.embed.W_E.device
@@ -326,10 +328,7 @@ class LoopedForward(CoordinateHooks):
                 f"kv_sharing={str(sharing)!r}, but the cache was made for {str(held)!r}: make it "
                 "with model.make_kv_cache(batch, kv_sharing)"
             )
-        if sharing is not None and self.cfg.router is not None:
-            raise ConfigError(
-                "kv_sharing and router exclude each other: routes decide which keys there are"
-            )
+        check_kv_sharing(self.cfg, sharing)
         if isinstance(past, SharedKeyValueCache):
             past.unroll(self.layout)
         return sharing

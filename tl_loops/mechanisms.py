@@ -58,12 +58,26 @@ def check_mechanisms(cfg: "LoopedTransformerConfig") -> None:
         )
     if several and several != ["halting='act'"] and cfg.norm_between_iterations:
         raise ConfigError(f"{several[0]} and norm_between_iterations exclude each other")
-    KVSharing.parse(cfg.kv_sharing)
-    if cfg.kv_sharing is not None and cfg.router is not None:
+    check_kv_sharing(cfg, KVSharing.parse(cfg.kv_sharing))
+    check_iterations(cfg, cfg.n_iterations)
+
+
+def check_kv_sharing(cfg: "LoopedTransformerConfig", sharing: KVSharing | None) -> None:
+    """Refuse sharing where iterations do not run the same layers on the same tokens.
+
+    Raises:
+        ConfigError: The model routes its tokens, or has two stacks.
+    """
+    if sharing is None:
+        return
+    if cfg.router is not None:
         raise ConfigError(
             "kv_sharing and router exclude each other: routes decide which keys there are"
         )
-    check_iterations(cfg, cfg.n_iterations)
+    if cfg.stacks is not None:
+        raise ConfigError(
+            "kv_sharing and stacks exclude each other: iterations of two stacks run other layers"
+        )
 
 
 def _check_halting(cfg: "LoopedTransformerConfig") -> None:

@@ -362,10 +362,18 @@ def test_bad_names_are_refused(text, message):
             parse(text)
 
 
-def test_names_round_trip_and_routes_are_refused():
+def test_names_round_trip_and_what_it_excludes():
     for text in ALL:
         assert str(KVSharing.parse(text)) == text
     with pytest.raises(ConfigError, match="routes decide"):
         tiny_config("recursions", kv_sharing="first")
     with pytest.raises(ConfigError, match="routes decide"):
         tiny_model("recursions").make_kv_cache(1, "first")
+    two = tiny_model("hrm_text")
+    for call in (
+        lambda: two.make_kv_cache(1, "first"),
+        lambda: two(tiny_tokens(), kv_sharing="window:2"),
+        lambda: tiny_config("hrm_text", kv_sharing="shared"),
+    ):
+        with pytest.raises(ConfigError, match="two stacks run other layers"):
+            call()
