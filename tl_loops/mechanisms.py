@@ -66,13 +66,19 @@ def check_kv_sharing(cfg: "LoopedTransformerConfig", sharing: KVSharing | None) 
     """Refuse sharing where iterations do not run the same layers on the same tokens.
 
     Raises:
-        ConfigError: The model routes its tokens, or has two stacks.
+        ConfigError: The model routes its tokens, has two stacks, or reads the first iteration's
+            keys by itself.
     """
     if sharing is None:
         return
     if cfg.router is not None:
         raise ConfigError(
             "kv_sharing and router exclude each other: routes decide which keys there are"
+        )
+    if cfg.first_pass_window is not None:
+        raise ConfigError(
+            "kv_sharing and first_pass_window exclude each other: later iterations of this model "
+            "read the first one's keys already, by a trained gate"
         )
     if cfg.stacks is not None:
         raise ConfigError(

@@ -377,3 +377,5 @@ def test_names_round_trip_and_what_it_excludes():
     ):
         with pytest.raises(ConfigError, match="two stacks run other layers"):
             call()
+    with pytest.raises(ConfigError, match="by a trained gate"):
+        tiny_config("ouro", first_pass_window=2, kv_sharing="window:2")
