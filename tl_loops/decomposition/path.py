@@ -179,8 +179,8 @@ class Inject(NamedTuple):
 
 _NOT_A_PATH = (
     "halting, routing, gates or hyper-connections mix the states of this loop, so what reaches "
-    "this place is no sum along one path: decompose a place before it (state_out=t with halting='act'), or "
-    "patch"
+    "this place is no sum along one path: decompose a place before it (state_out=t with "
+    "halting='act'), or patch"
 )
 
 Step = Read | Write | Map | BeginLoop | Inject
