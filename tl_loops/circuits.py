@@ -68,6 +68,11 @@ class EffectiveWeights(Mapping[str, Tensor]):
 
 def effective_weight(block: Any, part: str, weight: str) -> Tensor:
     """One weight of a block with the norms next to it folded in; see :class:`EffectiveWeights`."""
+    if getattr(block, "modulation", None) is not None:
+        raise LoopedSemanticsError(
+            "what the blocks of this model read and write is scaled by the iteration, so their "
+            "weights have no one effect: read the raw weights from model.blocks"
+        )
     raw = getattr(getattr(block, part), weight)
     before, behind = ("ln1", "ln1_post") if part == "attn" else ("ln2", "ln2_post")
     if weight in ("W_O", "W_out"):
@@ -136,6 +141,11 @@ class Circuits(TransformerBase):
         def rows(site: Site) -> Rows | None:
             if site.block is None or not biased[site.kind]:
                 return None
+            if cfg.time_conditioning:
+                raise LoopedSemanticsError(
+                    "what a branch of this model writes is gated by the iteration, its biases "
+                    "too: read cache.decompose_resid instead"
+                )
             if cfg.block_norm != "pre":
                 refuse()
             block = blocks[self.layout.physical_name(site.block)]

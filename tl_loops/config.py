@@ -149,6 +149,9 @@ class LoopedTransformerConfig(BaseConfig):
         state_gate_rank: An iteration leaves g·new + (1 - g)·old, with a gate g in each dimension
             that a map of this rank gives of new - old (LoopUS); ``None``: new.
         halt_head: A head reads new - old into a halting logit (LoopUS).
+        time_conditioning: Blocks are modulated by how far the loop is (t / T) and by the size of
+            its steps (1 / T): gates on what they write, scales on what they read (LoopFormer).
+        block_norm_weight: Whether the norms of blocks have gains, where norms have any.
         prefix_mask: The forward pass takes ``prefix_mask``, whose positions see each other in both
             directions (HRM-Text).
 
@@ -202,6 +205,8 @@ class LoopedTransformerConfig(BaseConfig):
     first_pass_window: int | None = field(default=None, kw_only=True)
     state_gate_rank: int | None = field(default=None, kw_only=True)
     halt_head: bool = field(default=False, kw_only=True)
+    time_conditioning: bool = field(default=False, kw_only=True)
+    block_norm_weight: bool = field(default=True, kw_only=True)
     # Llama-style values for fields that TransformerLens defaults to GPT-2's.
     act_fn: str = "silu"
     gated_mlp: bool = True
@@ -283,6 +288,11 @@ class LoopedTransformerConfig(BaseConfig):
                 "state_gate_rank and halt_head exclude router and hyper_connections: each says "
                 "what an iteration leaves"
             )
+        if self.time_conditioning and (self.n_prelude or self.n_coda or self.block_norm != "pre"):
+            raise ConfigError(
+                "time_conditioning needs pre-norm blocks that are all in the loop: "
+                "block_norm='pre', n_prelude=0 and n_coda=0"
+            )
         if self.prefix_mask and self.attention_dir != "causal":
             raise ConfigError("prefix_mask needs attention_dir='causal'")
         for name in ("rotary_dim", "n_key_value_heads"):
@@ -315,6 +325,7 @@ class LoopedTransformerConfig(BaseConfig):
             "first_pass_window",
             "state_gate_rank",
             "halt_head",
+            "time_conditioning",
         ):
             if getattr(self, name):
                 raise ConfigError(f"{name} is not supported with stacks")

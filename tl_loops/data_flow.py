@@ -59,6 +59,11 @@ def data_flow(cfg: "LoopedTransformerConfig") -> str:
     final = "s W_U" if cfg.norm_between_iterations and not cfg.n_coda else "ln_final(x) W_U"
     lines += [f"readout  logits = {final}", f"block    {block}"]
     lines += mechanism_lines(cfg)
+    if cfg.time_conditioning:
+        lines.append(
+            "time     c = time(t / T) + step(1 / T); "
+            "each branch: x += g(c)·branch(ln(x)·(1 + a(c)))"
+        )
     if cfg.first_pass_window is not None:
         lines.append(
             "heads    t > 0: z = g·A(q, K_0, V_0) + (1 - g)·A(q, K_t, V_t; last "

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_loops.errors import LoopedSemanticsError
 from tl_loops.lens.decode import CodaLens
 from tl_loops.lens.inputs import LensInputs, with_iterations
 from tl_loops.lens.points import LensPoint, require_layout, select_points
@@ -134,6 +135,7 @@ def exit_curve(
         ValueError: A bad prompt or answer; the message names it.
     """
     require_layout(model)
+    _check_exits(model.cfg)
     check_batch_size(batch_size)
     tokens, n_targets = _with_answers(model, prompts, answers)
     keys = [(t.shape[0], n) for t, n in zip(tokens, n_targets, strict=True)]
@@ -154,6 +156,20 @@ def exit_curve(
     steps = range(1, len(points))
     moments["flip_rate"] = moments["flip_rate"].scattered(steps, len(points))
     return ExitCurve(moments, len(tokens), sum(n_targets))
+
+
+def _check_exits(cfg: Any) -> None:
+    """Refuse loops whose states are not what fewer iterations would leave."""
+    if getattr(cfg, "time_conditioning", False):
+        raise LoopedSemanticsError(
+            "the blocks of this model know how many iterations there are, so a state on the way is "
+            "not what fewer iterations leave: run the model with each n_iterations"
+        )
+    if getattr(cfg, "stacks", None) is not None:
+        raise LoopedSemanticsError(
+            "the iterations of this model are calls of two stacks, of which one is read out: run "
+            "the model with each n_iterations"
+        )
 
 
 def _with_answers(

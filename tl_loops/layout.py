@@ -12,6 +12,7 @@ PHASES: tuple[Phase, ...] = ("prelude", "core", "coda")
 ITERATION_HOOKS = (
     "hook_state_in",
     "hook_other_in",
+    "hook_condition",
     "hook_state_gate",
     "hook_halt_logit",
     "hook_injected",

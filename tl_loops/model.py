@@ -24,6 +24,7 @@ from tl_loops.nn.routing import Router
 from tl_loops.nn.stack import initialise, iteration_hooks, physical_blocks, unroll
 from tl_loops.nn.state_gate import HaltHead, StateGate
 from tl_loops.nn.step_embedding import StepEmbedding
+from tl_loops.nn.time_conditioning import TimeConditioning
 from tl_loops.nn.tying import tied_copy
 from tl_loops.upstream import HookPoint, init_root, set_tokenizer
 from tl_loops.weights import LOOSE, PhysicalWeights, Weights
@@ -105,6 +106,8 @@ class LoopedTransformer(Generation, InheritedMethods, Circuits, PhysicalWeights)
         if cfg.stacks is not None:
             self.slow_initial_state = InitialState(cfg, device, cfg.slow_initial_state)
             self.hook_slow_initial_state = HookPoint()
+        if cfg.time_conditioning:
+            self.time_conditioning = TimeConditioning(cfg, device)
         if cfg.state_gate_rank is not None:
             self.state_gate = StateGate(cfg, device)
         if cfg.halt_head:

@@ -9,6 +9,9 @@ from torch import Tensor
 if TYPE_CHECKING:  # the config counts its parameters here
     from tl_loops.config import LoopedTransformerConfig
 
+N_FREQUENCIES = 256
+"""Width of the sinusoids that time conditioning embeds."""
+
 Layout = Literal["plain", "transposed", "heads_in", "heads_out"]
 
 
@@ -60,6 +63,12 @@ def physical_tensors(cfg: "LoopedTransformerConfig") -> dict[str, PhysicalTensor
     found |= _mechanisms(cfg)
     if cfg.slow_initial_state == "learned":
         found["slow_initial_state.state"] = PhysicalTensor((d,))
+    if cfg.time_conditioning:
+        for part in ("time", "step"):
+            name = f"time_conditioning.{part}"
+            found[f"{name}.W_in"] = PhysicalTensor((N_FREQUENCIES, d), "transposed")
+            found[f"{name}.W_out"] = PhysicalTensor((d, d), "transposed")
+            found[f"{name}.b_in"] = found[f"{name}.b_out"] = PhysicalTensor((d,))
     if cfg.state_gate_rank is not None:
         found["state_gate.W_in"] = PhysicalTensor((d, cfg.state_gate_rank), "transposed")
         found["state_gate.W_out"] = PhysicalTensor((cfg.state_gate_rank, d), "transposed")
@@ -104,9 +113,9 @@ def _layer(cfg: "LoopedTransformerConfig", number: int) -> dict[str, PhysicalTen
     kv_heads = cfg.n_key_value_heads or heads
     found: dict[str, PhysicalTensor] = {}
     if cfg.block_norm not in ("post_branch", "post_norm"):
-        found |= _norm(cfg, "ln1", d) | _norm(cfg, "ln2", d)
+        found |= _block_norm(cfg, "ln1") | _block_norm(cfg, "ln2")
     if cfg.block_norm != "pre":
-        found |= _norm(cfg, "ln1_post", d) | _norm(cfg, "ln2_post", d)
+        found |= _block_norm(cfg, "ln1_post") | _block_norm(cfg, "ln2_post")
     W_K, W_V, b_K, b_V = (key_value_name(cfg, name) for name in ("W_K", "W_V", "b_K", "b_V"))
     found["attn.W_Q"] = PhysicalTensor((heads, d, d_head), "heads_in")
     found[f"attn.{W_K}"] = PhysicalTensor((kv_heads, d, d_head), "heads_in")
@@ -121,6 +130,9 @@ def _layer(cfg: "LoopedTransformerConfig", number: int) -> dict[str, PhysicalTen
     if cfg.qk_norm == "full":
         found |= _norm(cfg, "attn.q_norm", heads * d_head)
         found |= _norm(cfg, "attn.k_norm", kv_heads * d_head)
+    if cfg.time_conditioning:
+        found["modulation.W"] = PhysicalTensor((d, 4 * d), "transposed")
+        found["modulation.b"] = PhysicalTensor((4 * d,))
     if cfg.qk_norm == "head_weight":
         found |= _norm(cfg, "attn.q_norm", d_head) | _norm(cfg, "attn.k_norm", d_head)
     if cfg.first_pass_window is not None:
@@ -140,6 +152,10 @@ def _layer(cfg: "LoopedTransformerConfig", number: int) -> dict[str, PhysicalTen
         found["mlp.b_in"] = PhysicalTensor((d_mlp,))
         found["mlp.b_out"] = PhysicalTensor((d,))
     return found
+
+
+def _block_norm(cfg: "LoopedTransformerConfig", name: str) -> dict[str, PhysicalTensor]:
+    return _norm(cfg, name, cfg.d_model) if cfg.block_norm_weight else {}
 
 
 def _norm(cfg: "LoopedTransformerConfig", name: str, length: int) -> dict[str, PhysicalTensor]:

@@ -25,6 +25,7 @@ LOOSE = (
     "step_embedding",
     "router",
     "hyper_connections",
+    "time_conditioning",
     "state_gate",
     "halt_head",
     "coda_in",
@@ -295,7 +296,8 @@ class PhysicalWeights(TransformerBase):
                     (block.ln1, block.attn, attention_in),
                     (block.ln2, block.mlp, mlp_in),
                 ):
-                    assert norm.w is not None
+                    if norm.w is None:
+                        continue
                     for name in names:
                         getattr(reader, name).mul_(norm.w[:, None])
                     if reader is block.attn and cfg.attn_gate:

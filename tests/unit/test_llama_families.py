@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from tests.equations import attend, causal, draw, llama_layer, llama_shapes, rms, write
 from tests.models import tiny_config, tiny_tokens
-from tests.plain import attend, causal, draw, llama_layer, llama_shapes, rms, write
 from tl_loops import CheckpointError, ConfigError, HookNameError, LoopedSemanticsError
 from tl_loops.check import check_model
 from tl_loops.families.iquest import IQUEST_LOOP

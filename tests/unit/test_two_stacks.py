@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.models import STACKS, tiny_config, tiny_model, tiny_tokens
-from tl_loops import ConfigError, LoopedSemanticsError, lens, measure
+from tl_loops import ConfigError, LoopedSemanticsError, exit_curve, lens, measure
 from tl_loops.check import check_model
 from tl_loops.patching import activation_patch
 from tl_loops.upstream import KeyValueCache
@@ -186,6 +186,8 @@ def test_what_is_a_sum_of_one_stream_is_refused(model):
     ):
         with pytest.raises(LoopedSemanticsError, match="two stacks with a state each"):
             tool()
+    with pytest.raises(LoopedSemanticsError, match="calls of two stacks"):
+        exit_curve(model, [TOKENS[0]], progress=False)
 
 
 def test_exits_are_states_of_the_slow_stack():

@@ -273,10 +273,20 @@ class CachedRun:
         name = self.model.cfg.branch_norms[site.kind == "mlp"]
         return self.freeze(f"blocks.{site.block}.{name}", getattr(self.block(site.block), name))
 
+    def _unmodulated(self) -> None:
+        """Refuse to take apart branches that are gated behind their weights."""
+        if getattr(self.model.cfg, "time_conditioning", False):
+            raise LoopedSemanticsError(
+                "what a branch of this model writes is gated by the iteration, so no head, neuron "
+                "or bias adds to the stream what its weights write: decompose by layers "
+                "(decompose_resid) instead"
+            )
+
     def heads(self, site: Site) -> Rows | None:
         """What every head adds to the stream."""
         if site.kind != "attn":
             return None
+        self._unmodulated()
         assert site.block is not None
         prefix = f"blocks.{site.block}.attn"
         if f"{prefix}.hook_result" in self.activations:
@@ -291,6 +301,7 @@ class CachedRun:
 
     def _neurons(self, site: Site, neurons: Slice) -> tuple[Tensor, Tensor, list[str]]:
         assert site.block is not None
+        self._unmodulated()
         if not hasattr(self.block(site.block).mlp, "W_out"):
             raise LoopedSemanticsError(
                 f"the MLP of block {site.block} is a mixture of experts, which has no one set of "

@@ -16,6 +16,7 @@ from tl_loops.families.checkpoint import CONFIG_FILE, read_json
 from tl_loops.families.hrm_text import HRM_TEXT, HRM_TEXT_SPLIT
 from tl_loops.families.huginn import HUGINN
 from tl_loops.families.iquest import IQUEST_LOOP
+from tl_loops.families.loopformer import LOOPFORMER
 from tl_loops.families.loopus import LOOPUS
 from tl_loops.families.nanbeige import NANBEIGE
 from tl_loops.families.nanochat import NANOCHAT_RECURSIVE
@@ -38,6 +39,7 @@ FAMILIES: tuple[Family, ...] = (
     NANBEIGE,
     IQUEST_LOOP,
     LOOPUS,
+    LOOPFORMER,
 )
 
 

@@ -9,6 +9,7 @@ from tl_loops.nn.attention import Attention, GroupedQueryAttention
 from tl_loops.nn.context import ForwardContext
 from tl_loops.nn.mlp import MLP
 from tl_loops.nn.norm import Norm
+from tl_loops.nn.time_conditioning import Modulation
 from tl_loops.upstream import HookPoint, KeyValueCacheEntry, unshared
 
 
@@ -39,12 +40,14 @@ class Block(nn.Module):
         self.cfg = cfg
         self.norm_sum = cfg.block_norm in ("post_residual", "post_norm")
         self.norm_input = cfg.block_norm not in ("post_branch", "post_norm")
+        weight = cfg.block_norm_weight
         if self.norm_input:
-            self.ln1 = Norm(cfg, device=device)
-            self.ln2 = Norm(cfg, device=device)
+            self.ln1 = Norm(cfg, device=device, weight=weight)
+            self.ln2 = Norm(cfg, device=device, weight=weight)
         if cfg.block_norm != "pre":
-            self.ln1_post = Norm(cfg, device=device)
-            self.ln2_post = Norm(cfg, device=device)
+            self.ln1_post = Norm(cfg, device=device, weight=weight)
+            self.ln2_post = Norm(cfg, device=device, weight=weight)
+        self.modulation = Modulation(cfg, device) if cfg.time_conditioning else None
         attention = Attention if cfg.n_key_value_heads is None else GroupedQueryAttention
         self.attn = attention(cfg, device, cfg.has_value_embedding(number))
         self.mlp = MLP(cfg, device)
@@ -68,17 +71,24 @@ class Block(nn.Module):
     ) -> Float[Tensor, "batch pos d_model"]:
         resid_pre = self.hook_resid_pre(unshared(resid_pre, self.hook_resid_pre))
 
-        attn_out = self.attn(*self._attention_inputs(resid_pre), context=context, past=past)
+        mod = None if self.modulation is None else self.modulation(context.condition)
+        inputs = self._attention_inputs(resid_pre, None if mod is None else mod.attn_scale)
+        attn_out = self.attn(*inputs, context=context, past=past)
+        attn_out = attn_out if mod is None else mod.attn_gate * attn_out
         resid_mid = self._add(resid_pre, attn_out, "ln1_post", self.hook_attn_out)
         resid_mid = self.hook_resid_mid(resid_mid)
 
         mlp_in = self.hook_mlp_in(resid_mid.clone()) if self.cfg.use_hook_mlp_in else resid_mid
-        mlp_out = self.mlp(self._pre_norm("ln2", mlp_in))
+        mlp_out = self.mlp(self._pre_norm("ln2", mlp_in, None if mod is None else mod.mlp_scale))
+        mlp_out = mlp_out if mod is None else mod.mlp_gate * mlp_out
         resid_post = self._add(resid_mid, mlp_out, "ln2_post", self.hook_mlp_out)
         return self.hook_resid_post(resid_post)
 
-    def _pre_norm(self, name: str, x: Tensor) -> Tensor:
-        return getattr(self, name)(x) if self.norm_input else x
+    def _pre_norm(self, name: str, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        x = getattr(self, name)(x) if self.norm_input else x
+        if scale is None:
+            return x
+        return x * (1 + (scale if x.ndim == 3 else scale.unsqueeze(2)))
 
     def _add(self, resid: Tensor, branch: Tensor, norm: str, hook: HookPoint) -> Tensor:
         if self.cfg.block_norm == "pre":
@@ -88,10 +98,12 @@ class Block(nn.Module):
             return post_norm(resid + hook(branch))
         return resid + hook(post_norm(branch))
 
-    def _attention_inputs(self, resid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _attention_inputs(
+        self, resid: Tensor, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         cfg = self.cfg
         if not (cfg.use_attn_in or cfg.use_split_qkv_input):
-            x = self._pre_norm("ln1", resid)
+            x = self._pre_norm("ln1", resid, scale)
             return x, x, x
         if cfg.use_split_qkv_input:
             ungrouped = cfg.ungroup_grouped_query_attention
@@ -103,7 +115,7 @@ class Block(nn.Module):
             )
         else:
             inputs = (self.hook_attn_in(_per_head(resid, cfg.n_heads)),) * 3
-        q, k, v = (self._pre_norm("ln1", x) for x in inputs)
+        q, k, v = (self._pre_norm("ln1", x, scale) for x in inputs)
         return q, k, v
 
 

@@ -27,7 +27,7 @@ class IterationHooks(nn.Module):
     ``hook_hyper_keep`` [batch, pos, stream], and with two stacks ``hook_other_in`` (what this call
     reads of the other stack's state) [batch, pos, d_model]. ``hook_state_gate`` [batch, pos,
     d_model] is how much of the iteration the state takes on, ``hook_halt_logit`` [batch, pos, 1]
-    what the head says of it.
+    what the head says of it, and ``hook_condition`` [batch, 1, d_model] what modulates its blocks.
     """
 
     def __init__(self, cfg: LoopedTransformerConfig, norm: Norm | None):
@@ -41,6 +41,8 @@ class IterationHooks(nn.Module):
         self.hook_state_out = HookPoint()
         if cfg.exit_gate:
             self.hook_exit_gate = HookPoint()
+        if cfg.time_conditioning:
+            self.hook_condition = HookPoint()
         if cfg.state_gate_rank is not None:
             self.hook_state_gate = HookPoint()
         if cfg.halt_head:

@@ -23,6 +23,7 @@ class ForwardContext:
         blind: Queries that see no key at all (padding); their attention output is zero.
         tokens: The new tokens, where they are known.
         place: Iteration and layer of the core block that this is for, where blocks ask for it.
+        condition: What modulates the block at its iteration, where blocks ask for it.
         first_pass: Keys and values of iteration 0 by layer, for later iterations.
     """
 
@@ -34,6 +35,7 @@ class ForwardContext:
     blind: Bool[Tensor, "batch 1 query 1"] | None
     tokens: Int[Tensor, "batch pos"] | None = None
     place: tuple[int, int] | None = None
+    condition: Float[Tensor, "batch 1 d_model"] | None = None
     first_pass: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 

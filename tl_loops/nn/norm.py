@@ -22,6 +22,7 @@ class Norm(nn.Module):
         cfg: LoopedTransformerConfig,
         length: int | None = None,
         device: torch.device | str | None = None,
+        weight: bool = True,
     ):
         super().__init__()
         self.eps, self.dtype = cfg.eps, cfg.dtype
@@ -29,7 +30,7 @@ class Norm(nn.Module):
         length = cfg.d_model if length is None else length
         self.w: nn.Parameter | None = None
         self.b: nn.Parameter | None = None
-        if cfg.norm_has_weight:
+        if cfg.norm_has_weight and weight:
             self.w = nn.Parameter(torch.ones(length, dtype=cfg.dtype, device=device))
             if self.centred:
                 self.b = nn.Parameter(torch.zeros(length, dtype=cfg.dtype, device=device))

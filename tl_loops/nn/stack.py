@@ -138,6 +138,7 @@ class StackRun:
         self._halting = Halting(self.cfg.halting or "", self.cfg.act_epsilon)
         self._halted: Tensor | None = None
         self._routing: Routing | None = None
+        self._conditions: dict[int, Tensor] = {}
         for index in range(start, end):
             if index > start or enter_first:
                 begin = index > start or not state_given
@@ -146,6 +147,8 @@ class StackRun:
             context = self.context
             if self._routing is not None and self.layout.coordinate(index).phase == "core":
                 context = self._routed
+            if self.cfg.time_conditioning:
+                context = self._conditioned(context, index, out.resid)
             if self.cfg.first_pass_window is not None:
                 at = self.layout.coordinate(index)
                 place = None if at.iteration is None else (at.iteration, at.layer)
@@ -156,6 +159,16 @@ class StackRun:
         if stop is None or start < stop < self.layout.n_layers:
             out.resid = self._enter(end, out.resid)
         return out
+
+    def _conditioned(self, context: ForwardContext, index: int, x: Tensor) -> ForwardContext:
+        """The context with what modulates the block, made once an iteration."""
+        t = self.layout.coordinate(index).iteration
+        assert t is not None  # such a model has no prelude and no coda
+        if t not in self._conditions:
+            condition = self.model.time_conditioning(t, self.layout.n_iterations).to(x)
+            condition = condition.expand(x.shape[0], 1, -1)
+            self._conditions = {t: self.model.iter[t].hook_condition(condition)}
+        return replace(context, condition=self._conditions[t])
 
     def _prepare(self, e: Tensor) -> Tensor | None:
         return self.model.injection.prepare(e) if self.cfg.injection is not None else None
