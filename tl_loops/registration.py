@@ -2,12 +2,15 @@
 
 from tl_loops import loading
 from tl_loops.bridge.refusal import refuse_looped_bridge
+from tl_loops.cache import LoopedActivationCache
 from tl_loops.model import LoopedTransformer
 from tl_loops.upstream import (
     install_from_pretrained,
     install_guards,
+    install_made_caches,
     uninstall_from_pretrained,
     uninstall_guards,
+    uninstall_made_caches,
 )
 
 
@@ -20,9 +23,11 @@ def register() -> None:
     """
     install_from_pretrained(loading.is_looped_name, LoopedTransformer.from_pretrained)
     install_guards(refuse_looped_bridge)
+    install_made_caches(lambda model: isinstance(model, LoopedTransformer), LoopedActivationCache)
 
 
 def unregister() -> None:
     """Undo :func:`register`; ``LoopedTransformer.from_pretrained`` stays the way in."""
     uninstall_from_pretrained()
     uninstall_guards()
+    uninstall_made_caches()

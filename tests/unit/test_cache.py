@@ -1,15 +1,18 @@
 """The cache's own business: what is in it, where it is, which rows, stacked how."""
 
+import copy
 import logging
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+import tl_loops
 from tests.models import ARCHITECTURES, any_model, tiny_model, tiny_tokens
+from tests.plain import plain_model
 from tl_loops import LoopedSemanticsError
 from tl_loops.cache import LoopedActivationCache
-from tl_loops.upstream import Slice
+from tl_loops.upstream import ActivationCache, Slice
 
 TOKENS = tiny_tokens()
 CLOSE = dict(rtol=1e-4, atol=1e-5)
@@ -225,3 +228,26 @@ def test_toggling_autodiff_is_global_as_upstream(cache, caplog):
         assert not torch.is_grad_enabled()
     finally:
         torch.set_grad_enabled(enabled)
+
+
+def test_a_cache_made_by_hand_is_a_looped_one():
+    model = tiny_model("huginn")
+    _, cache = model.run_with_cache(tiny_tokens())
+    made = ActivationCache(dict(cache.items()), model)
+    assert type(made) is LoopedActivationCache
+    assert_close(made.decompose_resid(), cache.decompose_resid(), rtol=0, atol=0)
+    assert_close(made["resid_post", 1, 0], cache["resid_post", 1, 0], rtol=0, atol=0)
+    copied = copy.deepcopy(made)
+    assert type(copied) is LoopedActivationCache and len(copied) == len(made)
+    try:
+        tl_loops.unregister()
+        assert type(ActivationCache(dict(cache.items()), model)) is ActivationCache
+        assert type(LoopedActivationCache(dict(cache.items()), model)) is LoopedActivationCache
+    finally:
+        tl_loops.register()
+
+
+def test_a_cache_of_another_model_stays_what_it_is():
+    made = ActivationCache({"hook_embed": torch.zeros(1, 2, 3)}, plain_model(n_layers=1))
+    assert type(made) is ActivationCache
+    assert type(copy.deepcopy(made)) is ActivationCache

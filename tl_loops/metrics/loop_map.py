@@ -245,7 +245,7 @@ def lyapunov_exponents(
     return LyapunovExponents(kept.mean(0), kept, state)
 
 
-def _differentiable_attention() -> AbstractContextManager[None]:
+def _differentiable_attention() -> AbstractContextManager[object]:
     """Attention from plain products: the fused kernels have no forward or second derivative."""
     return sdpa_kernel(SDPBackend.MATH)
 

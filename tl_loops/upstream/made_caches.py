@@ -1,0 +1,30 @@
+"""Caches that are made by hand, ``ActivationCache(dictionary, model)``, on looped models."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformer_lens import ActivationCache
+
+
+def install_made_caches(is_looped: Callable[[Any], bool], looped_cache: type) -> None:
+    """Let ``ActivationCache(cache_dict, model)`` make a ``looped_cache`` for a looped model.
+
+    TransformerLens's own decompositions take every block for additive and know nothing of what
+    happens between iterations.
+
+    Args:
+        is_looped: Tells whether a model is looped.
+        looped_cache: A subclass of ActivationCache.
+    """
+
+    def make(cls: type, cache_dict: Any = None, model: Any = None, *_: Any, **__: Any) -> Any:
+        return object.__new__(looped_cache if cls is ActivationCache and is_looped(model) else cls)
+
+    ActivationCache.__new__ = make  # type: ignore[method-assign,assignment]
+
+
+def uninstall_made_caches() -> None:
+    """Undo :func:`install_made_caches`; without it, do nothing."""
+    if "__new__" in vars(ActivationCache):
+        # Once a class had a __new__, Python's own refuses arguments for good; so a plain one stays.
+        ActivationCache.__new__ = lambda cls, *_, **__: object.__new__(cls)  # type: ignore
