@@ -8,8 +8,8 @@ import torch
 from torch.testing import assert_close
 
 import tl_loops
+from tests.feedforward import plain_model
 from tests.models import ARCHITECTURES, any_model, tiny_model, tiny_tokens
-from tests.plain import plain_model
 from tl_loops import LoopedSemanticsError
 from tl_loops.cache import LoopedActivationCache
 from tl_loops.upstream import ActivationCache, Slice
@@ -247,7 +247,12 @@ def test_a_cache_made_by_hand_is_a_looped_one():
         tl_loops.register()
 
 
+SMALL = dict(
+    n_layers=1, d_model=8, d_head=4, n_heads=2, n_ctx=8, d_vocab=10, d_mlp=16, act_fn="gelu"
+)
+
+
 def test_a_cache_of_another_model_stays_what_it_is():
-    made = ActivationCache({"hook_embed": torch.zeros(1, 2, 3)}, plain_model(n_layers=1))
+    made = ActivationCache({"hook_embed": torch.zeros(1, 2, 3)}, plain_model(**SMALL))
     assert type(made) is ActivationCache
     assert type(copy.deepcopy(made)) is ActivationCache
