@@ -242,6 +242,28 @@ class RepeatedTransformer(CoordinateHooks, Circuits, PhysicalWeights):
         hooks: Any = self.iter[t]
         return hooks.hook_state_out(unshared(resid, hooks.hook_state_out))
 
+    def enter_coda(
+        self, state: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """What happens to the last state between core and coda: nothing."""
+        return state
+
+    def state_logits(
+        self, state: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of a state that leaves an iteration, of a model without a coda.
+
+        Raises:
+            LoopedSemanticsError: A coda stands between the states and the logits.
+        """
+        if self.cfg.n_coda:
+            raise LoopedSemanticsError(
+                "a coda stands between the states and the logits of this model: run it with "
+                "n_iterations=t + 1, or use the coda lens of tl_loops.lens"
+            )
+        normed = state if self.cfg.normalization_type is None else self.ln_final(state)
+        return apply_softcap(self.unembed(normed), self.cfg.output_logits_soft_cap)
+
     def generate(self, *args: Any, n_iterations: int | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """TransformerLens's generation, with a key-value slot for every unrolled block.
 

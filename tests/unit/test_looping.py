@@ -368,6 +368,26 @@ def test_lenses_read_a_looped_feedforward_model():
     assert "r2_state_out" in labels
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2", "pythia"])
+def test_the_coda_lens_of_the_last_state_is_the_logits(kind: str):
+    tokens = tiny_tokens()
+    for looped in (
+        loop(feedforward(kind), 2, 4, 3),
+        loop(feedforward(kind), 2, 6, 3),
+        loop(feedforward(kind), loops=[(1, 2, 2), (3, 5, 2)]),
+    ):
+        found = tl_loops.lens.coda_lens(looped, tokens, points="states", keep_logits=True).logits
+        assert found is not None
+        torch.testing.assert_close(found[-1], looped(tokens), rtol=1e-4, atol=1e-4)
+    looped = loop(feedforward(kind), 2, 6, 3)
+    _, cache = looped.run_with_cache(tokens)
+    for t in range(3):
+        early = looped(tokens, n_iterations=t + 1)
+        torch.testing.assert_close(looped.state_logits(cache["state_out", t]), early)
+    with pytest.raises(LoopedSemanticsError, match="a coda stands between"):
+        loop(feedforward(kind), 2, 4, 3).state_logits(cache["state_out", 0])
+
+
 def test_what_cannot_be_right_is_refused():
     model = feedforward("gpt2")
     looped = loop(model, 2, 4, 2)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.models import MECHANISMS, tiny_config, tiny_model, tiny_tokens
-from tl_loops import ConfigError, LoopedSemanticsError, LoopedTransformer
+from tl_loops import ConfigError, LoopedSemanticsError, LoopedTransformer, lens
 from tl_loops.check import check_model
 from tl_loops.loop_losses import (
     act_ponder_cost,
@@ -209,6 +209,21 @@ def test_exits_of_a_sum_of_states_are_refused():
     for arguments in (dict(exit_at=1), dict(exit_threshold=0.5), dict(weighted_exit=True)):
         with pytest.raises(LoopedSemanticsError, match="the sum of all states"):
             model(tiny_tokens(), **arguments)
+
+
+def test_lenses_of_single_states_are_refused_where_their_sum_is_read():
+    model, tokens = drawn("act"), tiny_tokens()
+    with pytest.raises(LoopedSemanticsError, match="no single state is read out"):
+        lens.coda_lens(model, tokens)
+    with pytest.raises(LoopedSemanticsError, match="no single state is read out"):
+        lens.exit_lens(drawn("act", n_coda=0), tokens)
+    lens.logit_lens(model, tokens)
+    coda = lens.coda_lens(model, tokens, points=["coda.0.hook_resid_post"], keep_logits=True)
+    torch.testing.assert_close(coda.logits[0], model(tokens), rtol=1e-4, atol=1e-4)
+    for name in ("hyperloop", "recursions", "universal"):
+        other = drawn(name)
+        found = lens.coda_lens(other, tokens, keep_logits=True).logits
+        torch.testing.assert_close(found[-1], other(tokens), rtol=1e-4, atol=1e-4)
 
 
 # PonderNet.

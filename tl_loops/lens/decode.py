@@ -91,7 +91,10 @@ class CodaLens:
 
         Raises:
             ValueError: There is one.
+            LoopedSemanticsError: The sum of all states leaves the loop, and no single one.
         """
+        if any(point.phase == "core" for point in points):
+            refuse_sum_of_states(model.cfg)
         for point in points:
             if point.phase == "coda" and point.kind == "resid_mid":
                 raise ValueError(
@@ -142,9 +145,11 @@ class ExitLens(LogitLens):
         """Refuse models with a coda and points that are no exit.
 
         Raises:
-            LoopedSemanticsError: A coda stands between the loop and the logits.
+            LoopedSemanticsError: A coda stands between the loop and the logits, or the sum of all
+                states leaves the loop.
             ValueError: A point is not the state that leaves an iteration.
         """
+        refuse_sum_of_states(model.cfg)
         if model.cfg.n_coda or model.cfg.norm_before_coda:
             raise LoopedSemanticsError(
                 "exits read the state directly, but this model has a coda (or a norm in its "
@@ -163,6 +168,20 @@ class ExitLens(LogitLens):
                     f"but the state of {model.cfg.slow_stack} is read out; give the names of the "
                     "exits, e.g. points=['iter.3.hook_state_out'], or use logit_lens"
                 )
+
+
+def refuse_sum_of_states(cfg: Any) -> None:
+    """Refuse to read one state as what leaves the loop, where the sum of all of them does.
+
+    Raises:
+        LoopedSemanticsError: The model has ``halting="act"``.
+    """
+    if cfg.halting == "act":
+        raise LoopedSemanticsError(
+            "with halting='act' the sum of all states leaves the loop, weighted by "
+            "cache['halting', t], so no single state is read out: use logit_lens, or run the model "
+            "with n_iterations=t + 1 for an earlier end"
+        )
 
 
 def unembed(model: Any, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
