@@ -58,7 +58,7 @@ class ViewPart:
     props: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CircuitsView:
     """circuitsvis components beside (or below) each other; a notebook shows it.
 
@@ -119,6 +119,10 @@ class CircuitsView:
     def to_html(self) -> str:
         """HTML that is complete in itself: the view with the script in front."""
         return f"{_loading()}{self.element()}"
+
+    def __repr__(self) -> str:
+        shown = ", ".join(part.heading or part.component for part in self.parts)
+        return f"CircuitsView({self.title!r}: {shown})"
 
     def _repr_html_(self) -> str:
         """HTML for a notebook cell; the first view of a notebook brings the script for all."""

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from tests.unit.plots.reading import BACKENDS, colours, curves, words
+from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout import LoopLayout
 from tl_loops.plots import plot_fixed_points, plot_profile, plot_residual_norms
 from tl_loops.plots.colours import CODA, ITERATIONS, LAYERS, PRELUDE
 from tl_loops.profile import LoopProfile, Provenance
+from tl_loops.segments import Segment, SegmentedLayout
 from tl_loops.statistics import Moments
 
 LAYOUT = LoopLayout(n_prelude=2, n_core=3, n_coda=1, n_iterations=4)
@@ -27,7 +29,7 @@ def profile(
         values[block] = NAN
     moments = {metric: Moments.of(values)}
     if layout is not None:
-        later = range(layout.core_start + layout.n_core, layout.coda_start)
+        later = range(layout.index(iteration=0, layer=-1) + 1, layout.coda_start)
         moments["successive_difference"] = Moments.of(values[later] + 1).scattered(later, depth)
     what = Provenance(
         model="mine",
@@ -147,6 +149,14 @@ def test_a_feedforward_profile_is_unrolled():
     figure = plot_profile(p, by="iteration", backend="plotly")
     np.testing.assert_allclose(curves(figure)["mean over prompts"][1], p.mean("sink_rate"))
     assert "mine · feedforward · 5 prompts" in words(figure)
+
+
+def test_iterations_of_unequal_length_are_drawn_unrolled():
+    p = profile(SegmentedLayout((Segment(1, 3, 2), Segment(3, 4)), 1))
+    figure = plot_profile(p, "sink_rate", by="unrolled", backend="plotly")
+    np.testing.assert_allclose(curves(figure)["mean"][1], p.mean("sink_rate"))
+    with pytest.raises(LoopedSemanticsError, match="go by unrolled block"):
+        plot_profile(p, "sink_rate", by="iteration")
 
 
 def test_a_title_replaces_the_heading_only():

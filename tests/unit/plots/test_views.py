@@ -81,6 +81,13 @@ def test_no_network_is_asked(monkeypatch):
     assert not re.search(r'(src|href)\s*=\s*"?https?:', html)
 
 
+def test_the_text_form_is_short():
+    # A notebook stores it beside the HTML.
+    assert repr(attention_view(["a", "b", "c"], PATTERN, title="Mine")) == (
+        "CircuitsView('Mine': AttentionHeads)"
+    )
+
+
 def test_a_view_keeps_its_height():
     assert "height:420px" in view().element()
     wide = CircuitsView(view().parts, height=99, width=300)
