@@ -26,7 +26,7 @@ def loop(
     the original's, bit for bit. It has the hook names, aliases and ``layout`` of a looped model,
     and everything that takes one takes it. ``model`` itself stays as it is.
 
-    Say what repeats in one of three ways::
+    Say what repeats in one of three ways:
 
         loop(model, 7, 11, 4)                       # blocks 7 to 10 as one loop, four times
         loop(model, repeats={5: 2, 6: 3})           # block 5 twice, then block 6 three times
