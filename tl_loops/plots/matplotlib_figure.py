@@ -2,6 +2,7 @@
 
 import io
 import textwrap
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,19 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogFormatter, LogFormatterMathtext, MaxNLocator, NullFormatter
 
 from tl_loops.plots.colours import SCALES
-from tl_loops.plots.figure import Axis, Bars, Box, Figure, Heat, Line, Mark, Panel, Rule, Span
+from tl_loops.plots.figure import (
+    Axis,
+    Bars,
+    Box,
+    Figure,
+    Heat,
+    Line,
+    Mark,
+    Number,
+    Panel,
+    Rule,
+    Span,
+)
 
 _DPI = 100
 _NARROWEST = 480
@@ -239,7 +252,7 @@ def _set_axis(ax: Any, which: str, axis: Axis, pixels: int) -> None:
         ticks = axis.shown_ticks(pixels)
         places, labels = [place for place, _ in ticks], [_plain(text) for _, text in ticks]
         own.set_ticks(places, labels)
-        if which == "x" and _would_overlap(labels, pixels):
+        if which == "x" and _would_overlap(places, labels, axis, pixels):
             ax.tick_params(axis="x", labelrotation=90)
     elif axis.log:
         low, high = sorted(own.get_view_interval())
@@ -256,9 +269,13 @@ def _set_axis(ax: Any, which: str, axis: Axis, pixels: int) -> None:
         own.set_inverted(True)
 
 
-def _would_overlap(labels: list[str], pixels: int) -> bool:
-    longest = max((len(label) for label in labels), default=0)
-    return longest * 6.2 * len(labels) > pixels
+def _would_overlap(places: list[Number], labels: list[str], axis: Axis, pixels: int) -> bool:
+    """Whether labels beside each other would run into each other."""
+    if len(places) < 2:
+        return False
+    low, high = axis.limits or (places[0] - 0.5, places[-1] + 0.5)
+    nearest = min(b - a for a, b in pairwise(places)) * pixels / (abs(high - low) or 1.0)
+    return max(len(label) for label in labels) * 6.2 > nearest
 
 
 def _legend_width(figure: Figure) -> int:

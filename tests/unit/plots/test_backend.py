@@ -190,3 +190,15 @@ def test_bars_stand_beside_each_other(backend):
         assert first[0].get_x() + first[0].get_width() == pytest.approx(second[0].get_x())
     else:
         assert figure.layout.barmode == "group"
+
+
+def test_labels_that_would_overlap_are_turned():
+    def rotation(n: int, limits: tuple[float, float]) -> float:
+        axis = Axis("x", ticks=tuple((i, f"label {i}") for i in range(n)), limits=limits)
+        panel = Panel((Line(X, X, "a", "#000000"),), axis, Axis("y"))
+        axes = draw(Figure("t", "s", (panel,)), "matplotlib").get_axes()[0]
+        return axes.get_xticklabels()[0].get_rotation()
+
+    assert rotation(4, (-0.5, 3.5)) == 0
+    assert rotation(4, (-0.5, 60.0)) == 90  # few, but close together
+    assert rotation(30, (-0.5, 29.5)) == 90
