@@ -1,16 +1,23 @@
-# make demo   makes an environment, installs tl_loops, writes report.html for the embedded model
-# make test   the same with the test extras, then runs every test
+# make demo   makes an environment, installs tl_loops, writes report.html for the embedded model;
+#             with the newest TransformerLens, or with that of TL=3.9
+# make test   the same with the test extras, then runs every test with TransformerLens 3.9, and
+#             those that are marked both_lines with 4.3
 # make lint   ruff and pyright
 # make notebooks   runs the scripts of demos/ into notebooks
 # make docs   builds the documentation in site/; a warning or a dead link is an error
 
+# Which TransformerLens, by its first two numbers: for the demo the newest, else 3.9, unless TL says.
+ifneq ($(filter-out demo,$(MAKECMDGOALS)),)
+TL ?= 3.9
+endif
 PYTHON ?= python3
-VENV ?= .venv
+VENV ?= .venv$(if $(TL),-tl$(TL))
 BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .constraints.txt
+TRANSFORMER_LENS = 'transformer-lens$(if $(TL),==$(TL).*)'
 PYTEST_ARGS ?= -n 2
 
-.PHONY: demo test lint docs notebooks clean
+.PHONY: demo test test-tl4 both-lines lint docs notebooks clean
 
 demo: $(VENV)/.base
 	$(BIN)/tl-loops report --out report.html
@@ -18,6 +25,13 @@ demo: $(VENV)/.base
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(MAKE) test-tl4
+
+test-tl4:
+	$(MAKE) both-lines TL=4.3 VENV=.venv-tl4.3
+
+both-lines: $(VENV)/.test
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m both_lines
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -40,16 +54,20 @@ $(VENV)/bin/python:
 # torch first and pinned: an open requirement would fetch the largest build there is.
 $(VENV)/.base: pyproject.toml .constraints.txt | $(VENV)/bin/python
 	$(PIP_INSTALL) torch
-	$(PIP_INSTALL) -e .
+	$(PIP_INSTALL) $(TRANSFORMER_LENS) -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(PIP_INSTALL) $(TRANSFORMER_LENS) -e '.[test]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP_INSTALL) -e '.[test,dev]'
+	$(PIP_INSTALL) $(TRANSFORMER_LENS) -e '.[test,dev]'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.base
-	$(PIP_INSTALL) -e '.[docs]'
+	$(PIP_INSTALL) $(TRANSFORMER_LENS) -e '.[docs]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist site report.html
+	rm -rf .venv .venv-tl* build dist site report.html

@@ -14,6 +14,19 @@ settings.register_profile(
 )
 settings.load_profile("repository")
 
+BOTH_LINES = """
+    test_both_lines test_bridge test_cache test_cli test_config test_fixtures test_forward
+    test_guarantees test_guards test_hooks test_inherited test_iterations test_measure test_patching
+    test_registration test_tiny test_upstream_tools test_weights
+""".split()
+"""Files whose tests run with both lines of TransformerLens; the others touch none of it."""
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in BOTH_LINES:
+            item.add_marker(pytest.mark.both_lines)
+
 
 @pytest.fixture(autouse=True)
 def deterministic():

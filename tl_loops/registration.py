@@ -1,7 +1,7 @@
 """What importing tl_loops changes in TransformerLens, and undoing it."""
 
 from tl_loops import loading
-from tl_loops.bridge.refusal import refuse_looped_bridge
+from tl_loops.bridge.refusal import refuse_where_wrong
 from tl_loops.cache import LoopedActivationCache
 from tl_loops.model import LoopedTransformer
 from tl_loops.upstream import (
@@ -22,7 +22,7 @@ def register() -> None:
     other models pass. Calling it twice is the same as once.
     """
     install_from_pretrained(loading.is_looped_name, LoopedTransformer.from_pretrained)
-    install_guards(refuse_looped_bridge)
+    install_guards(refuse_where_wrong)
     install_made_caches(lambda model: isinstance(model, LoopedTransformer), LoopedActivationCache)
 
 

@@ -11,8 +11,9 @@ from torch.testing import assert_close
 from transformer_lens import SVDInterpreter, head_detector, patching
 from transformers import PreTrainedTokenizerFast
 
+from tests.feedforward import only_from_4
 from tests.models import ARCHITECTURES, VARIATIONS, any_model, tiny_config, tiny_model
-from tl_loops import LoopedTransformer
+from tl_loops import LoopedSemanticsError, LoopedTransformer
 
 CLEAN = torch.tensor([[3, 14, 7], [15, 9, 2]])
 CORRUPTED = torch.tensor([[3, 11, 7], [4, 9, 30]])
@@ -309,3 +310,39 @@ def test_singular_vectors_do_not_change_when_norms_are_folded(name):
                 for m in (model, other)
             ]
             assert_close(vectors[0].abs(), vectors[1].abs(), rtol=1e-3, atol=1e-4)
+
+
+# What TransformerLens 4 adds.
+
+
+@only_from_4
+def test_the_logit_lens_of_a_cache(model):
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(CLEAN)
+        found = cache.logit_lens(positions=None)
+    assert len(found.labels) == model.cfg.n_layers + 1
+    assert_close(found.readout.values[-1], logits, rtol=1e-4, atol=1e-4)
+    resid = cache["resid_pre", 1]
+    expected = model.unembed(model.ln_final(resid))
+    assert_close(found.readout.values[1], expected, rtol=1e-4, atol=1e-4)
+
+
+@only_from_4
+def test_results_prompt_by_prompt(model, clean_cache):
+    def each(logits):
+        return logits[:, -1, 5] - logits[:, -1, 8]
+
+    found = patching.get_act_patch_resid_pre(model, CORRUPTED, clean_cache, each, reduce="none")
+    total = patching.get_act_patch_resid_pre(model, CORRUPTED, clean_cache, metric)
+    assert isinstance(found, patching.PatchingResult)
+    assert_close(found.values.sum(-1), total, rtol=1e-4, atol=1e-5)
+    assert_close(found.mean(), total / 2, rtol=1e-4, atol=1e-5)
+
+
+@only_from_4
+@pytest.mark.parametrize(
+    "name", ["get_act_patch_direct_path", "get_act_patch_direct_path_all_sources"]
+)
+def test_direct_paths_are_refused(model, name):
+    with pytest.raises(LoopedSemanticsError, match="path_patch"):
+        getattr(patching, name)(model, CORRUPTED)

@@ -13,16 +13,24 @@ LOOPED_ADAPTERS = {
 """TransformerLens's adapters of looped models, by class name."""
 
 
-def refuse_looped_bridge(model: Any, tool: str) -> None:
-    """Refuse a tool on a TransformerBridge of a looped model; other models pass.
+def refuse_where_wrong(model: Any, tool: str) -> None:
+    """Refuse a tool of TransformerLens on a model that it is wrong on; other models pass.
+
+    Those are all tools on a TransformerBridge of a looped model, and patching of direct paths on
+    any looped model.
 
     Args:
         model: What the tool is called with.
         tool: Its name.
 
     Raises:
-        LoopedSemanticsError: The model is such a bridge.
+        LoopedSemanticsError: It is wrong on this model.
     """
+    if tool.startswith("get_act_patch_direct_path") and getattr(model, "layout", None) is not None:
+        raise LoopedSemanticsError(
+            f"{tool} adds what a head writes to what a later head reads, but norms, iterations and "
+            "the injection stand between them in a looped model: call tl_loops.patching.path_patch"
+        )
     if not is_bridge(model):
         return
     names = (parent.__name__ for parent in type(model.adapter).__mro__)
