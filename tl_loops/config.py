@@ -140,6 +140,7 @@ class LoopedTransformerConfig(BaseConfig):
             cycle calls last is the slow one: its state is read out. ``n_iterations`` is a multiple
             of the cycle. ``None``: one stack, one state. With ``injection="add"`` e enters the
             calls of the other stack alone (HRM, TRM).
+        shared_stacks: Both stacks are the same layers (TRM); their states stay two.
         slow_initial_state: The slow stack's state before iteration 0: ``"embed"`` (what the
             prelude, or the embedding, gives) or ``"learned"``. ``initial_state`` is the other's.
         attn_gate: What attention writes is gated, head by head and dimension by dimension, by the
@@ -152,6 +153,11 @@ class LoopedTransformerConfig(BaseConfig):
         time_conditioning: Blocks are modulated by how far the loop is (t / T) and by the size of
             its steps (1 / T): gates on what they write, scales on what they read (LoopFormer).
         block_norm_weight: Whether the norms of blocks have gains, where norms have any.
+        final_norm: Whether the final norm is applied; without it what leaves the last block is read
+            out as it is (HRM).
+        n_extra_tokens: Embeddings behind the vocabulary that no logit stands for, such as names of
+            puzzles (HRM); the token behind them is a row of zeros.
+        extra_token_slices: How many of them are stored as one row.
         prefix_mask: The forward pass takes ``prefix_mask``, whose positions see each other in both
             directions (HRM-Text).
 
@@ -199,6 +205,7 @@ class LoopedTransformerConfig(BaseConfig):
     kv_sharing: str | None = field(default=None, kw_only=True)
     max_iterations: int | None = field(default=None, kw_only=True)
     stacks: tuple[str, ...] | None = field(default=None, kw_only=True)
+    shared_stacks: bool = field(default=False, kw_only=True)
     slow_initial_state: str = field(default="embed", kw_only=True)
     attn_gate: bool = field(default=False, kw_only=True)
     prefix_mask: bool = field(default=False, kw_only=True)
@@ -207,6 +214,9 @@ class LoopedTransformerConfig(BaseConfig):
     halt_head: bool = field(default=False, kw_only=True)
     time_conditioning: bool = field(default=False, kw_only=True)
     block_norm_weight: bool = field(default=True, kw_only=True)
+    final_norm: bool = field(default=True, kw_only=True)
+    n_extra_tokens: int = field(default=0, kw_only=True)
+    extra_token_slices: int = field(default=1, kw_only=True)
     # Llama-style values for fields that TransformerLens defaults to GPT-2's.
     act_fn: str = "silu"
     gated_mlp: bool = True
@@ -271,8 +281,19 @@ class LoopedTransformerConfig(BaseConfig):
             )
         if self.stacks is not None:
             self._check_stacks(self.stacks)
-        elif self.slow_initial_state != "embed":
-            raise ConfigError("slow_initial_state needs stacks")
+        elif self.slow_initial_state != "embed" or self.shared_stacks:
+            raise ConfigError("slow_initial_state and shared_stacks need stacks")
+        if not self.final_norm and (self.norm_between_iterations or self.norm_before_coda):
+            raise ConfigError(
+                "final_norm=False excludes norm_between_iterations and norm_before_coda, which "
+                "apply that norm"
+            )
+        slices = self.extra_token_slices
+        if self.n_extra_tokens < 0 or slices < 1 or self.n_extra_tokens % slices:
+            raise ConfigError(
+                f"n_extra_tokens={self.n_extra_tokens} must be a multiple of "
+                f"extra_token_slices={slices}, and neither negative"
+            )
         if self.first_pass_window is not None:
             if self.first_pass_window < 1:
                 raise ConfigError(
@@ -343,7 +364,9 @@ class LoopedTransformerConfig(BaseConfig):
         stacks = None
         if self.stacks is not None:
             stacks = self.stacks * (self.n_iterations // len(self.stacks))
-        return LoopLayout(self.n_prelude, self.n_core, self.n_coda, self.n_iterations, stacks)
+        return LoopLayout(
+            self.n_prelude, self.n_core, self.n_coda, self.n_iterations, stacks, self.shared_stacks
+        )
 
     @property
     def slow_stack(self) -> str | None:

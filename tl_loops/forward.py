@@ -188,6 +188,12 @@ class LoopedForward(CoordinateHooks):
                 f"the key-value cache has {len(past.entries)} entries, but the model has "
                 f"{self.cfg.n_layers} unrolled blocks: make it with the same n_iterations"
             )
+        if past is not None and self.cfg.attention_dir != "causal":
+            raise LoopedSemanticsError(
+                "every token of this model sees every other (attention_dir='bidirectional'), so "
+                "cached keys would be wrong once a token is added: leave past_kv_cache out "
+                "(generate: use_past_kv_cache=False)"
+            )
         n_past = 0 if past is None else past[0].past_keys.shape[1]
         if start_at_layer is None and start_at_iteration is None:
             if isinstance(input, (str, list)):

@@ -103,6 +103,7 @@ class LoopLayout:
         n_iterations: Passes through the core.
         stacks: Name of the stack that each iteration calls (one entry an iteration), for models
             whose iterations call one of several stacks; else ``None``.
+        shared_stacks: Whether all stacks are the same layers.
     """
 
     n_prelude: int
@@ -110,6 +111,7 @@ class LoopLayout:
     n_coda: int
     n_iterations: int
     stacks: tuple[str, ...] | None = None
+    shared_stacks: bool = False
 
     def __post_init__(self) -> None:
         for name in ("n_prelude", "n_coda"):
@@ -131,7 +133,8 @@ class LoopLayout:
     @property
     def n_physical_layers(self) -> int:
         """Number of distinct sets of block weights."""
-        n_stacks = len(set(self.stacks)) if self.stacks is not None else 1
+        several = self.stacks is not None and not self.shared_stacks
+        n_stacks = len(set(self.stacks or ())) if several else 1
         return self.n_prelude + n_stacks * self.n_core + self.n_coda
 
     @property
@@ -233,7 +236,7 @@ class LoopLayout:
         With several stacks the core is named by the stack: ``"core.L.2"``.
         """
         at = self.coordinate(index)
-        stack = f"{at.stack}." if at.stack is not None else ""
+        stack = f"{at.stack}." if at.stack is not None and not self.shared_stacks else ""
         return f"{at.phase}.{stack}{at.layer}"
 
     def physical_names(self) -> list[str]:
@@ -350,7 +353,9 @@ class LoopLayout:
         stacks = self.stacks
         if stacks is not None:
             stacks = tuple(stacks[t % len(stacks)] for t in range(max(n_iterations, 0)))
-        return LoopLayout(self.n_prelude, self.n_core, self.n_coda, n_iterations, stacks)
+        return LoopLayout(
+            self.n_prelude, self.n_core, self.n_coda, n_iterations, stacks, self.shared_stacks
+        )
 
 
 def _in_range(value: int, size: int, what: str, name: str | None = None) -> int:

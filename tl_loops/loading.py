@@ -63,7 +63,8 @@ _OF_THE_WEIGHTS = frozenset(
     "gated_mlp normalization_type positional_embedding_type tie_word_embeddings norm_injection "
     "linear_before_coda value_embeddings value_gate_channels post_embedding_ln stacks "
     "slow_initial_state attn_gate state_gate_rank halt_head first_pass_window step_embedding "
-    "time_conditioning block_norm_weight router hyper_connections max_iterations".split()
+    "time_conditioning block_norm_weight final_norm n_extra_tokens "
+    "extra_token_slices shared_stacks router hyper_connections max_iterations".split()
 )
 """Config fields that the stored tensors fix, so that a caller cannot choose them."""
 

@@ -114,7 +114,7 @@ class LoopedTransformer(Generation, InheritedMethods, Circuits, PhysicalWeights)
             self.halt_head = HaltHead(cfg, device)
         if cfg.linear_before_coda:
             self.coda_in = CodaInput(cfg, device)
-        self.ln_final = Norm(cfg, device=device)
+        self.ln_final = Norm(cfg, device=device, off=not cfg.final_norm)
         if cfg.exit_gate:
             self.exit_gate = ExitGate(cfg, device)
         self.unembed = Unembed(cfg, self.embed, device)

@@ -46,6 +46,8 @@ def physical_tensors(cfg: "LoopedTransformerConfig") -> dict[str, PhysicalTensor
     d = cfg.d_model
     d_vocab_out = cfg.d_vocab if cfg.d_vocab_out == -1 else cfg.d_vocab_out
     found = {"embed.W_E": PhysicalTensor((cfg.d_vocab, d))}
+    if cfg.n_extra_tokens:
+        found["embed.W_extra"] = PhysicalTensor((cfg.n_extra_tokens, d))
     if cfg.post_embedding_ln:
         found |= _norm(cfg, "embed.ln", d)
     if cfg.positional_embedding_type == "standard":
@@ -79,7 +81,8 @@ def physical_tensors(cfg: "LoopedTransformerConfig") -> dict[str, PhysicalTensor
         found["halt_head.b_out"] = PhysicalTensor((1,))
     if cfg.linear_before_coda:
         found["coda_in.W"] = PhysicalTensor((d, d), "transposed")
-    found |= _norm(cfg, "ln_final", d)
+    if cfg.final_norm:
+        found |= _norm(cfg, "ln_final", d)
     if not cfg.tie_word_embeddings:
         found["unembed.W_U"] = PhysicalTensor((d, d_vocab_out), "transposed")
     if cfg.unembed_bias:

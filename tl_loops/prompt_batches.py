@@ -127,9 +127,12 @@ def _checked(model: Any, number: int, prompt: str | Tensor, at_least: int) -> In
             f"prompt {number} has {n_tokens} tokens, but the context is cfg.n_ctx={cfg.n_ctx}; "
             "shorten it"
         )
-    if not 0 <= int(tokens.min()) <= int(tokens.max()) < cfg.d_vocab:
+    # Behind the vocabulary there may be more embeddings, and one more id that stands for zeros.
+    n_extra = getattr(cfg, "n_extra_tokens", 0)
+    n_ids = cfg.d_vocab + (n_extra + 1 if n_extra else 0)
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < n_ids:
         raise ValueError(
             f"prompt {number} holds ids from {int(tokens.min())} to {int(tokens.max())}, expected "
-            f"0 to {cfg.d_vocab - 1}"
+            f"0 to {n_ids - 1}"
         )
     return tokens.long()

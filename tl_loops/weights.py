@@ -314,7 +314,7 @@ class PhysicalWeights(TransformerBase):
             left.append("fold_ln for ln_final (the unembedding is the embedding)")
         elif cfg.norm_before_coda or cfg.norm_between_iterations:
             left.append("fold_ln for ln_final (its output also feeds further blocks)")
-        else:
+        elif cfg.final_norm:
             self.unembed.W_U.mul_(self.ln_final.w[:, None])  # type: ignore[operator]
             self.ln_final.w.fill_(1.0)  # type: ignore[operator]
         return left

@@ -264,7 +264,7 @@ def test_describe_names_both_states():
         (dict(n_iterations=4), "multiple of 3, the calls of one cycle L L H"),
         (dict(injection="concat"), "stacks need injection=None or 'add'"),
         (dict(exit_gate=True), "exit_gate is not supported with stacks"),
-        (dict(stacks=None, slow_initial_state="learned"), "slow_initial_state needs stacks"),
+        (dict(stacks=None, slow_initial_state="learned"), "shared_stacks need stacks"),
         (dict(attention_dir="bidirectional"), "prefix_mask needs attention_dir='causal'"),
     ],
 )

@@ -160,6 +160,8 @@ class CachedRun:
 
     def _scale(self, x: Tensor) -> Tensor:
         norm = self.model.ln_final
+        if getattr(norm, "off", False):
+            return torch.ones_like(x[..., :1])
         x = x - x.mean(-1, keepdim=True) if norm.centred else x
         return (x.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
 

@@ -242,6 +242,8 @@ def _shape(tokens: str | int | Tensor) -> tuple[int, ...]:
 
 def freshly_normed(x: Tensor, norm: torch.nn.Module) -> Tensor:
     """A norm with fresh scales, without its hook points."""
+    if getattr(norm, "off", False):
+        return x
     x = x - x.mean(-1, keepdim=True) if norm.centred else x
     scale = (x.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()  # type: ignore[operator]
     x = x / scale

@@ -13,6 +13,7 @@ from tl_loops.config import LoopedTransformerConfig
 from tl_loops.errors import CheckpointError
 from tl_loops.families.base import Family, KnownModel, Released
 from tl_loops.families.checkpoint import CONFIG_FILE, read_json
+from tl_loops.families.hrm import HRM, TRM
 from tl_loops.families.hrm_text import HRM_TEXT, HRM_TEXT_SPLIT
 from tl_loops.families.huginn import HUGINN
 from tl_loops.families.iquest import IQUEST_LOOP
@@ -40,6 +41,8 @@ FAMILIES: tuple[Family, ...] = (
     IQUEST_LOOP,
     LOOPUS,
     LOOPFORMER,
+    HRM,
+    TRM,
 )
 
 

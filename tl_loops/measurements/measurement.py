@@ -87,10 +87,15 @@ class Measurement:
 
 
 def core_calls(layout: LoopLayout) -> dict[str, list[int]]:
-    """For each physical layer of the core the unrolled blocks that call it, in order."""
+    """For each physical layer of the core the unrolled blocks that call it, in order.
+
+    Stacks that share their layers stay apart: their states are two.
+    """
     calls: dict[str, list[int]] = {}
     for block in range(layout.core_start, layout.coda_start):
-        calls.setdefault(layout.physical_name(block), []).append(block)
+        stack = layout.coordinate(block).stack if layout.shared_stacks else None
+        name = layout.physical_name(block)
+        calls.setdefault(name if stack is None else f"{name} ({stack})", []).append(block)
     return calls
 
 

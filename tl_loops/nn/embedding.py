@@ -12,7 +12,11 @@ from tl_loops.upstream import HookPoint
 
 
 class Embed(nn.Module):
-    """``W_E[tokens]``, times ``cfg.embed_scale``; normed with ``cfg.post_embedding_ln``."""
+    """``W_E[tokens]``, times ``cfg.embed_scale``; normed with ``cfg.post_embedding_ln``.
+
+    Tokens behind the vocabulary take rows of ``W_extra`` (``cfg.n_extra_tokens``), and behind
+    these zeros.
+    """
 
     def __init__(self, cfg: LoopedTransformerConfig, device: torch.device | str | None = None):
         super().__init__()
@@ -20,12 +24,26 @@ class Embed(nn.Module):
         self.W_E = nn.Parameter(
             torch.empty(cfg.d_vocab, cfg.d_model, dtype=cfg.dtype, device=device)
         )
+        self.n_extra = cfg.n_extra_tokens
+        if self.n_extra:
+            self.W_extra = nn.Parameter(
+                torch.empty(self.n_extra, cfg.d_model, dtype=cfg.dtype, device=device)
+            )
         self.ln = Norm(cfg, device=device) if cfg.post_embedding_ln else None
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-        embedded = F.embedding(tokens, self.W_E)
+        embedded = self._extended(tokens) if self.n_extra else F.embedding(tokens, self.W_E)
         embedded = embedded if self.scale == 1.0 else embedded * self.scale
         return embedded if self.ln is None else self.ln(embedded)
+
+    def _extended(self, tokens: Tensor) -> Tensor:
+        """Rows of the vocabulary, of what stands behind it, and zeros."""
+        last = self.W_E.shape[0] - 1
+        behind = tokens - last - 1
+        extra = F.embedding(behind.clamp(0, self.n_extra - 1), self.W_extra)
+        extra = extra * (behind < self.n_extra).unsqueeze(-1)
+        known = F.embedding(tokens.clamp(max=last), self.W_E)
+        return torch.where((behind < 0).unsqueeze(-1), known, extra)
 
 
 class PosEmbed(nn.Module):

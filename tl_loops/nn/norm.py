@@ -14,6 +14,13 @@ class Norm(nn.Module):
     ``"RMS"``: x / sqrt(mean(x²) + eps) · w. ``"LN"``: the same on the centred input, plus b.
     ``"RMSPre"`` and ``"LNPre"`` have no weights.
 
+    Args:
+        cfg: The config.
+        length: Of the last axis; ``None``: the width of the model.
+        device: Where the weights go.
+        weight: Whether it has those weights.
+        off: Whether it only stands there: the scale is 1.
+
     Hook points: ``hook_scale`` [..., 1], ``hook_normalized`` [..., length] (before the weight).
     """
 
@@ -23,19 +30,27 @@ class Norm(nn.Module):
         length: int | None = None,
         device: torch.device | str | None = None,
         weight: bool = True,
+        off: bool = False,
     ):
         super().__init__()
         self.eps, self.dtype = cfg.eps, cfg.dtype
-        self.centred = cfg.normalization_type in ("LN", "LNPre")
+        self.off = off
+        self.centred = cfg.normalization_type in ("LN", "LNPre") and not off
         length = cfg.d_model if length is None else length
         self.w: nn.Parameter | None = None
         self.b: nn.Parameter | None = None
-        if cfg.norm_has_weight and weight:
+        if cfg.norm_has_weight and weight and not off:
             self.w = nn.Parameter(torch.ones(length, dtype=cfg.dtype, device=device))
             if self.centred:
                 self.b = nn.Parameter(torch.zeros(length, dtype=cfg.dtype, device=device))
         self.hook_scale = HookPoint()
         self.hook_normalized = HookPoint()
+
+    def scale_of(self, x: Float[Tensor, "*batch length"]) -> Float[Tensor, "*batch 1"]:
+        """What a (centred) input is divided by."""
+        if self.off:
+            return torch.ones_like(x[..., :1])
+        return (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
 
     def forward(self, x: Float[Tensor, "*batch length"]) -> Float[Tensor, "*batch length"]:
         dtype = x.dtype
@@ -43,7 +58,7 @@ class Norm(nn.Module):
             x = x.float()
         if self.centred:
             x = x - x.mean(-1, keepdim=True)
-        scale = self.hook_scale((x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+        scale = self.hook_scale(self.scale_of(x))
         # The weight multiplies after the cast, as in the released models' RMSNorm.
         normalized = self.hook_normalized(x / scale).to(dtype)
         if self.w is None:
