@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from inspect import signature
+from typing import Any, TypeVar
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_loops.circuits import Circuits, EffectiveWeights
+from tl_loops.borrowed_weights import BorrowedWeights
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.hooking import CoordinateHooks
 from tl_loops.layout import LoopLayout
@@ -24,21 +23,19 @@ from tl_loops.upstream import (
     KeyValueCache,
     LocallyOverridenDefaults,
     Output,
+    TransformerBase,
     apply_softcap,
     complete_norm,
     init_root,
     unshared,
 )
-from tl_loops.weights import PhysicalWeights
 
 Module = TypeVar("Module", bound=nn.Module)
-
-_ORIGINAL = "change the original model, and call tl_loops.loop on it again: no weight is copied"
 
 _NORMS = ("ln1", "ln1_post", "ln2", "ln2_post")
 
 
-class RepeatedTransformer(CoordinateHooks, Circuits, PhysicalWeights):
+class RepeatedTransformer(CoordinateHooks, BorrowedWeights):
     """A HookedTransformer with repeated blocks; what :func:`tl_loops.loop` returns.
 
     It computes with TransformerLens's own components, so that with one iteration every number is
@@ -117,6 +114,7 @@ class RepeatedTransformer(CoordinateHooks, Circuits, PhysicalWeights):
         n_iterations: int | None = None,
         initial_state: Float[Tensor, "batch pos d_model"] | None = None,
         start_at_iteration: int | None = None,
+        kv_sharing: str | None = None,
     ) -> Any:
         """Run the model; TransformerLens's arguments, on unrolled block indices, and the loop's.
 
@@ -135,13 +133,16 @@ class RepeatedTransformer(CoordinateHooks, Circuits, PhysicalWeights):
             n_iterations: Number of iterations for this call.
             initial_state: Put in the place of what enters the first core block.
             start_at_iteration: Start before this iteration, with its ``hook_state_in`` as input.
+            kv_sharing: ``None`` or ``"none"``.
 
         Returns:
             As ``HookedTransformer.forward``.
 
         Raises:
             ValueError: Arguments of the wrong shape, out of range, or that contradict each other.
+            LoopedSemanticsError: Another ``kv_sharing``.
         """
+        _check_sharing(kv_sharing)
         if n_iterations is not None and n_iterations != self.cfg.n_iterations:
             arguments = {k: v for k, v in locals().items() if k not in ("self", "n_iterations")}
             with self.iterations(n_iterations):
@@ -270,10 +271,32 @@ class RepeatedTransformer(CoordinateHooks, Circuits, PhysicalWeights):
         Args:
             *args: As TransformerLens.
             n_iterations: Number of iterations for this call.
-            **kwargs: As TransformerLens.
+            **kwargs: As TransformerLens, which would ignore what it does not know.
+
+        Raises:
+            TypeError: An argument that TransformerLens's ``generate`` does not have.
+            LoopedSemanticsError: ``kv_sharing``.
         """
+        _check_sharing(kwargs.pop("kv_sharing", None))
+        known = [*signature(TransformerBase.generate).parameters, "output_logits"]
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(f"generate() has no argument {name!r}; known: {', '.join(known)}")
         with self._for_call(n_iterations):
             return super().generate(*args, **kwargs)
+
+    def make_kv_cache(self, batch: int = 1, kv_sharing: str | None = None) -> KeyValueCache:
+        """An empty key-value cache for ``past_kv_cache``, one entry an unrolled block.
+
+        Args:
+            batch: Number of texts.
+            kv_sharing: ``None`` or ``"none"``.
+
+        Raises:
+            LoopedSemanticsError: Another ``kv_sharing``.
+        """
+        _check_sharing(kv_sharing)
+        return KeyValueCache.init_cache(self.cfg, self.embed.W_E.device, batch)
 
     # Iterations.
 
@@ -323,95 +346,10 @@ class RepeatedTransformer(CoordinateHooks, Circuits, PhysicalWeights):
                 self.blocks, self.iter = blocks, hooks
                 self.setup()
 
-    # Weights belong to the original.
 
-    def _refuse(self, what: str) -> NoReturn:
-        raise LoopedSemanticsError(f"{what}: the weights are the original model's; {_ORIGINAL}")
-
-    def to(self, *args: Any, print_details: bool = False, **kwargs: Any) -> "RepeatedTransformer":
-        """Only to where the weights are already, since they are shared with the original.
-
-        Raises:
-            LoopedSemanticsError: Another device or type.
-        """
-        args = tuple(arg for arg in args if not isinstance(arg, bool))
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore
-        weight = self.embed.W_E
-        elsewhere = device is not None and torch.empty(0, device=device).device != weight.device
-        if elsewhere or dtype not in (None, weight.dtype):
-            self._refuse(f"moving or casting to {dtype or device}")
-        return self
-
-    def process_weights_(self, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
-        """Refused: process the original.
-
-        Raises:
-            LoopedSemanticsError: Always.
-        """
-        self._refuse("folding or centring")
-
-    def load_and_process_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: load into the original.
-
-        Raises:
-            LoopedSemanticsError: Always.
-        """
-        self._refuse("load_and_process_state_dict")
-
-    def save_pretrained(self, directory: str | Path) -> NoReturn:
-        """Refused: save the original, and loop it again.
-
-        Raises:
-            LoopedSemanticsError: Always.
-        """
-        self._refuse(f"saving to {directory}")
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
-        """Refused: load the original, and call :func:`tl_loops.loop`.
-
-        Raises:
-            LoopedSemanticsError: Always.
-        """
+def _check_sharing(kv_sharing: str | None) -> None:
+    if kv_sharing not in (None, "none"):
         raise LoopedSemanticsError(
-            "a model with repeated blocks is made from one that is loaded: "
-            "tl_loops.loop(HookedTransformer.from_pretrained(name), start, stop, n_iterations)"
+            f"kv_sharing={kv_sharing!r} is an option of LoopedTransformer: the blocks of a looped "
+            "HookedTransformer are TransformerLens's own, which know one cache entry a block"
         )
-
-    # Circuits read weights under names that not every block has.
-
-    def tl_parameters(self) -> EffectiveWeights:
-        """Weight matrices with the norms next to them folded in; see :class:`Circuits`.
-
-        Raises:
-            LoopedSemanticsError: The blocks have no MLP, experts, or norms behind their branches
-                under the names of norms before them.
-        """
-        self._check_plain_blocks("tl_parameters")
-        return super().tl_parameters()
-
-    def all_composition_scores(self, mode: str, iterations_apart: int = 1) -> Tensor:  # type: ignore[override]
-        """Composition of heads; see :class:`Circuits`.
-
-        Raises:
-            LoopedSemanticsError: As :meth:`tl_parameters`, or with a query-key norm.
-        """
-        self._check_plain_blocks("all_composition_scores")
-        if self.cfg.use_qk_norm:
-            raise LoopedSemanticsError(
-                "all_composition_scores does not know the query-key norm of this model: compose "
-                "model.OV and model.QK of the blocks in question"
-            )
-        return super().all_composition_scores(mode, iterations_apart)
-
-    def _check_plain_blocks(self, what: str) -> None:
-        cfg = self.cfg
-        for unlike, why in (
-            (cfg.attn_only, "has no MLP"),
-            (cfg.num_experts, "has experts in the place of an MLP"),
-            (cfg.block_norm == "post_branch", "norms its branches' outputs and not their inputs"),
-        ):
-            if unlike:
-                raise LoopedSemanticsError(
-                    f"{what} is not exact for a block that {why}: read model.blocks instead"
-                )

@@ -415,6 +415,29 @@ def test_what_cannot_be_right_is_refused():
     assert looped.to("cpu") is looped and looped.to(torch.float32) is looped
 
 
+def test_sharing_keys_is_refused_and_no_argument_is_ignored():
+    from tl_loops.kv_sharing_effect import kv_sharing_effect
+
+    looped, tokens = loop(feedforward("gpt2"), 2, 4, 3), tiny_tokens()
+    for call in (
+        lambda: looped(tokens, kv_sharing="first"),
+        lambda: looped.generate(tokens, 2, kv_sharing="ring:2"),
+        lambda: looped.make_kv_cache(2, "shared"),
+        lambda: kv_sharing_effect(looped, tokens, "shared"),
+    ):
+        with pytest.raises(LoopedSemanticsError, match="an option of LoopedTransformer"):
+            call()
+    with pytest.raises(TypeError, match="no argument 'initial_state'"):
+        looped.generate(tokens, 2, stop_at_eos=False, initial_state=None)
+    cache = looped.make_kv_cache(2)
+    mask = torch.ones_like(tokens)
+    pieces = [
+        looped(tokens[:, part], past_kv_cache=cache, attention_mask=mask[:, part])
+        for part in (slice(0, 4), slice(4, 9))
+    ]
+    torch.testing.assert_close(torch.cat(pieces, 1), looped(tokens), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
