@@ -1,19 +1,12 @@
 """Figures and views in a real browser without a network: drawn, not blank, with hover."""
 
-import os
 import re
-import shutil
 
 import pytest
 import torch
+from playwright.sync_api import Locator, Page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-if CHROMIUM is None and os.environ.get("CI") != "true":
-    pytest.skip("Debian's chromium is not installed", allow_module_level=True)
-
-from playwright.sync_api import Locator, Page, sync_playwright  # noqa: E402
-
-from tl_loops import LoopedTransformer, lens, measure, plots, tasks  # noqa: E402
+from tl_loops import LoopedTransformer, lens, measure, plots, tasks
 
 VIEWS = 4
 
@@ -56,36 +49,11 @@ def page_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(
-            executable_path=CHROMIUM,
-            args=[
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-background-networking",
-                "--disable-component-update",
-                "--disable-sync",
-                "--no-first-run",
-            ],
-        )
-        yield started
-        started.close()
-
-
-@pytest.fixture(scope="module")
-def page(browser, page_file):
-    context = browser.new_context(viewport={"width": 1200, "height": 900})
-    page = context.new_page()
-    page.requests, page.problems = [], []
-    page.on("request", lambda request: page.requests.append(request.url))
-    page.on("pageerror", lambda error: page.problems.append(str(error)))
-    context.route("http*://**", lambda route: route.abort())
-    page.goto(page_file.as_uri())
+def page(offline_page, page_file):
+    page = offline_page(page_file, viewport={"width": 1200, "height": 900})
     page.wait_for_selector(".js-plotly-plot .xtick")
     page.wait_for_selector(".circuits-view canvas")
-    yield page
-    context.close()
+    return page
 
 
 def pixels(image: Locator) -> str:

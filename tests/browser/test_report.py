@@ -1,19 +1,11 @@
 """The report in a real browser without a network: every figure is there and holds something."""
 
-import os
-import shutil
-
 import pytest
 import torch
+from playwright.sync_api import Page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-if CHROMIUM is None and os.environ.get("CI") != "true":
-    pytest.skip("Debian's chromium is not installed", allow_module_level=True)
-
-from playwright.sync_api import Page, sync_playwright  # noqa: E402
-
-from tl_loops import LoopedTransformer  # noqa: E402
-from tl_loops.report import MOST_BYTES, write_report  # noqa: E402
+from tl_loops import LoopedTransformer
+from tl_loops.report import MOST_BYTES, write_report
 
 
 @pytest.fixture(scope="module")
@@ -25,36 +17,15 @@ def report(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(
-            executable_path=CHROMIUM,
-            args=[
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-background-networking",
-                "--disable-component-update",
-                "--disable-sync",
-                "--no-first-run",
-            ],
-        )
-        yield started
-        started.close()
+def page(offline_page, report):
+    return opened(offline_page, report)
 
 
-@pytest.fixture
-def page(browser, report):
-    context = browser.new_context(viewport={"width": 1100, "height": 900})
-    page = context.new_page()
-    page.requests, page.problems = [], []
-    page.on("request", lambda request: page.requests.append(request.url))
-    page.on("pageerror", lambda error: page.problems.append(str(error)))
-    context.route("http*://**", lambda route: route.abort())
-    page.goto(report.as_uri())
+def opened(offline_page, report, **options):
+    page = offline_page(report, **options)
     page.wait_for_selector("html[data-drawn]")
     page.wait_for_selector(".attention-view canvas, .attention-view table, .attention-view img")
-    yield page
-    context.close()
+    return page
 
 
 def test_it_is_one_small_file_that_asks_for_nothing(page: Page, report):
@@ -113,8 +84,8 @@ def test_a_cell_of_the_patching_grid_tells_its_place(page: Page):
     assert "r0" in (figure.locator(".hoverlayer").text_content() or "")
 
 
-def test_it_fits_a_phone_and_follows_the_dark_scheme(page: Page):
-    page.set_viewport_size({"width": 390, "height": 800})
+def test_it_fits_a_phone_and_follows_the_dark_scheme(offline_page, report):
+    page = opened(offline_page, report, viewport={"width": 390, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 391
     colour = "getComputedStyle(document.body).backgroundColor"
     light = page.evaluate(colour)

@@ -12,7 +12,6 @@ from tl_loops.plots.curves import plot_curves
 from tl_loops.plots.exits import plot_exit_curves, plot_exits
 from tl_loops.plots.fixed_points import plot_fixed_points
 from tl_loops.plots.floorplan import plot_floorplan
-from tl_loops.plots.heatmap import Heatmap
 from tl_loops.plots.neurons import plot_neurons
 from tl_loops.plots.norms import plot_residual_norms
 from tl_loops.plots.pairs import plot_matrix, plot_pairs
@@ -27,7 +26,6 @@ from tl_loops.plots.views import CircuitsView, circuitsvis_script
 
 __all__ = [
     "CircuitsView",
-    "Heatmap",
     "attention_heads",
     "attention_patterns",
     "attention_view",
