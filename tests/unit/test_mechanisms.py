@@ -463,6 +463,17 @@ def test_the_sum_of_states_decomposes_before_it_is_made():
         torch.testing.assert_close(parts.sum(0), cache["state_out", t], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("n_coda", [0, 1])
+def test_the_last_row_of_the_logit_lens_is_the_logits(name, n_coda):
+    if name == "ponder" and n_coda:
+        pytest.skip("it reads every state out")
+    model, tokens = drawn(name, n_coda=n_coda), tiny_tokens()
+    logits, cache = model.run_with_cache(tokens)
+    rows = cache.accumulated_resid(apply_ln=True)
+    torch.testing.assert_close(rows[-1] @ model.W_U + model.b_U, logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", MIXED)
 def test_a_start_inside_such_a_loop_is_refused(name):
     model, tokens = drawn(name), tiny_tokens()

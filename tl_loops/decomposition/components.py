@@ -93,9 +93,18 @@ class CachedRun:
         """
         frozen = FrozenNorm.of(norm, self.read(f"{prefix}.hook_scale"))
         if prefix == "ln_coda" and not self.layout.n_coda:
-            last = self.read(f"blocks.{self.layout.n_layers - 1}.hook_resid_post")
-            self._check_read(frozen, last, prefix)
+            self._check_read(frozen, self._last(), prefix)
         return frozen
+
+    def _last(self) -> Tensor:
+        """What leaves the last block, or without a coda the loop."""
+        cfg, layout = self.model.cfg, self.layout
+        mixed = (cfg.router, cfg.hyper_connections, cfg.state_gate_rank)
+        if not layout.n_coda and cfg.halting == "act":
+            return self.read("hook_halted_state")
+        if not layout.n_coda and any(mechanism is not None for mechanism in mixed):
+            return self.read(f"iter.{layout.n_iterations - 1}.hook_state_out")
+        return self.read(f"blocks.{layout.n_layers - 1}.hook_resid_post")
 
     # The stream itself.
 
@@ -106,7 +115,7 @@ class CachedRun:
         if target.layer < self.layout.n_layers:
             name = "hook_resid_mid" if target.mlp_input else "hook_resid_pre"
             return self.read(f"blocks.{target.layer}.{name}")
-        resid = self.read(f"blocks.{self.layout.n_layers - 1}.hook_resid_post")
+        resid = self._last()
         if self.model.cfg.norm_before_coda and not self.layout.n_coda:
             norm = self.model.ln_final
             self.freeze("ln_coda", norm)
