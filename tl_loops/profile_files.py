@@ -24,6 +24,9 @@ from tl_loops.statistics import Moments
 
 _FORMAT = "tl_loops profile 1"
 _SIZES = ("n_prelude", "n_core", "n_coda")
+_SHARED = "(shared)"
+"""Behind the names of stacks: they are the same layers. No stack can be called so."""
+
 _TEXT = ("metric", "phase", "model", "weights", "notation", "tl_loops", "options", "stacks")
 _REAL = ("relative_depth", "mean", "std", "m2")
 _MODEL = (
@@ -90,7 +93,9 @@ def _header(profile: LoopProfile) -> Row:
     values = asdict(profile.provenance)
     at = profile.layout
     sizes = {name: None if at is None else getattr(at, name) for name in _SIZES}
-    stacks = None if at is None or at.stacks is None else " ".join(at.stacks)
+    stacks = None
+    if at is not None and at.stacks is not None:
+        stacks = " ".join((*at.stacks, _SHARED) if at.shared_stacks else at.stacks)
     values |= {**sizes, "stacks": stacks, "n_layers": profile.n_layers}
     return {name: values[name] for name in _MODEL}
 
@@ -105,9 +110,10 @@ def _profile(header: Row, rows: list[Row], options: dict[str, Any]) -> LoopProfi
     n_layers = int(header["n_layers"])
     layout = None
     if header["n_core"] is not None:
-        stacks = None if header["stacks"] is None else tuple(header["stacks"].split(" "))
+        words = [] if header["stacks"] is None else header["stacks"].split(" ")
+        stacks = tuple(word for word in words if word != _SHARED) or None
         sizes = {name: int(header[name]) for name in (*_SIZES, "n_iterations")}
-        layout = LoopLayout(**sizes, stacks=stacks)
+        layout = LoopLayout(**sizes, stacks=stacks, shared_stacks=_SHARED in words)
     moments = {name: Moments.empty(n_layers) for name in options}
     for row in rows:
         one, block = moments[row["metric"]], int(row["block"])

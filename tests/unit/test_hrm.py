@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from tests.equations import attend, draw, rms, rotate, write
 from tests.models import tiny_config, tiny_model, tiny_tokens
-from tl_loops import CheckpointError, ConfigError, LoopedSemanticsError, measure
+from tl_loops import CheckpointError, ConfigError, LoopedSemanticsError, LoopProfile, measure
 from tl_loops.check import check_model
 from tl_loops.families.hrm import HRM, TRM
 from tl_loops.families.registry import recognise
@@ -174,6 +174,8 @@ def test_a_saved_model_is_the_same(loaded, tmp_path):
     assert torch.equal(again(tokens), model(tokens))
     profile = measure(model, list(tokens), metrics=("successive_difference",), progress=False)
     assert not profile.to_frame().empty
+    profile.save(tmp_path / "profile.json")
+    assert LoopProfile.load(tmp_path / "profile.json").layout == model.layout
 
 
 def test_recognition_by_config_and_keys():

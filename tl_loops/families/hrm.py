@@ -18,6 +18,7 @@ from tl_loops.config import LoopedTransformerConfig
 from tl_loops.errors import CheckpointError
 from tl_loops.families.base import (
     Family,
+    KnownModel,
     Part,
     Released,
     TensorSpec,
@@ -147,7 +148,11 @@ def _has_two_stacks(keys: Collection[str]) -> bool:
 
 
 def _family(
-    name: str, paper: str, of_trm: bool, has_tensors: Callable[[Collection[str]], bool]
+    name: str,
+    paper: str,
+    of_trm: bool,
+    has_tensors: Callable[[Collection[str]], bool],
+    known: tuple[KnownModel, ...] = (),
 ) -> Family:
     return Family(
         name=name,
@@ -179,8 +184,35 @@ def _family(
         tensors=_tensors,
         has_tensors=has_tensors,
         ignored=(f"{_PREFIX}q_head.weight", f"{_PREFIX}q_head.bias"),
+        known=known,
     )
 
 
-HRM = _family("hrm", "2506.21734", False, _has_two_stacks)
+def _published(puzzle: str, vocab_size: int, seq_len: int) -> KnownModel:
+    released = {
+        "H_cycles": 2,
+        "L_cycles": 2,
+        "H_layers": 4,
+        "L_layers": 4,
+        "hidden_size": 512,
+        "num_heads": 8,
+        "expansion": 4,
+        "puzzle_emb_ndim": 512,
+        "pos_encodings": "rope",
+        "halt_max_steps": 16,
+        "vocab_size": vocab_size,
+        "seq_len": seq_len,
+        "num_puzzle_identifiers": 1,
+    }
+    name = f"sapientinc/HRM-checkpoint-{puzzle}"
+    return KnownModel(name, (), released, tuple(released), pickled=True)
+
+
+HRM = _family(
+    "hrm",
+    "2506.21734",
+    False,
+    _has_two_stacks,
+    (_published("sudoku-extreme", 11, 81), _published("maze-30x30-hard", 6, 900)),
+)
 TRM = _family("trm", "2510.04871", True, lambda keys: not _has_two_stacks(keys))
