@@ -379,3 +379,23 @@ def test_names_round_trip_and_what_it_excludes():
             call()
     with pytest.raises(ConfigError, match="by a trained gate"):
         tiny_config("ouro", first_pass_window=2, kv_sharing="window:2")
+
+
+@pytest.mark.parametrize("kv_sharing", ["window:2", "first", "ring:2"])
+def test_a_patched_cell_is_its_own_forward_pass(kv_sharing):
+    from tl_loops.patching import activation_patch
+
+    model, clean, corrupted = drawn(kv_sharing=kv_sharing), tiny_tokens(1), tiny_tokens(1, seed=9)
+    _, cache = model.run_with_cache(clean)
+    grid = activation_patch(
+        model, corrupted, cache, lambda x: x[0, -1, 7], axes=("block", "pos"), progress=False
+    )
+
+    def put(x, hook):
+        x = x.clone()
+        x[:, 4] = cache[hook.name][:, 4]
+        return x
+
+    one = model.run_with_hooks(corrupted, fwd_hooks=[("blocks.4.hook_resid_pre", put)])
+    torch.testing.assert_close(grid[4, 4], one[0, -1, 7], rtol=1e-4, atol=1e-5)
+    assert grid.std() > 0
