@@ -18,7 +18,8 @@ DYNAMICS = (
     "fixed_point_distance",
     "fixed_point_cosine",
 )
-MEASURED = (*ATTENTION, *RESIDUAL, *DYNAMICS)
+EXITS = ("exit_probability", "expected_exit_iteration")
+MEASURED = (*ATTENTION, *RESIDUAL, *DYNAMICS, *EXITS)
 _WORDS = {
     "sink_rate": "sink rate",
     "mixing_score": "mixing score",
@@ -79,8 +80,9 @@ def dynamics_section(
     paragraphs.append(
         f"Trajectories of the tokens of one prompt, by the classes of arXiv 2604.11791: {shares}."
     )
+    steps = profile if T > 1 else states[:, 0]  # with one iteration the figure says so
     figures = [
-        plotly_figure(plots.plot_fixed_points(profile)),
+        plotly_figure(plots.plot_fixed_points(steps, model=model, prompts=prompt)),
         plotly_figure(plots.plot_pca(cache, prompts=prompt)),
         plotly_figure(plots.plot_trajectories(states[:, 0], model=model, prompts=prompt)),
         plotly_figure(plots.plot_residual_norms(profile)),
@@ -121,7 +123,7 @@ def neurons_section(model: Any) -> Section | None:
 
 def exits_section(model: Any, profile: LoopProfile) -> Section | None:
     """Where the model's own halting gate would stop; ``None`` without a gate."""
-    if not model.cfg.exit_gate or "exit_probability" not in profile.metrics:
+    if "exit_probability" not in profile.metrics:
         return None
     expected = float(torch.as_tensor(profile.mean("expected_exit_iteration")).nanmean())
     finding = f"The halting gate would leave the loop after iteration {expected:.2f} on average."

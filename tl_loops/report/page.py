@@ -3,7 +3,7 @@
 import base64
 import gzip
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -13,8 +13,9 @@ import torch
 from jinja2 import Environment
 
 from tl_loops import tasks
+from tl_loops.errors import LoopedSemanticsError
 from tl_loops.files import write_whole
-from tl_loops.measure import measure
+from tl_loops.measure import available_metrics, measure
 from tl_loops.plots.views import circuitsvis_script
 from tl_loops.prompts import SAMPLE, PromptText, from_task
 from tl_loops.report.attention import attention_section, floorplan_section
@@ -147,27 +148,41 @@ def write_report(
 
 def _sections(model: Any, prompts: ReportPrompts, progress: bool) -> list[Section]:
     """Every section that applies to the model."""
-    cfg = model.cfg
-    gate = ("exit_probability", "expected_exit_iteration") if cfg.exit_gate else ()
     texts = [p.text for p in prompts.evaluated]
-    profile = measure(model, texts, (*MEASURED, *gate), progress=progress)
+    metrics = [metric for metric in MEASURED if metric in available_metrics(model)]
+    profile = measure(model, texts, metrics, progress=progress)
     first = prompts.shown[0]
     _, cache = model.run_with_cache(last_tokens(model, first.text), names_filter=_is_pictured)
     text = shortened(first.text, 80)
-    sections = [
-        _model_section(model, len(texts), prompts.what),
-        readout_section(model, prompts.evaluated, progress),
-        answers_section(model, prompts.shown[:_SHOWN]),
-        patching_section(model, prompts.shown, progress),
-        dynamics_section(model, profile, cache, text),
-        stages_section(profile),
-        pairs_section(cache, text),
-        exits_section(model, profile),
-        neurons_section(model),
-        floorplan_section(model, cache, text),
-        attention_section(model, first),
-    ]
+    made: dict[tuple[str, str], Callable[[], Section | None]] = {
+        ("model", "The model"): lambda: _model_section(model, len(texts), prompts.what),
+        ("readout", "Readout per iteration"): lambda: readout_section(
+            model, prompts.evaluated, progress
+        ),
+        ("answers", "The answer after each iteration"): lambda: answers_section(
+            model, prompts.shown[:_SHOWN]
+        ),
+        ("patching", "Patching"): lambda: patching_section(model, prompts.shown, progress),
+        ("dynamics", "Fixed points and trajectories"): lambda: dynamics_section(
+            model, profile, cache, text
+        ),
+        ("attention-metrics", "Attention and entropy"): lambda: stages_section(profile),
+        ("pairs", "All pairs of blocks"): lambda: pairs_section(cache, text),
+        ("exits", "When the model would stop"): lambda: exits_section(model, profile),
+        ("neurons", "Neurons"): lambda: neurons_section(model),
+        ("floorplan", "The looped floorplan"): lambda: floorplan_section(model, cache, text),
+        ("attention", "Attention patterns"): lambda: attention_section(model, first),
+    }
+    sections = [_made_or_refused(*name, make) for name, make in made.items()]
     return [section for section in sections if section is not None]
+
+
+def _made_or_refused(name: str, title: str, make: Callable[[], Section | None]) -> Section | None:
+    """A section, or in its place the reason why this model has no such numbers."""
+    try:
+        return make()
+    except LoopedSemanticsError as error:
+        return Section(name, title, [f"Not shown for this model: {error}."])
 
 
 def _is_pictured(name: str) -> bool:

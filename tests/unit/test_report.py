@@ -1,0 +1,61 @@
+"""The report of models of several kinds: which sections apply, and bad input."""
+
+import re
+
+import pytest
+
+from tests.models import SIZES, tiny_model
+from tl_loops import LoopedTransformer
+from tl_loops.report import MOST_BYTES, report_html
+
+TEXTS = ["Ann likes Bob . Bob likes Cid . 2 hops from Ann :", "Ann likes Bob . 1 hops from Ann :"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return LoopedTransformer.from_pretrained_no_processing("tl-loops-tiny").tokenizer
+
+
+@pytest.fixture
+def make(monkeypatch, tokenizer):
+    monkeypatch.setitem(SIZES, "d_vocab", 80)
+
+    def model(architecture, **changes):
+        made = tiny_model(architecture, **changes)
+        made.set_tokenizer(tokenizer)
+        return made
+
+    return model
+
+
+def sections(page):
+    return re.findall(r'<section id="([\w-]+)">', page)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["huginn", "ouro", "layer_norm", "act", "hyperloop", "hrm_text"]
+)
+def test_sections_of_every_kind_of_model(make, architecture):
+    model = make(architecture)
+    page = report_html(model, TEXTS, progress=False)
+    found = sections(page)
+    assert len(page.encode()) < MOST_BYTES
+    assert len(set(found)) == len(found)
+    assert {"summary", "model", "readout", "answers", "dynamics", "pairs", "floorplan"} <= {*found}
+    assert ("exits" in found) == bool(model.cfg.exit_gate)
+    assert ("Not shown for this model" in page) == (architecture in REFUSING)
+    assert "nan" not in re.sub(r"<script.*?</script>", "", page, flags=re.S).lower().split()
+
+
+def test_one_iteration(make):
+    page = report_html(make("huginn"), TEXTS, n_iterations=1, progress=False)
+    assert "dynamics" in sections(page)
+
+
+def test_bad_input(make):
+    model = make("huginn")
+    with pytest.raises(ValueError, match="at least one prompt"):
+        report_html(model, [], progress=False)
+    model.tokenizer = None
+    with pytest.raises(ValueError, match="set_tokenizer"):
+        report_html(model, TEXTS, progress=False)
