@@ -11,11 +11,21 @@ from transformer_lens import patching as upstream_patching
 
 from tests.bridged.models import FIXTURES, bridged, reference
 from tests.feedforward import plain_model
-from tl_loops import HookNameError, LoopedSemanticsError, LoopedTransformer, lens, measure, unroll
+from tl_loops import (
+    ConfigError,
+    HookNameError,
+    LoopedSemanticsError,
+    LoopedTransformer,
+    lens,
+    measure,
+    unroll,
+)
 from tl_loops.bridge.family import _nothing
 from tl_loops.patching import activation_patch
 
-FAMILIES = ("ouro", "huginn")
+FAMILIES = ("ouro", "huginn", "hrm_text")
+CYCLE = {"ouro": 1, "huginn": 1, "hrm_text": 4}
+"""Iterations come in whole cycles."""
 CLOSE = dict(rtol=1e-4, atol=1e-4)
 pytestmark = pytest.mark.filterwarnings("ignore:A forward hook edited", "ignore:Backward hooks on")
 
@@ -60,7 +70,7 @@ def test_the_local_hugging_face_models_give_the_reference_numbers(family, tokens
 def test_logits_are_those_of_the_looped_model(family, unrolled, looped, tokens):
     assert_close(unrolled(tokens), looped(tokens), **CLOSE)
     assert_close(unrolled(tokens, return_type="loss"), looped(tokens, return_type="loss"), **CLOSE)
-    for n in (1, 2, 5):
+    for n in (CYCLE[family], 3 * CYCLE[family]):
         assert_close(unrolled(tokens, n_iterations=n), looped(tokens, n_iterations=n), **CLOSE)
     assert unrolled.cfg.notation == looped.cfg.notation
 
@@ -107,11 +117,11 @@ def test_every_cached_tensor_is_that_of_the_looped_model(unrolled, looped, token
 
 def test_one_tensor_under_all_its_names(unrolled, tokens):
     _, cache = unrolled.run_with_cache(tokens)
-    i = unrolled.layout.index(iteration=1, layer=2)
-    for key in (("z", i), f"blocks.{i}.attn.hook_z", "iter.1.2.attn.hook_z", ("z", 1, 2)):
+    i = unrolled.layout.index(iteration=1, layer=1)
+    for key in (("z", i), f"blocks.{i}.attn.hook_z", "iter.1.1.attn.hook_z", ("z", 1, 1)):
         assert cache[key] is cache["z", i]
     assert cache["state_out", 1] is cache["iter.1.hook_state_out"]
-    only = unrolled.run_with_cache(tokens, names_filter="iter.1.2.attn.hook_z")[1]
+    only = unrolled.run_with_cache(tokens, names_filter="iter.1.1.attn.hook_z")[1]
     assert list(only.keys()) == [f"blocks.{i}.attn.hook_z"]
 
 
@@ -119,11 +129,15 @@ def places(model):
     """Hook points of one layer at iteration 1, of the last block, and all outside of blocks."""
     blocks = {model.layout.index(iteration=1, layer=0), model.layout.n_layers - 1}
     for name in model.hook_dict:
+        if model.layout.stacks and name.endswith(("hook_scale", "hook_normalized")):
+            continue  # See test_norms_without_weights_can_only_be_read.
         if not name.startswith("blocks.") or int(name.split(".")[1]) in blocks:
             yield name
 
 
 def edit(x, hook):
+    if hook.name.endswith("hook_gate"):
+        return 0.7 * x  # Stays between 0 and 1.
     if hook.name.endswith(("hook_pattern", "hook_attn_scores")):
         return x.flip(-3)  # Stays a pattern.
     x = x.clone()
@@ -132,7 +146,7 @@ def edit(x, hook):
 
 
 def edit_in_place(x, hook):
-    x[:, 1] *= 1.2
+    x[:, 1] *= 0.8
 
 
 @pytest.mark.parametrize("hook", [edit, edit_in_place])
@@ -191,6 +205,10 @@ def test_decompositions_sum_to_the_stream(unrolled, looped, tokens):
     with torch.no_grad():
         _, cache = unrolled.run_with_cache(tokens)
         _, expected = looped.run_with_cache(tokens)
+    if unrolled.layout.stacks:
+        with pytest.raises(LoopedSemanticsError, match="two stacks"):
+            cache.decompose_resid()
+        return
     stack, labels = cache.decompose_resid(return_labels=True)
     assert_close(stack.sum(0), cache["resid_post", -1], rtol=1e-3, atol=1e-3)
     theirs, same = expected.decompose_resid(return_labels=True)
@@ -203,12 +221,14 @@ def test_decompositions_sum_to_the_stream(unrolled, looped, tokens):
     assert_close(attributions, logits, rtol=1e-3, atol=1e-3)
 
 
-def test_iterations_change_and_come_back(unrolled, tokens):
+def test_iterations_change_and_come_back(family, unrolled, tokens):
+    n = 6 if CYCLE[family] == 1 else 12
     before, names = unrolled(tokens), set(unrolled.hook_dict)
     seen = []
-    with unrolled.iterations(6):
-        assert "iter.5.hook_state_out" in unrolled.hook_dict
-        with unrolled.hooks(fwd_hooks=[("iter.5.hook_state_out", lambda x, hook: seen.append(1))]):
+    with unrolled.iterations(n):
+        name = f"iter.{n - 1}.hook_state_out"
+        assert name in unrolled.hook_dict
+        with unrolled.hooks(fwd_hooks=[(name, lambda x, hook: seen.append(1))]):
             unrolled(tokens)
     assert seen == [1] and set(unrolled.hook_dict) == names
     assert torch.equal(unrolled(tokens), before)
@@ -229,10 +249,12 @@ def test_the_bridge_stays_as_it_is(unrolled, tokens):
     before = bridge(tokens, **state)
     layer = next(name for name in bridge.hook_dict if name.endswith(".1.hook_out"))
     layer = layer.replace("prelude", "core_block").replace("coda", "core_block")
+    stacks = unrolled.layout.stacks
+    n_calls = unrolled.cfg.n_iterations if stacks is None else stacks.count(layer[0])
     fires = []
     bridge.add_hook(layer, lambda x, hook: fires.append(1))
     unrolled.run_with_cache(tokens)
-    assert len(fires) == unrolled.cfg.n_iterations
+    assert len(fires) == n_calls
     bridge.reset_hooks()
 
     def fail(x, hook):
@@ -356,7 +378,8 @@ def test_padding_is_honoured_or_refused():
         huginn(tokens, attention_mask=mask)
 
 
-def test_processed_weights_are_refused(tokens):
+def test_processed_weights_are_refused():
+    tokens = reference("ouro")["tokens"]
     bridge = bridged("ouro")
     unrolled = unroll(bridge)
     with warnings.catch_warnings():
@@ -373,16 +396,17 @@ def test_another_number_of_firings_is_refused(family, tokens):
     unrolled = unroll(bridged(family))
     loose = dataclasses.replace(unrolled._bridged, iterations=_nothing, arguments=lambda *_: {})
     object.__setattr__(unrolled, "_bridged", loose)
-    unrolled.set_iterations(unrolled.cfg.n_iterations - 1)
+    # Of two stacks, the one whose calls are fewer or more is the one to complain.
+    unrolled.set_iterations(unrolled.cfg.n_iterations - CYCLE[family])
     with pytest.raises(LoopedSemanticsError, match="fired more than"):
         unrolled.run_with_cache(tokens)
-    unrolled.set_iterations(unrolled.cfg.n_iterations + 2)
+    unrolled.set_iterations(unrolled.cfg.n_iterations + 2 * CYCLE[family])
     with pytest.raises(LoopedSemanticsError, match="cannot be told apart"):
         unrolled.run_with_cache(tokens)
 
 
 def test_what_is_no_looped_bridge_is_refused():
-    with pytest.raises(LoopedSemanticsError, match=r"ouro, huginn.*LoopedTransformer"):
+    with pytest.raises(LoopedSemanticsError, match=r"ouro, huginn, hrm-text.*LoopedTransformer"):
         unroll(pair("ouro")[1])
     plain = plain_model(n_layers=1, d_model=8, d_head=4, n_ctx=8, d_vocab=9, act_fn="gelu", seed=0)
     with pytest.raises(LoopedSemanticsError, match="needs no unrolling"):
@@ -398,6 +422,35 @@ def test_a_variant_that_is_not_known_is_refused():
     bridge.original_model.config.intermediate_size = 40
     with pytest.raises(LoopedSemanticsError, match=r"expected shape \(40, 48\)"):
         unroll(bridge)
+
+
+def test_hrm_text_takes_a_prefix_and_whole_cycles():
+    unrolled, looped = pair("hrm_text")
+    expected = reference("hrm_text")
+    tokens, prefix = expected["tokens"], expected["token_type_ids"]
+    assert_close(unrolled(tokens, prefix_mask=prefix), expected["logits_prefix"], **CLOSE)
+    assert_close(looped(tokens, prefix_mask=prefix), expected["logits_prefix"], **CLOSE)
+    assert not torch.allclose(expected["logits_prefix"], expected["logits"], atol=1e-2)
+    with pytest.raises(ConfigError, match="multiple of 4"):
+        unrolled(tokens, n_iterations=6)
+    with pytest.raises(LoopedSemanticsError, match="edit hook_initial_state"):
+        unrolled(tokens, initial_state=torch.zeros(*tokens.shape, 48))
+    with pytest.raises(ValueError, match="prefix_mask=True"):
+        pair("ouro")[0](tokens, prefix_mask=prefix)
+
+
+def test_norms_without_weights_can_only_be_read():
+    unrolled, looped = pair("hrm_text")
+    tokens = reference("hrm_text")["tokens"]
+    name, seen = "iter.1.0.ln1.hook_scale", []
+    unrolled.run_with_hooks(tokens, fwd_hooks=[(name, lambda x, hook: seen.append(x.clone()))])
+    assert_close(seen[0], looped.run_with_cache(tokens)[1][name], **CLOSE)
+    with pytest.raises(LoopedSemanticsError, match="or a gradient inside a norm"):
+        with unrolled.hooks(bwd_hooks=[(name, lambda x, hook: None)]):
+            unrolled(tokens)
+    for point, hook in ((name, edit), ("blocks.0.attn.hook_gate", lambda x, hook: 2.0 * x + 1.0)):
+        with pytest.raises(LoopedSemanticsError, match=r"norm that has no weight|outside 0 to 1"):
+            unrolled.run_with_hooks(tokens, fwd_hooks=[(point, hook)])
 
 
 @pytest.mark.parametrize("call", ["to", "process_weights_"])

@@ -7,21 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from tl_loops.bridge.family import SPLIT_INPUTS, BridgedFamily
-from tl_loops.bridge.taps import Reading, SumWith, Tap, block_taps, tap
+from tl_loops.bridge.llama_layer import LLAMA_PLACES, norm_places
+from tl_loops.bridge.taps import Reading, SumWith, Tap, View, block_taps, tap
 
-_PLACES = {
-    **{
-        f"{norm}.{point}": f"{norm}.{point}"
-        for norm in ("ln1", "ln1_post", "ln2", "ln2_post")
-        for point in ("hook_scale", "hook_normalized")
-    },
-    **{f"attn.{x}.hook_out": f"attn.hook_{x}" for x in "qkv"},
-    **{f"attn.{x}": f"attn.{x}" for x in ("hook_rot_q", "hook_rot_k")},
-    **{f"attn.{x}": f"attn.{x}" for x in ("hook_attn_scores", "hook_pattern")},
-    "attn.o.hook_in": "attn.hook_z",
-    "mlp.gate.hook_out": "mlp.hook_pre",
-    "mlp.in.hook_out": "mlp.hook_pre_linear",
-    "mlp.out.hook_in": "mlp.hook_post",
+_PLACES: dict[str, str | tuple[str, View]] = {
+    **LLAMA_PLACES,
+    **norm_places("ln1", "ln1_post", "ln2", "ln2_post"),
     "ln2_post.hook_out": "hook_mlp_out",
     "hook_out": "hook_resid_post",
 }

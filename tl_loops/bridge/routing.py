@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tl_loops.bridge.taps import Tap
+from tl_loops.bridge.taps import Reading, ReadOnly, Tap
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.upstream import HookPoint, has_hooks, unshared
 
@@ -54,10 +54,10 @@ class Run:
             route.check()
         return result
 
-    def end(self, name: str, x: Tensor, before: bool) -> None:
+    def end(self, reading: Reading, x: Tensor, before: bool) -> None:
         """Stop here if this is where to stop."""
-        if self.stop == (name, before):
-            self.stopped = x
+        if self.stop == (reading.name, before):
+            self.stopped = reading.view.get(x, self.kept)
             raise _Stopped
 
 
@@ -75,16 +75,18 @@ class Route:
             self.check(more=True)
         run = self.run
         for reading in self.tap.firings[self.fired]:
-            run.end(reading.name, x, before=True)
+            run.end(reading, x, before=True)
             point = run.points[reading.name]
-            if has_hooks(point):
+            if has_hooks(point) or reading.name in run.wanted:
+                if isinstance(reading.view, ReadOnly) and point._backward_hooks:
+                    raise LoopedSemanticsError(reading.view.why)
                 value = reading.view.get(x, run.kept)
                 seen = point(unshared(value, point))
                 if seen is not value:
                     x = reading.view.put(x, seen, run.kept)
-            if reading.name in run.wanted:
-                run.kept[reading.name] = reading.view.get(x, run.kept)
-            run.end(reading.name, x, before=False)
+                if reading.name in run.wanted:
+                    run.kept[reading.name] = seen
+            run.end(reading, x, before=False)
         self.fired += 1
         return x
 
@@ -125,7 +127,12 @@ def routed(
     taps = list(taps)
     readings = [reading for tap in taps for firing in tap.firings for reading in firing]
     hooked = {reading.name for reading in readings if has_hooks(points[reading.name])}
-    wanted = {need for reading in readings if reading.name in hooked for need in reading.needs}
+    needs = {reading.name: reading.needs for reading in readings}
+    wanted: set[str] = set()
+    new = {need for name in hooked for need in needs[name]}
+    while new:  # What a view needs may be a view itself.
+        wanted |= new
+        new = {need for name in new for need in needs[name]} - wanted
     listened = hooked | wanted | ({stop[0]} if stop else set())
     run = Run(points, frozenset(wanted), stop)
     run.routes = [Route(tap, run) for tap in taps if not listened.isdisjoint(tap.names())]

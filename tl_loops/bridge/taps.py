@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tl_loops.errors import LoopedSemanticsError
+
 Kept = Mapping[str, Tensor]
 """Tensors of this run that later views need, by the name of the hook point that saw them."""
 
@@ -73,6 +75,95 @@ class SumWith(View):
 
     def put(self, fired: Tensor, value: Tensor, kept: Kept) -> Tensor:
         return value - kept[self.stream]
+
+
+@dataclass(frozen=True)
+class PartOfSum(View):
+    """One of several terms whose sum fires; an edit of it moves the sum alone.
+
+    Attributes:
+        term: The hook point that saw the term.
+    """
+
+    term: str
+
+    def get(self, fired: Tensor, kept: Kept) -> Tensor:
+        return kept[self.term]
+
+    def put(self, fired: Tensor, value: Tensor, kept: Kept) -> Tensor:
+        return fired + (value - kept[self.term])
+
+
+@dataclass(frozen=True)
+class Constant(View):
+    """A weight, spread over batch and positions, that is a term of the sum that fires.
+
+    Attributes:
+        weight: [d_model].
+    """
+
+    weight: Tensor
+
+    def get(self, fired: Tensor, kept: Kept) -> Tensor:
+        return self.weight.expand_as(fired).clone()
+
+    def put(self, fired: Tensor, value: Tensor, kept: Kept) -> Tensor:
+        return fired + (value - self.weight)
+
+
+@dataclass(frozen=True)
+class Scaled(View):
+    """The tensor times a factor that the Hugging Face model applies outside of any module.
+
+    Attributes:
+        factor: Not 0.
+    """
+
+    factor: float
+
+    def get(self, fired: Tensor, kept: Kept) -> Tensor:
+        return fired * self.factor
+
+    def put(self, fired: Tensor, value: Tensor, kept: Kept) -> Tensor:
+        return value / self.factor
+
+
+@dataclass(frozen=True)
+class Gate(View):
+    """The gate of every head, [head, d_head] in 0 to 1, whose logits fire.
+
+    Attributes:
+        d_head: Size of a head.
+    """
+
+    d_head: int
+
+    def get(self, fired: Tensor, kept: Kept) -> Tensor:
+        return torch.sigmoid(fired).unflatten(-1, (-1, self.d_head))
+
+    def put(self, fired: Tensor, value: Tensor, kept: Kept) -> Tensor:
+        if bool(((value < 0) | (value > 1)).any()):
+            raise LoopedSemanticsError(
+                "the bridge takes the logits of this gate, which has none outside 0 to 1: edit "
+                "hook_z instead"
+            )
+        return torch.logit(value).flatten(-2)
+
+
+@dataclass(frozen=True)
+class ReadOnly(View):
+    """A tensor that may be looked at, but whose edit the bridge cannot take.
+
+    Attributes:
+        why: Why it cannot, and what to edit instead.
+    """
+
+    why: str
+
+    def put(self, fired: Tensor, value: Tensor, kept: Kept) -> Tensor:
+        if not torch.equal(value, fired):
+            raise LoopedSemanticsError(self.why)
+        return fired
 
 
 @dataclass(frozen=True)

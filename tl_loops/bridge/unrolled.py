@@ -121,6 +121,7 @@ class UnrolledBridge(LoopedTransformer):
         *,
         n_iterations: int | None = None,
         initial_state: Float[Tensor, "..."] | None = None,
+        prefix_mask: Tensor | None = None,
         **others: Any,
     ) -> Any:
         """Run the bridge.
@@ -140,6 +141,8 @@ class UnrolledBridge(LoopedTransformer):
             n_iterations: Number of iterations for this call.
             initial_state: [batch, pos, d_model], the state before iteration 0, where the
                 architecture draws one; ``None``: LoopedTransformer's draw.
+            prefix_mask: [batch, pos], 1 where a prompt sees itself in both directions, for models
+                that take one (HRM-Text).
             **others: LoopedTransformer's further arguments: refused unless off.
 
         Returns:
@@ -162,6 +165,8 @@ class UnrolledBridge(LoopedTransformer):
             raise ValueError(
                 f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}"
             )
+        if prefix_mask is not None and not self.cfg.prefix_mask:
+            raise ValueError("prefix_mask is for models whose config has prefix_mask=True")
         asked = {"start_at_layer": start_at_layer, "past_kv_cache": past_kv_cache, **others}
         for name, value in asked.items():
             if value is not None and value is not False:
@@ -177,18 +182,19 @@ class UnrolledBridge(LoopedTransformer):
         with LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
             tokens = self._tokens(input)
             mask = self._mask(tokens, attention_mask, None, 0)
-        return self._run(tokens, mask, initial_state, return_type, loss_per_token, stop_at_layer)
+        arguments = self._arguments(self._bridged, tokens, mask, initial_state)
+        if prefix_mask is not None:
+            arguments["token_type_ids"] = prefix_mask.long()
+        return self._run(tokens, mask, arguments, return_type, loss_per_token, stop_at_layer)
 
-    def _run(
+    def _arguments(
         self,
+        bridged: BridgedFamily,
         tokens: Tensor,
         mask: Tensor | None,
         initial_state: Tensor | None,
-        return_type: str | None,
-        loss_per_token: bool,
-        stop_at_layer: int | None,
-    ) -> Any:
-        bridged = self._bridged
+    ) -> dict[str, Any]:
+        """Arguments of the bridge's forward pass; refuses what the Hugging Face model ignores."""
         check_unprocessed(self.bridge)
         if mask is not None and bool((mask == 0).any()) and not bridged.masks:
             raise LoopedSemanticsError(
@@ -211,11 +217,22 @@ class UnrolledBridge(LoopedTransformer):
         arguments = bridged.arguments(self, tokens, initial_state)
         if mask is not None and bridged.masks:
             arguments["attention_mask"] = mask
+        return arguments
+
+    def _run(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        arguments: dict[str, Any],
+        return_type: str | None,
+        loss_per_token: bool,
+        stop_at_layer: int | None,
+    ) -> Any:
         stop = None
         if stop_at_layer is not None:
             stop = self._block_index(stop_at_layer, "stop_at_layer")
         with (
-            bridged.iterations(self.bridge, self.cfg.n_iterations),
+            self._bridged.iterations(self.bridge, self.cfg.n_iterations),
             routed(self._taps, self.hook_dict, self._source, self._stop_name(stop)) as run,
         ):
             logits = run.call(lambda: self.bridge(tokens, return_type="logits", **arguments))
@@ -233,6 +250,8 @@ class UnrolledBridge(LoopedTransformer):
         """The hook point that a run stops at, and whether before its hooks or behind them."""
         if stop is None:
             return None
+        if stop == 0:
+            return "hook_embed", False
         if stop == self.cfg.n_layers:
             return f"blocks.{stop - 1}.hook_resid_post", False
         return f"blocks.{stop}.hook_resid_pre", True

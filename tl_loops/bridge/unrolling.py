@@ -3,6 +3,7 @@
 from typing import Any
 
 from tl_loops.bridge.family import BridgedFamily
+from tl_loops.bridge.hrm_text import BRIDGED_HRM_TEXT
 from tl_loops.bridge.huginn import BRIDGED_HUGINN
 from tl_loops.bridge.ouro import BRIDGED_OURO
 from tl_loops.bridge.unrolled import UnrolledBridge, check_unprocessed
@@ -10,7 +11,7 @@ from tl_loops.config import LoopedTransformerConfig
 from tl_loops.errors import CheckpointError, LoopedSemanticsError
 from tl_loops.families.registry import recognise
 
-BRIDGED: tuple[BridgedFamily, ...] = (BRIDGED_OURO, BRIDGED_HUGINN)
+BRIDGED: tuple[BridgedFamily, ...] = (BRIDGED_OURO, BRIDGED_HUGINN, BRIDGED_HRM_TEXT)
 """The looped families that TransformerLens has an adapter for and tl_loops unrolls."""
 
 
@@ -28,8 +29,9 @@ def unroll(bridge: Any) -> UnrolledBridge:
     """Give a bridged looped model a hook point for every pass of every layer.
 
     Args:
-        bridge: A ``transformer_lens.model_bridge.TransformerBridge`` of Ouro or Huginn (Raven). It
-            stays what runs, and stays as it is: its own hook points keep firing at every iteration.
+        bridge: A ``transformer_lens.model_bridge.TransformerBridge`` of Ouro, Huginn (Raven) or
+            HRM-Text. It stays what runs, and stays as it is: its own hook points keep firing at
+            every iteration.
 
     Returns:
         The bridge under the names of :class:`tl_loops.LoopedTransformer`: ``blocks.{i}`` by
