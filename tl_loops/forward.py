@@ -7,32 +7,27 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_loops.errors import LoopedSemanticsError
-from tl_loops.exits import ExitMode, exit_probabilities, select_state, threshold_iteration
-from tl_loops.hooking import CoordinateHooks
+from tl_loops.exits import ExitMode
 from tl_loops.kv_sharing import KVSharing, SharedKeyValueCache
 from tl_loops.mechanisms import check_kv_sharing
-from tl_loops.nn.boundary import CodaInput
 from tl_loops.nn.context import make_context
-from tl_loops.nn.norm import Norm
 from tl_loops.nn.rotary import RotaryTable
 from tl_loops.nn.stack import StackRun
 from tl_loops.nn.two_stacks import TwoStackRun
+from tl_loops.readout import LoopedReadout
+from tl_loops.restarts import Restarts
 from tl_loops.upstream import (
     USE_DEFAULT_VALUE,
     KeyValueCache,
     LocallyOverridenDefaults,
-    Output,
-    apply_softcap,
     get_attention_mask,
 )
 
 
-class LoopedForward(CoordinateHooks):
+class LoopedForward(Restarts, LoopedReadout):
     """Runs an unrolled stack from tokens, from a block or from an iteration."""
 
     _rotary: RotaryTable | None
-    ln_coda: Norm
-    coda_in: CodaInput
 
     def forward(  # type: ignore[override]
         self,
@@ -338,134 +333,3 @@ class LoopedForward(CoordinateHooks):
         if isinstance(past, SharedKeyValueCache):
             past.unroll(self.layout)
         return sharing
-
-    def _check_start(
-        self,
-        start: int,
-        start_at_layer: int | None,
-        start_at_iteration: int | None,
-        sharing: KVSharing | None,
-    ) -> None:
-        """Refuse a start in a loop that carries more than its state."""
-        if self.cfg.state_is_whole and sharing is None:
-            return
-        layout = self.layout
-        inside = max(layout.core_start, 1) <= start < layout.coda_start
-        if (start_at_layer is not None and inside) or start_at_iteration:
-            raise LoopedSemanticsError(
-                "this loop carries more than its state from one iteration to the next (halting "
-                "probabilities, routes, residual streams, shared keys, keys of iteration 0 or the "
-                "state that a gate mixes in again), so a run cannot start inside it: "
-                "start_at_layer=0 or start_at_iteration=0 runs all of it"
-            )
-
-    def _check_state(self, name: str, state: Tensor | None, x: Tensor) -> None:
-        if state is not None and state.shape != x.shape:
-            raise ValueError(
-                f"{name} must be [batch, pos, d_model] = {tuple(x.shape)}, got {tuple(state.shape)}"
-            )
-
-    def _need_injection(
-        self,
-        run: StackRun,
-        start: int,
-        start_at_layer: int | None,
-        start_at_iteration: int | None,
-        stop: int | None,
-        other_state: Tensor | None,
-    ) -> None:
-        """Refuse a start behind the prelude whose later iterations would lack e."""
-        if self._lacks(start, start_at_layer, start_at_iteration, stop):
-            if self.cfg.injection is not None and run.injection is None:
-                raise ValueError(
-                    "this start skips the prelude, whose output the following iterations inject: "
-                    "pass injection=cache['hook_injection'] [batch, pos, d_model]"
-                )
-            if self.cfg.stacks is not None and other_state is None:
-                raise ValueError(
-                    "this start skips a call of the other stack, whose state the following "
-                    "iterations read: pass other_state=cache['iter.{t}.hook_other_in'] "
-                    "[batch, pos, d_model] of the iteration t of the start"
-                )
-
-    def _lacks(
-        self,
-        start: int,
-        start_at_layer: int | None,
-        start_at_iteration: int | None,
-        stop: int | None,
-    ) -> bool:
-        """Whether a start skips what a later iteration of the run reads besides the stream."""
-        layout = self.layout
-        end = layout.n_layers if stop is None else stop
-        if start_at_iteration is None:
-            if start_at_layer is None or start < max(layout.core_start, 1):
-                return False
-            next_entry = layout.core_start + layout.n_core * (
-                (start - layout.core_start) // layout.n_core + 1
-            )
-        else:
-            next_entry = start
-        return next_entry < layout.coda_start and next_entry <= end
-
-    def enter_coda(
-        self, state: Float[Tensor, "batch pos d_model"]
-    ) -> Float[Tensor, "batch pos d_model"]:
-        """What happens to the last state between core and coda: a norm, a linear map, or nothing.
-
-        Args:
-            state: What leaves the last iteration.
-
-        Returns:
-            What enters the first block of the coda; without a coda, the final norm.
-        """
-        state = self.ln_coda(state) if self.cfg.norm_before_coda else state
-        return self.coda_in(state) if self.cfg.linear_before_coda else state
-
-    def _unembed(self, x: Tensor) -> Float[Tensor, "batch pos d_vocab"]:
-        return apply_softcap(self.unembed(x), self.cfg.output_logits_soft_cap)
-
-    def state_logits(
-        self, state: Float[Tensor, "batch pos d_model"]
-    ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Logits of a state that leaves an iteration, of a model without a coda.
-
-        ``model.state_logits(cache["state_out", t])`` is ``model(tokens, exit_at=t)``.
-
-        Raises:
-            LoopedSemanticsError: A coda stands between the states and the logits.
-        """
-        if self.cfg.n_coda:
-            raise LoopedSemanticsError(
-                "a coda stands between the states and the logits of this model: run it with "
-                "n_iterations=t + 1, or use the coda lens of tl_loops.lens"
-            )
-        state = self.enter_coda(state)
-        return self._unembed(state if self.cfg.norm_between_iterations else self.ln_final(state))
-
-    def _exit_logits(self, mode: ExitMode, states: list[Tensor], gates: list[Tensor]) -> Tensor:
-        if mode.at is not None:
-            return self.state_logits(states[mode.at])
-        stacked = torch.stack(gates)
-        if mode.threshold is not None:
-            iteration = threshold_iteration(stacked, mode.threshold)
-            return self.state_logits(select_state(torch.stack(states), iteration))
-        weights = exit_probabilities(stacked).to(states[0].dtype).unsqueeze(-1)
-        logits = [w * self.state_logits(s) for w, s in zip(weights, states, strict=True)]
-        return torch.stack(logits).sum(0)
-
-    def _output(
-        self,
-        return_type: str | None,
-        logits: Tensor | None,
-        tokens: Tensor | None,
-        attention_mask: Tensor | None,
-        per_token: bool,
-    ) -> Any:
-        if return_type in (None, "logits"):
-            return None if return_type is None else logits
-        assert logits is not None
-        if tokens is None:
-            raise ValueError("a loss needs tokens: pass tokens=[batch, pos]")
-        loss = self.loss_fn(logits, tokens, attention_mask, per_token=per_token)
-        return loss if return_type == "loss" else Output(logits, loss)
