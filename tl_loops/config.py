@@ -8,57 +8,13 @@ from typing import Any
 
 import torch
 
-from tl_loops.activations import ACTIVATIONS
+from tl_loops.config_checks import check_cycles, check_values
 from tl_loops.data_flow import data_flow
 from tl_loops.errors import ConfigError
 from tl_loops.layout import LoopLayout
-from tl_loops.mechanisms import check_iterations, check_mechanisms, has_iteration_weights
+from tl_loops.mechanisms import check_iterations, has_iteration_weights
 from tl_loops.physical import physical_tensors
 from tl_loops.upstream import BaseConfig
-
-_CHOICES: dict[str, tuple[str | None, ...]] = {
-    "block_norm": ("pre", "sandwich", "post_residual", "post_branch", "post_norm"),
-    "initial_state": ("embed", "normal", "zeros", "learned"),
-    "slow_initial_state": ("embed", "learned"),
-    "injection": (None, "concat", "concat_injection_first", "add", "gated_diagonal"),
-    "rotary_layout": ("half", "interleaved"),
-    "rotary_table_dtype": (None, "bfloat16", "float16"),
-    "qk_norm": (None, "full", "head", "head_weight"),
-    "positional_embedding_type": ("rotary", "standard", "none"),
-    "normalization_type": ("RMS", "RMSPre", "LN", "LNPre"),
-    "attention_dir": ("causal", "bidirectional"),
-    "act_fn": tuple(ACTIVATIONS),
-}
-"""Fields that take one of a few names."""
-
-_UNSUPPORTED: dict[str, Any] = {
-    "attn_only": False,
-    "parallel_attn_mlp": False,
-    "use_local_attn": False,
-    "num_experts": None,
-    "experts_per_token": None,
-    "scale_attn_by_inverse_layer_idx": False,
-    "use_yarn_rope": False,
-    "use_dynamic_ntk_rope": False,
-    "use_logn_attn": False,
-    "clip_qkv": None,
-    "use_attention_sinks": False,
-    "rotary_base_local": None,
-    "use_normalization_before_and_after": False,
-    "use_qk_norm": False,
-    "load_in_4bit": False,
-    "final_rms": False,
-    "rotary_adjacent_pairs": False,
-    "n_devices": 1,
-}
-"""Fields of the TransformerLens config that no looped architecture here has, at their off value."""
-
-_INSTEAD = {
-    "use_normalization_before_and_after": "block_norm='sandwich'",
-    "use_qk_norm": "qk_norm='full' or 'head'",
-    "rotary_adjacent_pairs": "rotary_layout='interleaved'",
-    "final_rms": "normalization_type='RMS'",
-}
 
 
 @dataclass(repr=False)
@@ -225,7 +181,7 @@ class LoopedTransformerConfig(BaseConfig):
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        self._check_values()
+        check_values(self)
         try:
             layout = self.layout
         except ValueError as error:
@@ -245,118 +201,6 @@ class LoopedTransformerConfig(BaseConfig):
         super().__post_init__()
         self.act_fn = act_fn
         self.n_params = self.count_parameters()
-
-    def _check_values(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                choices = ", ".join(map(repr, allowed))
-                raise ConfigError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        for name, off in _UNSUPPORTED.items():
-            if hasattr(self, name) and getattr(self, name) != off:
-                instead = f"; use {_INSTEAD[name]}" if name in _INSTEAD else ""
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r} is not supported by looped models{instead}"
-                )
-        if self.initial_state == "normal" and not self.initial_state_std >= 0:
-            raise ConfigError(f"initial_state_std must be at least 0, got {self.initial_state_std}")
-        if self.norm_before_coda and self.norm_between_iterations:
-            raise ConfigError("norm_before_coda and norm_between_iterations exclude each other")
-        if self.norm_injection and self.injection is None:
-            raise ConfigError("norm_injection needs an injection")
-        if self.linear_before_coda and not self.n_coda:
-            raise ConfigError("linear_before_coda needs n_coda of at least 1")
-        if self.value_embeddings and not 1 <= self.value_gate_channels <= self.d_model:
-            raise ConfigError(
-                f"value_gate_channels must be between 1 and d_model={self.d_model}, "
-                f"got {self.value_gate_channels}"
-            )
-        if self.exit_threshold is not None and not self.exit_gate:
-            raise ConfigError("exit_threshold needs exit_gate=True")
-        check_mechanisms(self)
-        centred = self.normalization_type not in ("RMS", "RMSPre")
-        if centred and self.block_norm not in ("pre", "post_norm"):
-            raise ConfigError(
-                f"block_norm={self.block_norm!r} needs an RMS norm, "
-                f"got normalization_type={self.normalization_type!r}"
-            )
-        if self.stacks is not None:
-            self._check_stacks(self.stacks)
-        elif self.slow_initial_state != "embed" or self.shared_stacks:
-            raise ConfigError("slow_initial_state and shared_stacks need stacks")
-        if not self.final_norm and (self.norm_between_iterations or self.norm_before_coda):
-            raise ConfigError(
-                "final_norm=False excludes norm_between_iterations and norm_before_coda, which "
-                "apply that norm"
-            )
-        slices = self.extra_token_slices
-        if self.n_extra_tokens < 0 or slices < 1 or self.n_extra_tokens % slices:
-            raise ConfigError(
-                f"n_extra_tokens={self.n_extra_tokens} must be a multiple of "
-                f"extra_token_slices={slices}, and neither negative"
-            )
-        if self.first_pass_window is not None:
-            if self.first_pass_window < 1:
-                raise ConfigError(
-                    f"first_pass_window must be at least 1, got {self.first_pass_window}"
-                )
-            if self.router is not None or self.attention_dir != "causal":
-                raise ConfigError("first_pass_window needs causal attention and no router")
-        if self.state_gate_rank is not None and self.state_gate_rank < 1:
-            raise ConfigError(f"state_gate_rank must be at least 1, got {self.state_gate_rank}")
-        gated = self.state_gate_rank is not None or self.halt_head
-        if gated and (self.router is not None or self.hyper_connections is not None):
-            raise ConfigError(
-                "state_gate_rank and halt_head exclude router and hyper_connections: each says "
-                "what an iteration leaves"
-            )
-        if self.time_conditioning and (self.n_prelude or self.n_coda or self.block_norm != "pre"):
-            raise ConfigError(
-                "time_conditioning needs pre-norm blocks that are all in the loop: "
-                "block_norm='pre', n_prelude=0 and n_coda=0"
-            )
-        if self.prefix_mask and self.attention_dir != "causal":
-            raise ConfigError("prefix_mask needs attention_dir='causal'")
-        for name in ("rotary_dim", "n_key_value_heads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
-        if self.rotary_dim is not None and self.rotary_dim % 2:
-            raise ConfigError(f"rotary_dim must be even, got {self.rotary_dim}")
-        if self.n_key_value_heads is not None and self.n_heads % self.n_key_value_heads:
-            raise ConfigError(
-                f"n_heads={self.n_heads} must be a multiple of "
-                f"n_key_value_heads={self.n_key_value_heads}"
-            )
-
-    def _check_stacks(self, stacks: tuple[str, ...]) -> None:
-        names = [name for name in stacks if isinstance(name, str) and name.isidentifier()]
-        if len(names) < len(stacks) or len(set(stacks)) != 2 or stacks.count(stacks[-1]) != 1:
-            raise ConfigError(
-                "stacks must name two stacks, the slow one once and last, "
-                f"as ('L', 'L', 'H'), got {stacks!r}"
-            )
-        self._check_cycles(self.n_iterations)
-        if self.injection not in (None, "add"):
-            raise ConfigError(f"stacks need injection=None or 'add', got {self.injection!r}")
-        for name in (
-            "exit_gate",
-            "step_embedding",
-            "router",
-            "hyper_connections",
-            "first_pass_window",
-            "state_gate_rank",
-            "halt_head",
-            "time_conditioning",
-        ):
-            if getattr(self, name):
-                raise ConfigError(f"{name} is not supported with stacks")
-
-    def _check_cycles(self, n_iterations: int) -> None:
-        if self.stacks is not None and n_iterations % len(self.stacks):
-            raise ConfigError(
-                f"n_iterations must be a multiple of {len(self.stacks)}, the calls of one cycle "
-                f"{' '.join(self.stacks)}, got {n_iterations}"
-            )
 
     @property
     def layout(self) -> LoopLayout:
@@ -427,7 +271,7 @@ class LoopedTransformerConfig(BaseConfig):
         if isinstance(n_iterations, bool) or not isinstance(n_iterations, int) or n_iterations < 1:
             raise ConfigError(f"n_iterations must be an integer of at least 1, got {n_iterations}")
         check_iterations(self, n_iterations)
-        self._check_cycles(n_iterations)
+        check_cycles(self, n_iterations)
         layout = self.layout.with_iterations(n_iterations)
         self.n_iterations, self.n_layers = n_iterations, layout.n_layers
 

@@ -4,7 +4,6 @@ Nothing here runs remote code, unpickles, or builds a Hugging Face model.
 """
 
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,28 +33,18 @@ from tl_loops.families.registry import (
     packaged_directory,
     recognise,
 )
+from tl_loops.tokenizer import TOKENIZER_FILES
 
 __all__ = [
     "Checkpoint",
     "family_of",
     "is_looped_name",
     "load_config",
-    "load_tokenizer",
     "open_tensors",
     "resolve",
     "save_checkpoint",
 ]
 
-_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_TOKENIZER_FILES = (
-    *_VOCABULARY_FILES,
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 _OF_THE_WEIGHTS = frozenset(
     "d_model d_head n_heads n_key_value_heads d_mlp d_vocab d_vocab_out n_layers n_prelude n_core "
@@ -253,57 +242,6 @@ def open_tensors(
     return _stream(sorted(pairs, key=lambda pair: (pair[0].file.name, pair[0].offset)), cfg)
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's own tokenizer, from its local files alone; no remote code runs.
-
-    As TransformerLens wants it, the tokenizer prepends BOS by itself where it can.
-
-    Returns:
-        A Hugging Face tokenizer; ``None``, with a warning, where there are no tokenizer files.
-
-    Raises:
-        CheckpointError: The files are there but give no tokenizer.
-    """
-    directory = checkpoint.directory
-    if not any((directory / file).is_file() for file in _VOCABULARY_FILES):
-        warnings.warn(
-            f"{directory} has no tokenizer files: the model takes tokens, not strings, until "
-            "set_tokenizer() gives it a tokenizer",
-            stacklevel=2,
-        )
-        return None
-    try:
-        return _read_tokenizer(directory)
-    except Exception as error:  # tokenizer libraries raise bare Exception for bad files
-        raise CheckpointError(
-            f"the tokenizer files in {directory} cannot be used: {error}. Pass tokenizer=..., or "
-            "remove them to load without one"
-        ) from error
-
-
-def _read_tokenizer(directory: Path) -> Any:
-    from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
-
-    described = directory / "tokenizer_config.json"
-    settings = read_json(described) if described.is_file() else {}
-    arguments: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    if "tokenizer_class" in settings or "auto_map" in settings:
-        loader: Any = AutoTokenizer
-        # An empty config, so that config.json is not read: it may name remote code, and
-        # transformers knows no looped model type.
-        arguments["config"] = PretrainedConfig()
-    else:
-        loader = PreTrainedTokenizerFast
-    try:
-        return loader.from_pretrained(str(directory), add_bos_token=True, **arguments)
-    except ValueError:
-        # Some BOS tokens cannot be prepended by the tokenizer itself; TransformerLens then
-        # prepends them as text. The mark keeps it from reloading the directory by config.json.
-        tokenizer = loader.from_pretrained(str(directory), **arguments)
-        tokenizer.init_kwargs["add_bos_token"] = True
-        return tokenizer
-
-
 def _local_directory(name: str | os.PathLike[str]) -> Path | None:
     """A directory with a config, or any directory that is not also a known name."""
     path = os.path.expanduser(os.fspath(name))
@@ -337,7 +275,7 @@ def _download(repository: str, **arguments: Any) -> Path:
     try:
         directory = snapshot_download(
             repository,
-            allow_patterns=[CONFIG_FILE, "*.safetensors", INDEX_FILE, *_TOKENIZER_FILES],
+            allow_patterns=[CONFIG_FILE, "*.safetensors", INDEX_FILE, *TOKENIZER_FILES],
             ignore_patterns=["*/*"],
             **arguments,
         )

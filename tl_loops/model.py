@@ -26,6 +26,7 @@ from tl_loops.nn.state_gate import HaltHead, StateGate
 from tl_loops.nn.step_embedding import StepEmbedding
 from tl_loops.nn.time_conditioning import TimeConditioning
 from tl_loops.nn.tying import tied_copy
+from tl_loops.tokenizer import load_tokenizer
 from tl_loops.upstream import HookPoint, init_root, set_tokenizer
 from tl_loops.weights import LOOSE, PhysicalWeights, Weights
 
@@ -287,7 +288,7 @@ class LoopedTransformer(Generation, InheritedMethods, Circuits, PhysicalWeights)
         )
         weights = loading.open_tensors(source, cfg)
         if tokenizer is None:
-            tokenizer = loading.load_tokenizer(source)
+            tokenizer = load_tokenizer(source)
         model = cls(
             cfg,
             tokenizer,

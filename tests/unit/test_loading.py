@@ -19,12 +19,12 @@ from tl_loops.errors import CheckpointError, ConfigError, UnknownModelError
 from tl_loops.loading import (
     is_looped_name,
     load_config,
-    load_tokenizer,
     open_tensors,
     resolve,
     save_checkpoint,
 )
 from tl_loops.physical import empty_as, physical_tensors
+from tl_loops.tokenizer import load_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 NAMES = (

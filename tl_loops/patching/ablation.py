@@ -11,9 +11,10 @@ from torch import Tensor
 
 from tl_loops.metrics.massive import massive_activations
 from tl_loops.patching.activation import Metric, logits_score, patch_grid
+from tl_loops.patching.cells import Cell, Edit
 from tl_loops.patching.checks import as_tokens, check_batch_size, check_metric, logits_shape
 from tl_loops.patching.grid import Grid, Selection, make_grid
-from tl_loops.patching.rerun import BaseRun, Cell, Edit
+from tl_loops.patching.rerun import BaseRun
 from tl_loops.patching.sites import check_cache, layout_of, take
 
 

@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.patching.cells import Cell, Edit, Score
 from tl_loops.patching.checks import as_tokens, check_batch_size, check_metric, logits_shape
 from tl_loops.patching.grid import Grid, Region, Selection, make_grid
-from tl_loops.patching.rerun import BaseRun, Cell, Edit, Score
+from tl_loops.patching.rerun import BaseRun
 from tl_loops.patching.sites import Activation, check_cache, take
 
 Metric = Callable[[Tensor], Any]

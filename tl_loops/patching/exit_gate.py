@@ -11,9 +11,10 @@ from torch import Tensor
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout import LoopLayout
 from tl_loops.patching.activation import Metric, patch_grid, take_all
+from tl_loops.patching.cells import CellOutput
 from tl_loops.patching.checks import as_tokens, check_batch_size, check_metric
 from tl_loops.patching.grid import Selection, chosen_values, make_grid
-from tl_loops.patching.rerun import BaseRun, CellOutput
+from tl_loops.patching.rerun import BaseRun
 from tl_loops.patching.sites import check_cache, layout_of
 
 FORCED = 100.0

@@ -7,9 +7,7 @@ the positions before the first edited one keep the base run's keys and values an
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +17,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
+from tl_loops.patching.cells import (
+    Cell,
+    CellOutput,
+    Edit,
+    Score,
+    behind,
+    hooked,
+    nothing,
+    scalar,
+    show_to,
+)
 from tl_loops.patching.sites import layout_of
 from tl_loops.patching.stages import crossing_block, stage_of
 from tl_loops.upstream import (
@@ -28,12 +37,6 @@ from tl_loops.upstream import (
     get_attention_mask,
     has_hooks,
 )
-
-Edit = Callable[[Tensor], None]
-"""Edits in place a private copy of one cell's rows of an activation. Positions in front may be left
-out: what is there are the last ones."""
-
-Score = Callable[["CellOutput"], Any]
 
 FORWARD_ARGUMENTS = (
     "attention_mask",
@@ -47,32 +50,6 @@ FORWARD_ARGUMENTS = (
 _POSITION_GROUPS = 4
 _MEMORY = 512 * 2**20
 _TOKENS = 4096
-
-
-@dataclass
-class Cell:
-    """One edited run.
-
-    Attributes:
-        edits: Canonical hook name and edit, in the order in which they act at one hook point.
-        first_pos: No edit changes anything at an earlier position.
-    """
-
-    edits: Sequence[tuple[str, Edit]]
-    first_pos: int = 0
-
-
-@dataclass
-class CellOutput:
-    """What a cell's run gives.
-
-    Attributes:
-        logits: [batch, pos, d_vocab].
-        read: The activations that were asked for, [batch, pos, ...], by hook name.
-    """
-
-    logits: Float[Tensor, "batch pos d_vocab"]
-    read: dict[str, Tensor] = field(default_factory=dict)
 
 
 class BaseRun:
@@ -213,15 +190,15 @@ class BaseRun:
         kept += ["hook_initial_state"] if drawn else []
         hooks += [(name, partial(keep, self.values, name)) for name in kept]
         for name, show in (observe or {}).items():
-            hooks.append((name, partial(_show, show)))
-        hooks += [(name, _nothing) for name in explicit if name in self.model.hook_dict]
+            hooks.append((name, partial(show_to, show)))
+        hooks += [(name, nothing) for name in explicit if name in self.model.hook_dict]
 
         arguments = self._arguments(1, 0, 0)
         if self.truncates:
             self.past = arguments["past_kv_cache"] = self._empty_past()
             if arguments.get("attention_mask") is None:
                 arguments["attention_mask"] = torch.ones_like(self.tokens)
-        with _hooked(self.model, hooks):
+        with hooked(self.model, hooks):
             self.logits = self.model(self.tokens, **arguments)
         if drawn:  # All cells share the draw of the base run.
             self.initial_state = self.values["hook_initial_state"]
@@ -279,7 +256,7 @@ class BaseRun:
             unedited = [i for i, cell in enumerate(cells) if not cell.edits]
             if unedited:
                 base = CellOutput(self.logits, {name: self.values[name] for name in self.read})
-                value = _scalar(score(base), self.logits)
+                value = scalar(score(base), self.logits)
                 for i in unedited:
                     results[i] = value
                 bar.update(len(unedited))
@@ -330,9 +307,9 @@ class BaseRun:
             for name in self.read:
                 base = self.values[name]
                 late = read[name].shape[0] <= rows.start  # The cell joined behind that point.
-                values[name] = base if late else _behind(base, n_past, read[name][rows])
-            output = CellOutput(_behind(self.logits, n_past, logits[rows]), values)
-            scores.append(_scalar(score(output), logits))
+                values[name] = base if late else behind(base, n_past, read[name][rows])
+            output = CellOutput(behind(self.logits, n_past, logits[rows]), values)
+            scores.append(scalar(score(output), logits))
         return scores
 
     def _run(self, cells: list[Cell], n_past: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -357,7 +334,7 @@ class BaseRun:
             if start > self.crossing and self.injects:
                 arguments["injection"] = e
             found: dict[str, Tensor] = {}
-            with _hooked(self.model, self._hooks(cells[:n_cells], start, stop, found)):
+            with hooked(self.model, self._hooks(cells[:n_cells], start, stop, found)):
                 x = self.model(source, **arguments)
             e = found.get("hook_injection", e)
             read |= {name: found[name] for name in self.read if name in found}
@@ -434,39 +411,3 @@ class BaseRun:
             return value
         repeated = value.unsqueeze(0).expand(n_cells, *value.shape)
         return repeated.reshape(n_cells * self.batch, *value.shape[1:])
-
-
-@contextmanager
-def _hooked(model: Any, hooks: Sequence[tuple[str, Callable]]) -> Iterator[None]:
-    """``model.hooks`` without its visit to every hook point of the model when it ends.
-
-    A run has as many stages as there are blocks, so that visit would cost more than the stages.
-    """
-    level = model.context_level + 1
-    points = [model.hook_dict[name] for name, _ in hooks]
-    try:
-        for point, (_, hook) in zip(points, hooks, strict=True):
-            point.add_hook(hook, level=level)
-        yield
-    finally:
-        for point in points:
-            point.remove_hooks("fwd", level=level)
-
-
-def _show(show: Callable[[Tensor], None], value: Tensor, hook: Any) -> None:
-    show(value)
-
-
-def _nothing(value: Tensor, hook: Any) -> None:
-    """Look at nothing: a hook that only makes its hook point fire."""
-
-
-def _behind(base: Tensor, n_past: int, new: Tensor) -> Tensor:
-    """The base run's first positions with a cell's behind them."""
-    return torch.cat([base[:, :n_past], new], dim=1) if n_past else new
-
-
-def _scalar(value: Any, like: Tensor) -> Tensor:
-    value = value if isinstance(value, Tensor) else torch.as_tensor(value)
-    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-    return value.to(like.device, dtype).reshape(())

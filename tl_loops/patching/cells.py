@@ -1,0 +1,80 @@
+"""Cells: edited runs, what they give, and the small pieces that running them takes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Edit = Callable[[Tensor], None]
+"""Edits in place a private copy of one cell's rows of an activation. Positions in front may be left
+out: what is there are the last ones."""
+
+Score = Callable[["CellOutput"], Any]
+
+
+@dataclass
+class Cell:
+    """One edited run.
+
+    Attributes:
+        edits: Canonical hook name and edit, in the order in which they act at one hook point.
+        first_pos: No edit changes anything at an earlier position.
+    """
+
+    edits: Sequence[tuple[str, Edit]]
+    first_pos: int = 0
+
+
+@dataclass
+class CellOutput:
+    """What a cell's run gives.
+
+    Attributes:
+        logits: [batch, pos, d_vocab].
+        read: The activations that were asked for, [batch, pos, ...], by hook name.
+    """
+
+    logits: Float[Tensor, "batch pos d_vocab"]
+    read: dict[str, Tensor] = field(default_factory=dict)
+
+
+@contextmanager
+def hooked(model: Any, hooks: Sequence[tuple[str, Callable]]) -> Iterator[None]:
+    """``model.hooks`` without its visit to every hook point of the model when it ends.
+
+    A run has as many stages as there are blocks, so that visit would cost more than the stages.
+    """
+    level = model.context_level + 1
+    points = [model.hook_dict[name] for name, _ in hooks]
+    try:
+        for point, (_, hook) in zip(points, hooks, strict=True):
+            point.add_hook(hook, level=level)
+        yield
+    finally:
+        for point in points:
+            point.remove_hooks("fwd", level=level)
+
+
+def show_to(show: Callable[[Tensor], None], value: Tensor, hook: Any) -> None:
+    """Show an activation to a function and leave it as it is."""
+    show(value)
+
+
+def nothing(value: Tensor, hook: Any) -> None:
+    """Look at nothing: a hook that only makes its hook point fire."""
+
+
+def behind(base: Tensor, n_past: int, new: Tensor) -> Tensor:
+    """The base run's first positions with a cell's behind them."""
+    return torch.cat([base[:, :n_past], new], dim=1) if n_past else new
+
+
+def scalar(value: Any, like: Tensor) -> Tensor:
+    """A score in float32 (float64 where it is one), on the device of ``like``."""
+    value = value if isinstance(value, Tensor) else torch.as_tensor(value)
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    return value.to(like.device, dtype).reshape(())
