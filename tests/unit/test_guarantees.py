@@ -121,11 +121,12 @@ def test_rows_say_what_they_must(known_tests):
 
 def test_the_example_runs():
     (example,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
-    names = {"model": MODEL, "tokens": tiny_tokens()}
+    names: dict = {}
     exec(example, names)
     last = names["cache"]["resid_post", -1]
-    assert_close(names["stack"].sum(0), last, rtol=1e-4, atol=1e-5)
-    assert_close(names["late"].sum(0), last, rtol=1e-4, atol=1e-5)
+    rounding = 1e-6 * float(last.abs().max())  # the stream of the embedded model is long
+    assert_close(names["stack"].sum(0), last, rtol=1e-4, atol=rounding)
+    assert_close(names["late"].sum(0), last, rtol=1e-4, atol=rounding)
     assert all(name.startswith("r1.L") for name in names["names"])
 
 
