@@ -94,6 +94,8 @@ def test_it_fits_a_phone_and_follows_the_dark_scheme(offline_page, report):
     page.emulate_media(color_scheme="dark")
     assert page.evaluate(colour) != light
     page.wait_for_function(f"{text} !== '{before}'")
+    page.emulate_media(color_scheme="dark", media="print")  # paper is white
+    page.wait_for_function(f"{text} === 'rgb(27, 31, 36)'")
 
 
 def test_text_from_prompts_is_escaped(browser, report, tmp_path):

@@ -80,9 +80,14 @@ def dynamics_section(
     paragraphs.append(
         f"Trajectories of the tokens of one prompt, by the classes of arXiv 2604.11791: {shares}."
     )
-    steps = profile if T > 1 else states[:, 0]  # with one iteration the figure says so
+    # With one iteration nothing was measured, and the figure says so.
+    steps = (
+        plots.plot_fixed_points(profile)
+        if T > 1
+        else plots.plot_fixed_points(states[:, 0], model=model, prompts=prompt)
+    )
     figures = [
-        plotly_figure(plots.plot_fixed_points(steps, model=model, prompts=prompt)),
+        plotly_figure(steps),
         plotly_figure(plots.plot_pca(cache, prompts=prompt)),
         plotly_figure(plots.plot_trajectories(states[:, 0], model=model, prompts=prompt)),
         plotly_figure(plots.plot_residual_norms(profile)),

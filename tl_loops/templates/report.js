@@ -6,7 +6,13 @@
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     return new Response(stream).text();
   };
-  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const LIGHT = { "--ink": "#1b1f24", "--soft": "#57606a", "--line": "#d0d7de" };
+  const PAPER_WIDTH = 640; // fits A4 and letter
+  let onPaper = false;
+  const colour = (name) =>
+    onPaper
+      ? LIGHT[name]
+      : getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const figures = [...document.querySelectorAll("figure.plot")].map((figure) => ({
     element: figure.querySelector(".plotly"),
     text: figure.querySelector("script").textContent,
@@ -20,8 +26,9 @@
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { ...layout.font, color: ink, family: "system-ui, sans-serif" },
-      autosize: true,
+      autosize: !onPaper,
     });
+    if (onPaper) layout.width = PAPER_WIDTH;
     for (const [name, axis] of Object.entries(layout)) {
       if (!/^[xy]axis\d*$/.test(name)) continue;
       Object.assign(axis, { gridcolor: line, linecolor: soft, zerolinecolor: line, zeroline: false });
@@ -50,6 +57,13 @@
   }
   const redraw = () => figures.forEach(draw);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-  matchMedia("print").addEventListener("change", redraw);
+  const print = (starts) => {
+    if (onPaper === starts) return;
+    onPaper = starts;
+    redraw();
+  };
+  addEventListener("beforeprint", () => print(true));
+  addEventListener("afterprint", () => print(false));
+  matchMedia("print").addEventListener("change", (event) => print(event.matches));
   document.documentElement.dataset.drawn = figures.length;
 })();
