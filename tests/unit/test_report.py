@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+import tl_loops
+from tests.feedforward import only_before_4, plain_model
 from tests.models import SIZES, tiny_model
 from tl_loops import LoopedTransformer
 from tl_loops.report import MOST_BYTES, report_html
@@ -60,3 +62,14 @@ def test_bad_input(make):
     model.tokenizer = None
     with pytest.raises(ValueError, match="set_tokenizer"):
         report_html(model, TEXTS, progress=False)
+
+
+@only_before_4
+@pytest.mark.parametrize("repeats", [{2: 2, 4: 3}, {1: 2, 2: 2, 4: 3}])
+def test_several_loops(tokenizer, repeats):
+    plain = plain_model(
+        n_layers=6, d_model=16, d_head=4, n_heads=4, n_ctx=64, d_vocab=80, d_mlp=32, act_fn="gelu"
+    )
+    plain.set_tokenizer(tokenizer)
+    page = report_html(tl_loops.loop(plain, repeats=repeats), TEXTS, progress=False)
+    assert "attention-metrics" in sections(page)

@@ -91,6 +91,7 @@ def profile_panel(
     if layout is None or by == "unrolled":
         marks, x = _unrolled(values, layout, profile.n_layers)
     elif by == "iteration":
+        profile.by_iteration(metric, outer=True)  # refuses loops at different depths
         marks, x = _by_iteration(values, layout, as_array(profile.pass_depth))
     else:
         marks, x = _by_layer(values, layout)

@@ -9,6 +9,7 @@ from tl_loops.cache import LoopedActivationCache
 from tl_loops.metrics import TRAJECTORY_LABELS, classify_trajectory, prediction_suppression_neurons
 from tl_loops.profile import LoopProfile
 from tl_loops.report.section import Section, columns, percent, plotly_figure
+from tl_loops.segments import SegmentedLayout
 
 ATTENTION = ("sink_rate", "mixing_score", "colsum_concentration")
 RESIDUAL = ("residual_entropy", "residual_norm")
@@ -31,6 +32,15 @@ _MOST_NEURON_TERMS = 2_000_000_000
 
 def stages_section(profile: LoopProfile) -> Section:
     """Sink rate, mixing score, ColSum concentration and residual entropy in two groupings."""
+    layout = profile.layout
+    metrics = (*ATTENTION, "residual_entropy")
+    if isinstance(layout, SegmentedLayout):
+        figures = [plotly_figure(plots.plot_profile(profile, m, by="unrolled")) for m in metrics]
+        text = (
+            "Definitions of arXiv 2604.11791: means over heads, then over prompts, each prompt at "
+            "its own length. This model has several loops, so the curves run along all blocks."
+        )
+        return Section("attention-metrics", "Attention and entropy by block", [text], figures)
     notes = []
     for metric, words in _WORDS.items():
         core = profile.by_iteration(metric)
@@ -45,7 +55,7 @@ def stages_section(profile: LoopProfile) -> Section:
     )
     figures = [
         plotly_figure(plots.plot_profile(profile, metric, by=by))
-        for metric in (*ATTENTION, "residual_entropy")
+        for metric in metrics
         for by in ("iteration", "layer")
     ]
     return Section(
