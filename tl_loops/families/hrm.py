@@ -16,6 +16,7 @@ from typing import Any
 
 from tl_loops.config import LoopedTransformerConfig
 from tl_loops.errors import CheckpointError
+from tl_loops.families import fused
 from tl_loops.families.base import (
     Family,
     KnownModel,
@@ -23,9 +24,6 @@ from tl_loops.families.base import (
     Released,
     TensorSpec,
     checked,
-    fused,
-    heads_in,
-    heads_out,
     read,
     transposed,
     whole,
@@ -116,7 +114,8 @@ def _tensors(cfg: LoopedTransformerConfig) -> Iterator[TensorSpec]:
     for stack in ("L",) if cfg.shared_stacks else ("L", "H"):
         for layer in range(cfg.n_core):
             name = f"core.{layer}" if cfg.shared_stacks else f"core.{stack}.{layer}"
-            yield from _layer(cfg, f"{_PREFIX}{stack}_level.layers.{layer}", name)
+            key = f"{_PREFIX}{stack}_level.layers.{layer}"
+            yield from fused.layer(cfg, key, name, "self_attn", "qkv_proj", ("W_Q", "W_K", "W_V"))
     yield whole(f"{_PREFIX}lm_head.weight", (vocab, d), "unembed.W_U", transposed)
 
 
@@ -126,21 +125,6 @@ def _puzzle_embedding(cfg: LoopedTransformerConfig) -> Iterator[TensorSpec]:
     count = cfg.n_extra_tokens // slices
     part = Part("embed.W_extra", count, lambda stored: stored.view(-1, d))
     yield TensorSpec(f"{_PREFIX}puzzle_emb.weights", (count, slices * d), (part,))
-
-
-def _layer(cfg: LoopedTransformerConfig, key: str, name: str) -> Iterator[TensorSpec]:
-    d, d_mlp, e = cfg.d_model, cfg.d_mlp or 0, cfg.d_head
-    width = cfg.n_heads * e
-    parts = (Part(f"{name}.attn.{weight}", width, heads_in(e)) for weight in ("W_Q", "W_K", "W_V"))
-    yield fused(f"{key}.self_attn.qkv_proj.weight", d, *parts)
-    yield whole(f"{key}.self_attn.o_proj.weight", (d, width), f"{name}.attn.W_O", heads_out(e))
-    yield fused(
-        f"{key}.mlp.gate_up_proj.weight",
-        d,
-        Part(f"{name}.mlp.W_gate", d_mlp, transposed),
-        Part(f"{name}.mlp.W_in", d_mlp, transposed),
-    )
-    yield whole(f"{key}.mlp.down_proj.weight", (d, d_mlp), f"{name}.mlp.W_out", transposed)
 
 
 def _has_two_stacks(keys: Collection[str]) -> bool:

@@ -12,16 +12,14 @@ from typing import Any
 
 from tl_loops.config import LoopedTransformerConfig
 from tl_loops.errors import CheckpointError
+from tl_loops.families import fused, llama
 from tl_loops.families.base import (
     Family,
     KnownModel,
-    Part,
     Released,
     TensorSpec,
     checked,
-    fused,
     heads_in,
-    heads_out,
     read,
     transposed,
     whole,
@@ -86,33 +84,16 @@ def _tensors(
 
 def _split_layer(cfg: LoopedTransformerConfig, key: str, name: str) -> Iterator[TensorSpec]:
     """A layer with a matrix for each projection, as the modules of transformers are."""
-    d, d_mlp, e = cfg.d_model, cfg.d_mlp or 0, cfg.d_head
-    width, attn, mlp = cfg.n_heads * e, f"{key}.self_attn", f"{key}.mlp"
-    for stored, weight in (("q", "W_Q"), ("k", "W_K"), ("v", "W_V"), ("gate", "W_gate")):
-        yield whole(
-            f"{attn}.{stored}_proj.weight", (width, d), f"{name}.attn.{weight}", heads_in(e)
-        )
-    yield whole(f"{attn}.o_proj.weight", (d, width), f"{name}.attn.W_O", heads_out(e))
-    yield whole(f"{mlp}.gate_proj.weight", (d_mlp, d), f"{name}.mlp.W_gate", transposed)
-    yield whole(f"{mlp}.up_proj.weight", (d_mlp, d), f"{name}.mlp.W_in", transposed)
-    yield whole(f"{mlp}.down_proj.weight", (d, d_mlp), f"{name}.mlp.W_out", transposed)
+    yield from llama.layer(cfg, key, name, norms={})
+    width = cfg.n_heads * cfg.d_head
+    gate = f"{key}.self_attn.gate_proj.weight"
+    yield whole(gate, (width, cfg.d_model), f"{name}.attn.W_gate", heads_in(cfg.d_head))
 
 
 def _fused_layer(cfg: LoopedTransformerConfig, key: str, name: str) -> Iterator[TensorSpec]:
     """A layer with fused projections, as transformers writes and converts checkpoints."""
-    d, d_mlp, e = cfg.d_model, cfg.d_mlp or 0, cfg.d_head
-    width = cfg.n_heads * e
     weights = ("W_gate", "W_Q", "W_K", "W_V")
-    parts = (Part(f"{name}.attn.{weight}", width, heads_in(e)) for weight in weights)
-    yield fused(f"{key}.attn.gqkv_proj.weight", d, *parts)
-    yield whole(f"{key}.attn.o_proj.weight", (d, width), f"{name}.attn.W_O", heads_out(e))
-    yield fused(
-        f"{key}.mlp.gate_up_proj.weight",
-        d,
-        Part(f"{name}.mlp.W_gate", d_mlp, transposed),
-        Part(f"{name}.mlp.W_in", d_mlp, transposed),
-    )
-    yield whole(f"{key}.mlp.down_proj.weight", (d, d_mlp), f"{name}.mlp.W_out", transposed)
+    yield from fused.layer(cfg, key, name, "attn", "gqkv_proj", weights)
 
 
 def _is_fused(keys: Collection[str]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from tl_loops.config import LoopedTransformerConfig
 from tl_loops.errors import CheckpointError
 from tl_loops.families import llama
-from tl_loops.families.base import Family, KnownModel, Released, TensorSpec, checked, read, whole
+from tl_loops.families.base import Family, KnownModel, Released, TensorSpec, checked, whole
 from tl_loops.families.rotary import rotary_fields
 
 
@@ -59,13 +59,8 @@ IQUEST_LOOP = Family(
     paper="",
     model_types=("iquestloopcoder",),
     architectures=("IQuestLoopCoderForCausalLM",),
-    fields={**llama.FIELDS, "n_core": read("num_hidden_layers")},
-    fixed={
-        "block_norm": "pre",
-        "initial_state": "embed",
-        "rotary_layout": "half",
-        "default_prepend_bos": True,
-    },
+    fields=llama.LOOPED_FIELDS,
+    fixed=llama.LOOPED_FIXED,
     flags={**llama.FLAGS, "sliding_window": ()},
     derive=_derive,
     tensors=_tensors,

@@ -1,6 +1,7 @@
 """Layers under the names of Hugging Face's Llama, which several families share."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from tl_loops.config import LoopedTransformerConfig
 from tl_loops.errors import CheckpointError
@@ -29,6 +30,16 @@ FIELDS: dict[str, Field] = {
     "n_ctx": read("max_position_embeddings"),
     "eps": read("rms_norm_eps", kind=float),
     "tie_word_embeddings": read("tie_word_embeddings", kind=bool, default=False),
+}
+
+LOOPED_FIELDS: dict[str, Field] = {**FIELDS, "n_core": read("num_hidden_layers")}
+"""Of models whose layers are all in the loop."""
+
+LOOPED_FIXED: dict[str, Any] = {
+    "block_norm": "pre",
+    "initial_state": "embed",
+    "rotary_layout": "half",
+    "default_prepend_bos": True,
 }
 
 FLAGS = {"hidden_act": ("silu", "swish"), "use_sliding_window": (False,)}

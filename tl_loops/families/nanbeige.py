@@ -4,7 +4,7 @@ from typing import Any
 
 from tl_loops.errors import CheckpointError
 from tl_loops.families import llama
-from tl_loops.families.base import Family, KnownModel, Released, checked, read
+from tl_loops.families.base import Family, KnownModel, Released, checked
 from tl_loops.families.rotary import rotary_fields
 
 
@@ -52,13 +52,8 @@ NANBEIGE = Family(
     paper="",
     model_types=("nanbeige",),
     architectures=("NanbeigeForCausalLM",),
-    fields={**llama.FIELDS, "n_core": read("num_hidden_layers")},
-    fixed={
-        "block_norm": "pre",
-        "initial_state": "embed",
-        "rotary_layout": "half",
-        "default_prepend_bos": True,
-    },
+    fields=llama.LOOPED_FIELDS,
+    fixed=llama.LOOPED_FIXED,
     flags={
         **llama.FLAGS,
         "qk_layernorm": (False,),

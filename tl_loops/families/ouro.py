@@ -73,8 +73,7 @@ OURO = Family(
     model_types=("ouro",),
     architectures=("OuroForCausalLM",),
     fields={
-        **llama.FIELDS,
-        "n_core": read("num_hidden_layers"),
+        **llama.LOOPED_FIELDS,
         "n_iterations": read("total_ut_steps"),
     },
     fixed={
