@@ -1,8 +1,7 @@
 """The looped transformer: unrolled blocks over weights that exist once."""
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from tl_loops.config import LoopedTransformerConfig
 from tl_loops.errors import ConfigError, LoopedSemanticsError
 from tl_loops.generation import Generation
 from tl_loops.inherited import InheritedMethods
+from tl_loops.iterations import Iterations
 from tl_loops.nn.boundary import CodaInput, ExitGate, InitialState, Injection, IterationHooks
 from tl_loops.nn.embedding import Embed, PosEmbed, Unembed
 from tl_loops.nn.hyper_connections import HyperConnections
@@ -31,7 +31,7 @@ from tl_loops.upstream import HookPoint, init_root, set_tokenizer
 from tl_loops.weights import LOOSE, PhysicalWeights, Weights
 
 
-class LoopedTransformer(Generation, InheritedMethods, Circuits, PhysicalWeights):
+class LoopedTransformer(Iterations, Generation, InheritedMethods, Circuits, PhysicalWeights):
     """A looped transformer as a HookedTransformer whose every pass has hook points of its own.
 
     Block ``blocks.{i}`` is layer ``l`` at iteration ``t`` with ``i = n_prelude + t * n_core + l``;
@@ -147,34 +147,6 @@ class LoopedTransformer(Generation, InheritedMethods, Circuits, PhysicalWeights)
 
     # Iterations.
 
-    def set_iterations(self, n_iterations: int) -> None:
-        """Change the number of iterations in place; no weight is copied.
-
-        Iterations that remain keep their hooks; those that go lose them.
-
-        Raises:
-            ConfigError: ``n_iterations`` is not an integer of at least 1.
-        """
-        if n_iterations == self.cfg.n_iterations:
-            return
-        physical = self.physical_blocks()
-        core = self._core()
-        coda = list(self.blocks[self.layout.coda_start :])
-        prelude = list(self.blocks[: self.layout.core_start])
-        self.cfg.set_iterations(n_iterations)
-        layout = self.layout
-        unrolled = unroll(layout, physical, reuse=core[:n_iterations])  # type: ignore[arg-type]
-        self.blocks = nn.ModuleList(  # type: ignore[assignment]
-            prelude + unrolled[layout.core_start : layout.coda_start] + coda
-        )
-        self.iter = nn.ModuleList(self._iteration_hooks(self.iter))
-        self.setup()
-
-    def _core(self) -> list[list[nn.Module]]:
-        n_core, first = self.cfg.n_core, self.layout.core_start
-        starts = range(first, self.layout.coda_start, n_core)
-        return [list(self.blocks[start : start + n_core]) for start in starts]
-
     def _iteration_hooks(self, old: Iterable[nn.Module]) -> list[IterationHooks]:
         """Hook points for the present iterations; those of ``old`` are kept where they fit."""
         new = iteration_hooks(self.cfg, self.ln_final)
@@ -185,24 +157,6 @@ class LoopedTransformer(Generation, InheritedMethods, Circuits, PhysicalWeights)
                 if hasattr(hooks, name):
                     setattr(hooks, name, child)
         return new
-
-    @contextmanager
-    def iterations(self, n_iterations: int) -> Iterator["LoopedTransformer"]:
-        """Run a block of code with another number of iterations; hooks are restored behind it.
-
-        Raises:
-            ConfigError: ``n_iterations`` is not an integer of at least 1.
-        """
-        before = self.cfg.n_iterations
-        blocks, hooks = self.blocks, self.iter
-        self.set_iterations(n_iterations)
-        try:
-            yield self
-        finally:
-            if self.cfg.n_iterations != before or self.blocks is not blocks:
-                self.cfg.set_iterations(before)
-                self.blocks, self.iter = blocks, hooks
-                self.setup()
 
     # Loading and saving.
 

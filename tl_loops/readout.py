@@ -14,6 +14,19 @@ from tl_loops.nn.norm import Norm
 from tl_loops.upstream import Output, apply_softcap
 
 
+def refuse_coda(n_coda: int) -> None:
+    """Refuse to read a state out as it is where a coda follows.
+
+    Raises:
+        LoopedSemanticsError: There is a coda.
+    """
+    if n_coda:
+        raise LoopedSemanticsError(
+            "a coda stands between the states and the logits of this model: run it with "
+            "n_iterations=t + 1, or use the coda lens of tl_loops.lens"
+        )
+
+
 class LoopedReadout(CoordinateHooks):
     """Reads states out."""
 
@@ -47,11 +60,7 @@ class LoopedReadout(CoordinateHooks):
         Raises:
             LoopedSemanticsError: A coda stands between the states and the logits.
         """
-        if self.cfg.n_coda:
-            raise LoopedSemanticsError(
-                "a coda stands between the states and the logits of this model: run it with "
-                "n_iterations=t + 1, or use the coda lens of tl_loops.lens"
-            )
+        refuse_coda(self.cfg.n_coda)
         state = self.enter_coda(state)
         return self._unembed(state if self.cfg.norm_between_iterations else self.ln_final(state))
 

@@ -1,7 +1,6 @@
 """A HookedTransformer some of whose blocks run several times, over its own weights."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from inspect import signature
 from typing import Any, TypeVar
 
@@ -10,11 +9,12 @@ from torch import Tensor, nn
 
 from tl_loops.borrowed_weights import BorrowedWeights
 from tl_loops.errors import LoopedSemanticsError
-from tl_loops.hooking import CoordinateHooks
+from tl_loops.iterations import Iterations
 from tl_loops.layout import LoopLayout
 from tl_loops.nn.boundary import IterationHooks
 from tl_loops.nn.stack import unroll
 from tl_loops.nn.tying import tied_copy
+from tl_loops.readout import refuse_coda
 from tl_loops.repeated_config import RepeatedConfig
 from tl_loops.upstream import (
     USE_DEFAULT_VALUE,
@@ -35,7 +35,7 @@ Module = TypeVar("Module", bound=nn.Module)
 _NORMS = ("ln1", "ln1_post", "ln2", "ln2_post")
 
 
-class RepeatedTransformer(CoordinateHooks, BorrowedWeights):
+class RepeatedTransformer(Iterations, BorrowedWeights):
     """A HookedTransformer with repeated blocks; what :func:`tl_loops.loop` returns.
 
     It computes with TransformerLens's own components, so that with one iteration every number is
@@ -257,11 +257,7 @@ class RepeatedTransformer(CoordinateHooks, BorrowedWeights):
         Raises:
             LoopedSemanticsError: A coda stands between the states and the logits.
         """
-        if self.cfg.n_coda:
-            raise LoopedSemanticsError(
-                "a coda stands between the states and the logits of this model: run it with "
-                "n_iterations=t + 1, or use the coda lens of tl_loops.lens"
-            )
+        refuse_coda(self.cfg.n_coda)
         normed = state if self.cfg.normalization_type is None else self.ln_final(state)
         return apply_softcap(self.unembed(normed), self.cfg.output_logits_soft_cap)
 
@@ -298,53 +294,10 @@ class RepeatedTransformer(CoordinateHooks, BorrowedWeights):
         _check_sharing(kv_sharing)
         return KeyValueCache.init_cache(self.cfg, self.embed.W_E.device, batch)
 
-    # Iterations.
-
-    def set_iterations(self, n_iterations: int) -> None:
-        """Change the number of iterations in place; no weight is copied.
-
-        Iterations that remain keep their hooks; those that go lose them.
-
-        Raises:
-            ConfigError: ``n_iterations`` is not an integer of at least 1.
-            LoopedSemanticsError: The model has several loops.
-        """
-        if n_iterations == self.cfg.n_iterations:
-            return
-        old, blocks, physical = self.layout, list(self.blocks), self.physical_blocks()
-        self.cfg.set_iterations(n_iterations)
-        kept = [
-            [blocks[i] for i in old.iteration_blocks(t)]
-            for t in range(min(old.n_iterations, n_iterations))
-        ]
-        layout = self.layout
-        unrolled = unroll(layout, physical, reuse=kept)  # type: ignore[arg-type]
-        core = unrolled[layout.core_start : layout.coda_start]
-        self.blocks = nn.ModuleList(  # type: ignore[assignment]
-            [*blocks[: old.core_start], *core, *blocks[old.coda_start :]]
-        )
-        hooks = list(self.iter)[:n_iterations]
-        hooks += [IterationHooks(self.cfg, None) for _ in range(n_iterations - len(hooks))]
-        self.iter = nn.ModuleList(hooks)
-        self.setup()
-
-    @contextmanager
-    def iterations(self, n_iterations: int) -> Iterator["RepeatedTransformer"]:
-        """Run a block of code with another number of iterations; hooks are restored behind it.
-
-        Raises:
-            ConfigError: ``n_iterations`` is not an integer of at least 1.
-            LoopedSemanticsError: The model has several loops.
-        """
-        before, blocks, hooks = self.cfg.n_iterations, self.blocks, self.iter
-        self.set_iterations(n_iterations)
-        try:
-            yield self
-        finally:
-            if self.cfg.n_iterations != before or self.blocks is not blocks:
-                self.cfg.set_iterations(before)
-                self.blocks, self.iter = blocks, hooks
-                self.setup()
+    def _iteration_hooks(self, old: Iterable[nn.Module]) -> list[IterationHooks]:
+        n_iterations = self.cfg.n_iterations
+        hooks: list[Any] = list(old)[:n_iterations]
+        return hooks + [IterationHooks(self.cfg, None) for _ in range(n_iterations - len(hooks))]
 
 
 def _check_sharing(kv_sharing: str | None) -> None:
