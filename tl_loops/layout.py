@@ -156,6 +156,15 @@ class LoopLayout:
         first = self.index(iteration=iteration)
         return range(first, first + self.n_core)
 
+    def pass_blocks(self, iteration: int) -> list[int]:
+        """Indices of the unrolled blocks on the way through one iteration: prelude, it, coda.
+
+        Raises:
+            IndexError: The iteration is out of range.
+        """
+        coda = range(self.coda_start, self.n_layers)
+        return [*range(self.n_prelude), *self.iteration_blocks(iteration), *coda]
+
     def state_path(self, iteration: int) -> str:
         """Which sequence of states an iteration's belongs to: with two stacks, that of its own."""
         return self.stacks[iteration] if self.stacks is not None else "loop"

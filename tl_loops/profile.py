@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout import LoopLayout
 from tl_loops.metrics import stages
 from tl_loops.profile_table import COLUMNS, Grouping, grouped, table_rows
@@ -156,17 +155,9 @@ class LoopProfile:
             LoopedSemanticsError: The iterations differ in length, or with ``outer`` in depth.
         """
         at, values = self._looped("by_iteration"), self.unrolled(metric, statistic)
-        core = at.by_iteration(values)
         if not outer:
-            return core
-        if at.n_pass != at.n_prelude + at.n_core + at.n_coda:
-            raise LoopedSemanticsError(
-                "the loops of this model stand at different depths, so its iterations share no "
-                "way from prelude to coda: take by='unrolled', or outer=False"
-            )
-        before, behind = values[: at.core_start], values[at.coda_start :]
-        rows = (before.expand(at.n_iterations, -1), core, behind.expand(at.n_iterations, -1))
-        return torch.cat(rows, dim=1)
+            return at.by_iteration(values)
+        return torch.stack([values[at.pass_blocks(t)] for t in range(at.n_iterations)])
 
     def by_layer(
         self, metric: str, statistic: Statistic = "mean"

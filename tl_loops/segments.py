@@ -123,6 +123,17 @@ class SegmentedLayout(LoopLayout):
         """``"loop"``: one stream goes through all loops."""
         return "loop"
 
+    def pass_blocks(self, iteration: int) -> NoReturn:
+        """Refused: iterations of different loops stand at different depths.
+
+        Raises:
+            LoopedSemanticsError: Always.
+        """
+        raise LoopedSemanticsError(
+            f"the loops of {self.notation(injected=False)} stand at different depths, so there is "
+            "no one way from prelude to coda through an iteration: go by unrolled block"
+        )
+
     def place_in_pass(self, index: int) -> int:
         """The physical layer of an unrolled block, counted from 0."""
         at = self.coordinate(index)

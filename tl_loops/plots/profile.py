@@ -91,7 +91,6 @@ def profile_panel(
     if layout is None or by == "unrolled":
         marks, x = _unrolled(values, layout, profile.n_layers)
     elif by == "iteration":
-        profile.by_iteration(metric, outer=True)  # refuses loops at different depths
         marks, x = _by_iteration(values, layout, as_array(profile.pass_depth))
     else:
         marks, x = _by_layer(values, layout)
@@ -156,15 +155,11 @@ def _by_iteration(
     values: _Values, layout: LoopLayout, depth: np.ndarray
 ) -> tuple[list[Mark], Axis]:
     T = layout.n_iterations
-    before, behind = range(layout.n_prelude), range(layout.coda_start, layout.n_layers)
     marks: list[Mark] = list(pass_spans(layout, depth))
     named = every_few(T)
     for t, colour in enumerate(iteration_colours(T)):
-        core = (layout.index(iteration=t, layer=layer) for layer in range(layout.n_core))
         name = f"iteration {t}"
-        marks.append(
-            values.line([*before, *core, *behind], depth, name, colour, in_legend=named(t))
-        )
+        marks.append(values.line(layout.pass_blocks(t), depth, name, colour, in_legend=named(t)))
     return marks, Axis(RELATIVE_DEPTH, limits=pass_limits(depth))
 
 
