@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from tl_loops import plots
 from tl_loops.cache import LoopedActivationCache
-from tl_loops.prompts import PromptText
-from tl_loops.report.section import Section, as_text, html_figure, last_tokens, plotly_figure
+from tl_loops.report.section import Section, as_text, html_figure, plotly_figure
 
 _ATTENTION_BYTES = 1_200_000
 _BYTES_A_WEIGHT = 6
@@ -36,11 +37,11 @@ def floorplan_section(model: Any, cache: LoopedActivationCache, prompt: str) -> 
     return Section("floorplan", "The looped floorplan", [text], [plotly_figure(figure)])
 
 
-def attention_section(model: Any, prompt: PromptText) -> Section:
+def attention_section(
+    model: Any, tokens: Int[Tensor, "1 pos"], cache: LoopedActivationCache
+) -> Section:
     """Attention patterns of the core, drawn by circuitsvis, one view an iteration."""
-    tokens = last_tokens(model, prompt.text)
     words, cfg, layout = model.to_str_tokens(tokens[0]), model.cfg, model.layout
-    _, cache = model.run_with_cache(tokens, names_filter=lambda n: n.endswith("hook_pattern"))
     weights = cfg.n_core * cfg.n_heads * len(words) ** 2
     room = max(1, _ATTENTION_BYTES // _BYTES_A_WEIGHT)
     n_views = min(cfg.n_iterations, max(2, room // weights))

@@ -149,11 +149,12 @@ def write_report(
 def _sections(model: Any, prompts: ReportPrompts, progress: bool) -> list[Section]:
     """Every section that applies to the model."""
     texts = [p.text for p in prompts.evaluated]
-    metrics = [metric for metric in MEASURED if metric in available_metrics(model)]
+    available = available_metrics(model)
+    metrics = [metric for metric in MEASURED if metric in available]
     profile = measure(model, texts, metrics, progress=progress)
-    first = prompts.shown[0]
-    _, cache = model.run_with_cache(last_tokens(model, first.text), names_filter=_is_pictured)
-    text = shortened(first.text, 80)
+    first = prompts.shown[0].text
+    tokens, text = last_tokens(model, first), shortened(first, 80)
+    _, cache = model.run_with_cache(tokens, names_filter=_is_pictured)
     made: dict[tuple[str, str], Callable[[], Section | None]] = {
         ("model", "The model"): lambda: _model_section(model, len(texts), prompts.what),
         ("readout", "Readout per iteration"): lambda: readout_section(
@@ -171,7 +172,7 @@ def _sections(model: Any, prompts: ReportPrompts, progress: bool) -> list[Sectio
         ("exits", "When the model would stop"): lambda: exits_section(model, profile),
         ("neurons", "Neurons"): lambda: neurons_section(model),
         ("floorplan", "The looped floorplan"): lambda: floorplan_section(model, cache, text),
-        ("attention", "Attention patterns"): lambda: attention_section(model, first),
+        ("attention", "Attention patterns"): lambda: attention_section(model, tokens, cache),
     }
     sections = [_made_or_refused(*name, make) for name, make in made.items()]
     return [section for section in sections if section is not None]
@@ -186,7 +187,7 @@ def _made_or_refused(name: str, title: str, make: Callable[[], Section | None]) 
 
 
 def _is_pictured(name: str) -> bool:
-    return name.endswith(("hook_pattern", "hook_resid_post", "hook_state_out", "hook_resid_pre"))
+    return name.endswith(("hook_pattern", "hook_resid_post", "hook_state_out"))
 
 
 def _model_section(model: Any, n_prompts: int, what: str) -> Section:
