@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tl_loops import LoopedTransformer, LoopProfile, measure, metrics, tasks
 from tl_loops.measurements import MEASUREMENTS, why_not
-from tl_loops.tasks import Prompt
+from tl_loops.tasks.fact_chain import Prompt
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "metrics.md"
 N_PROMPTS, SEED = 64, 1

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from tl_loops import LoopedTransformer, LoopedTransformerConfig
-from tl_loops.tasks import (
+from tl_loops.tasks.fact_chain import (
     FactChainTask,
     Prompt,
     fact_chain_prompts,

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from tl_loops.config import LoopedTransformerConfig
+from tl_loops.config.config import LoopedTransformerConfig
 
 SIZES: dict[str, Any] = dict(
     d_model=32, d_head=8, n_heads=4, d_mlp=48, d_vocab=50, n_ctx=64, seed=0, device="cpu"
@@ -114,7 +114,7 @@ def tiny_config(architecture: str, **changes: Any) -> LoopedTransformerConfig:
 
 def tiny_model(architecture: str, **changes: Any):
     """A randomly initialised model, with norm gains, biases and gates drawn as well."""
-    from tl_loops.model import LoopedTransformer
+    from tl_loops.model.looped import LoopedTransformer
 
     model = LoopedTransformer(tiny_config(architecture, **changes))
     generator = torch.Generator().manual_seed(1)

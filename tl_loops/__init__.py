@@ -6,23 +6,25 @@ recurrent layer then has hook points of its own, over weights that exist once.
 """
 
 from tl_loops import attribution, lens, loop_hooks, metrics, patching, plots, steering, tasks
-from tl_loops.bridge import UnrolledBridge, unroll
-from tl_loops.cache import LoopedActivationCache
-from tl_loops.config import LoopedTransformerConfig
+from tl_loops.cache.cache import LoopedActivationCache
+from tl_loops.config.config import LoopedTransformerConfig
+from tl_loops.config.kv_sharing import KVSharing
 from tl_loops.errors import (
     CheckpointError,
     ConfigError,
     LoopedSemanticsError,
     UnknownModelError,
 )
-from tl_loops.exit_curves import ExitCurve, exit_curve
-from tl_loops.hooking import HookNameError
-from tl_loops.layout import BlockCoordinate, LoopLayout
-from tl_loops.looping import loop
-from tl_loops.measure import available_metrics, measure
-from tl_loops.model import LoopedTransformer
-from tl_loops.profile import LoopProfile
-from tl_loops.registration import register, unregister
+from tl_loops.layout.layout import BlockCoordinate, LoopLayout
+from tl_loops.lens.exit_curve import ExitCurve, exit_curve
+from tl_loops.measurements.measure import available_metrics, measure
+from tl_loops.measurements.profile import LoopProfile
+from tl_loops.model.bridged import UnrolledBridge, unroll
+from tl_loops.model.hooks import HookNameError
+from tl_loops.model.kv_sharing_effect import KVSharingEffect, kv_sharing_effect
+from tl_loops.model.looped import LoopedTransformer
+from tl_loops.model.registration import register, unregister
+from tl_loops.model.repeated.loop import loop
 from tl_loops.upstream import HookedTransformer, warn_if_untried
 
 __version__ = "0.1.0"
@@ -34,6 +36,8 @@ __all__ = [
     "ExitCurve",
     "HookNameError",
     "HookedTransformer",
+    "KVSharing",
+    "KVSharingEffect",
     "LoopLayout",
     "LoopProfile",
     "LoopedActivationCache",
@@ -45,6 +49,7 @@ __all__ = [
     "attribution",
     "available_metrics",
     "exit_curve",
+    "kv_sharing_effect",
     "lens",
     "loop",
     "loop_hooks",

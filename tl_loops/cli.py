@@ -9,9 +9,9 @@ from typing import Any
 
 from tl_loops import __version__
 from tl_loops.errors import LoopedSemanticsError
-from tl_loops.families.registry import catalogue
+from tl_loops.loading.catalogue import catalogue
 from tl_loops.measurements.registry import MEASUREMENTS
-from tl_loops.prompts import PromptText, read_prompts
+from tl_loops.tasks.prompts import PromptText, read_prompts
 
 USER_ERRORS = (ValueError, OSError, ImportError, LoopedSemanticsError)
 """What bad input raises; anything else is a fault of the program and keeps its traceback."""
@@ -56,7 +56,7 @@ def models(options: argparse.Namespace) -> None:
 
 def check(options: argparse.Namespace) -> int:
     """Load a checkpoint, try what a looped model promises, and say what holds."""
-    from tl_loops.check import check as run
+    from tl_loops.model.check import check as run
 
     _check_iterations(options)
     with warnings.catch_warnings():
@@ -68,8 +68,8 @@ def check(options: argparse.Namespace) -> int:
 
 def measure(options: argparse.Namespace) -> None:
     """Measure prompts and write (or print) the profile."""
-    from tl_loops.measure import measure as run
-    from tl_loops.profile_files import check_file_ending
+    from tl_loops.measurements.formats import check_file_ending
+    from tl_loops.measurements.measure import measure as run
 
     if options.out is not None:
         check_file_ending(options.out)
@@ -122,7 +122,7 @@ def _prompts(options: argparse.Namespace) -> list[PromptText] | None:
 
 
 def _load(options: argparse.Namespace) -> Any:
-    from tl_loops.model import LoopedTransformer
+    from tl_loops.model.looped import LoopedTransformer
 
     _check_iterations(options)
     return LoopedTransformer.from_pretrained_no_processing(

@@ -8,13 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_loops.layout import (
-    ITERATION_HOOKS,
-    BlockCoordinate,
-    LoopLayout,
-    Phase,
-    activation_name,
-)
+from tl_loops.layout.layout import BlockCoordinate, LoopLayout, Phase
+from tl_loops.layout.names import ITERATION_HOOKS, activation_name
 
 Selection = int | Sequence[int]
 HookFunction = Callable[..., Any]

@@ -8,13 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.layout.selection import Selection, chosen_values
 from tl_loops.loop_hooks import every_iteration, layout_of, stack_iterations
 from tl_loops.patching.activation import Metric, logits_score
-from tl_loops.patching.cells import Cell, Edit
-from tl_loops.patching.checks import as_tokens, check_batch_size, check_metric, logits_shape
-from tl_loops.patching.grid import Region, Selection, chosen_values, make_grid
-from tl_loops.patching.rerun import BaseRun
-from tl_loops.patching.sites import find_activation
+from tl_loops.runs.activations import find_activation
+from tl_loops.runs.cells import Cell, Edit
+from tl_loops.runs.checks import as_tokens, check_batch_size, check_metric, logits_shape
+from tl_loops.runs.grid import Region, make_grid
+from tl_loops.runs.rerun import BaseRun
 
 HookList = list[tuple[str, Callable]]
 Direction = Float[Tensor, "*iteration_layer d_model"]

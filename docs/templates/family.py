@@ -7,7 +7,8 @@ lines marked with a number: docs/adding_a_family.md explains them.
 from collections.abc import Iterator
 from typing import Any
 
-from tl_loops.config import LoopedTransformerConfig
+from tl_loops.config.config import LoopedTransformerConfig
+from tl_loops.config.weights import key_value_name
 from tl_loops.errors import CheckpointError
 from tl_loops.families.base import (
     Family,
@@ -19,8 +20,7 @@ from tl_loops.families.base import (
     transposed,
     whole,
 )
-from tl_loops.families.rotary import rotary_fields
-from tl_loops.physical import key_value_name
+from tl_loops.families.shared.rotary import rotary_fields
 
 
 def _derive(released: Released) -> dict[str, Any]:

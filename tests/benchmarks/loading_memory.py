@@ -45,9 +45,9 @@ def make(directory: Path, n_layers: int, stored: str) -> None:
     """Write a checkpoint of random weights, one shard a layer."""
     import torch
 
-    from tl_loops.families.checkpoint import write_safetensors
     from tl_loops.families.ouro import OURO
-    from tl_loops.loading import Checkpoint, load_config
+    from tl_loops.loading.open import Checkpoint, load_config
+    from tl_loops.loading.save import write_safetensors
 
     (directory / "config.json").write_text(json.dumps(config(n_layers)))
     cfg = load_config(Checkpoint(directory, "random"), device="cpu")

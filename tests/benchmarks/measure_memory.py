@@ -39,7 +39,7 @@ def side(n_iterations: int, n_prompts: int, args: argparse.Namespace) -> dict[st
     import torch
 
     from tl_loops import LoopedTransformer, LoopedTransformerConfig
-    from tl_loops.measure import measure
+    from tl_loops.measurements.measure import measure
 
     torch.set_num_threads(1)
     bare = resident("VmRSS")

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tl_loops.cli import main
-from tl_loops.families.registry import catalogue
+from tl_loops.loading.catalogue import catalogue
 
 
 def run(capsys, *arguments):
@@ -37,7 +37,7 @@ def test_measure_writes_a_profile(capsys, tmp_path):
     assert code == 0
     assert printed.strip() == str(out.resolve())
     assert json.loads(out.read_text())
-    from tl_loops.profile import LoopProfile
+    from tl_loops.measurements.profile import LoopProfile
 
     profile = LoopProfile.load(out)
     assert set(profile.metrics) == {"sink_rate", "mixing_score"}

@@ -23,7 +23,8 @@ MODULES += ("patching", "plots", "steering", "tasks")
 NOT_SHOWN = {"tl_loops.measurements.Activation"}
 # These functions have the names of their modules, which the reference would show instead.
 ELSEWHERE = {
-    "tl_loops.measure": "tl_loops.measure.measure",
+    "tl_loops.measure": "tl_loops.measurements.measure.measure",
+    "tl_loops.kv_sharing_effect": "tl_loops.model.kv_sharing_effect.kv_sharing_effect",
     "tl_loops.metrics.kmeans": "tl_loops.metrics.kmeans.kmeans",
 }
 

@@ -19,9 +19,10 @@ from tl_loops.attribution.gradients import (
     moved,
     path_nodes,
 )
-from tl_loops.patching.checks import as_tokens, logits_shape
-from tl_loops.patching.grid import Grid, Region, Selection, make_grid
-from tl_loops.patching.sites import Activation, check_cache, take
+from tl_loops.layout.selection import Selection
+from tl_loops.runs.activations import Activation, check_cache, take
+from tl_loops.runs.checks import as_tokens, logits_shape
+from tl_loops.runs.grid import Grid, Region, make_grid
 
 _EMBED = "hook_embed"
 

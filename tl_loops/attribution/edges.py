@@ -22,10 +22,10 @@ from tl_loops.attribution.gradients import (
     path_nodes,
     run_metric,
 )
-from tl_loops.decomposition.path import part_label
-from tl_loops.layout import LoopLayout, Phase
-from tl_loops.patching.checks import as_tokens, logits_shape
-from tl_loops.patching.sites import check_cache, find_activation, layout_of, take
+from tl_loops.layout.layout import LoopLayout, Phase, part_label
+from tl_loops.layout.of_model import layout_of
+from tl_loops.runs.activations import check_cache, find_activation, take
+from tl_loops.runs.checks import as_tokens, logits_shape
 
 Kind = Literal["embed", "attn", "head", "query", "key", "value", "mlp", "logits"]
 _EMBED = "hook_embed"

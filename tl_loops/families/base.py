@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_loops.config import LoopedTransformerConfig
+from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import CheckpointError
 
 View = Callable[[Tensor], Tensor]

@@ -14,9 +14,8 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from tl_loops.config import LoopedTransformerConfig
+from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import CheckpointError
-from tl_loops.families import fused
 from tl_loops.families.base import (
     Family,
     KnownModel,
@@ -28,6 +27,7 @@ from tl_loops.families.base import (
     transposed,
     whole,
 )
+from tl_loops.families.shared import fused
 
 _SIGNS = {"H_cycles", "L_cycles", "L_layers", "hidden_size", "num_heads", "halt_max_steps"}
 _PREFIX = "_orig_mod.model.inner."

@@ -10,9 +10,8 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
-from tl_loops.config import LoopedTransformerConfig
+from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import CheckpointError
-from tl_loops.families import fused, llama
 from tl_loops.families.base import (
     Family,
     KnownModel,
@@ -24,7 +23,8 @@ from tl_loops.families.base import (
     transposed,
     whole,
 )
-from tl_loops.families.rotary import rotary_fields
+from tl_loops.families.shared import fused, llama
+from tl_loops.families.shared.rotary import rotary_fields
 
 _DEFAULT_RANGE = 0.02
 _DEFAULT_BASE = 10_000.0

@@ -4,10 +4,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from tl_loops.config import LoopedTransformerConfig, truncated_normal_std
+from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import CheckpointError
-from tl_loops.families import raven
 from tl_loops.families.base import Family, KnownModel, Released, TensorSpec, checked, read
+from tl_loops.families.shared import raven
+from tl_loops.families.shared.raven import truncated_normal_std
 
 _NORMS = {"norm_1": "ln1", "norm_2": "ln1_post", "norm_3": "ln2", "norm_4": "ln2_post"}
 

@@ -7,11 +7,11 @@ keys and values of the first pass with attention to its own of the last few posi
 from collections.abc import Iterator
 from typing import Any
 
-from tl_loops.config import LoopedTransformerConfig
+from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import CheckpointError
-from tl_loops.families import llama
 from tl_loops.families.base import Family, KnownModel, Released, TensorSpec, checked, whole
-from tl_loops.families.rotary import rotary_fields
+from tl_loops.families.shared import llama
+from tl_loops.families.shared.rotary import rotary_fields
 
 
 def _derive(released: Released) -> dict[str, Any]:

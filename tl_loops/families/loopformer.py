@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from tl_loops.config import LoopedTransformerConfig
+from tl_loops.config.config import LoopedTransformerConfig
+from tl_loops.config.weights import N_FREQUENCIES
 from tl_loops.errors import CheckpointError
 from tl_loops.families.base import (
     Family,
@@ -24,7 +25,6 @@ from tl_loops.families.base import (
     transposed,
     whole,
 )
-from tl_loops.physical import N_FREQUENCIES
 
 _EMBEDDERS = {"time_embedder": "time", "dt_embedder": "step"}
 

@@ -8,9 +8,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tl_loops.config import LoopedTransformerConfig
+from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import CheckpointError
-from tl_loops.families import llama
 from tl_loops.families.base import (
     Family,
     KnownModel,
@@ -20,7 +19,8 @@ from tl_loops.families.base import (
     transposed,
     whole,
 )
-from tl_loops.families.rotary import rotary_fields
+from tl_loops.families.shared import llama
+from tl_loops.families.shared.rotary import rotary_fields
 
 _QK_NORMS = {"qwen3": "head_weight", "llama": None}
 """The base models whose layers are implemented, and their norm of queries and keys."""

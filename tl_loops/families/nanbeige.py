@@ -3,9 +3,9 @@
 from typing import Any
 
 from tl_loops.errors import CheckpointError
-from tl_loops.families import llama
 from tl_loops.families.base import Family, KnownModel, Released, checked
-from tl_loops.families.rotary import rotary_fields
+from tl_loops.families.shared import llama
+from tl_loops.families.shared.rotary import rotary_fields
 
 
 def _derive(released: Released) -> dict[str, Any]:

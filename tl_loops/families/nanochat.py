@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from tl_loops.config import LoopedTransformerConfig
+from tl_loops.config.config import LoopedTransformerConfig
+from tl_loops.config.weights import key_value_name
 from tl_loops.errors import CheckpointError
 from tl_loops.families.base import (
     Family,
@@ -23,7 +24,6 @@ from tl_loops.families.base import (
     transposed,
     whole,
 )
-from tl_loops.physical import key_value_name
 
 _PHASES = {"prelude": "prelude", "recur": "core", "coda": "coda"}
 _SIGNS = {"n_prelude", "n_recur_block", "n_coda", "n_embd", "n_head"}

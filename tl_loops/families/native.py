@@ -1,22 +1,11 @@
 """tl_loops's own format: the config by its fields, the weights under their physical names."""
 
-import dataclasses
-import json
-import math
-import os
-import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from tl_loops.config import LoopedTransformerConfig, dtype_name
-from tl_loops.errors import CheckpointError, ConfigError
+from tl_loops.config.config import LoopedTransformerConfig, dtype_name
+from tl_loops.config.weights import Layout, empty_as, physical_tensors
+from tl_loops.errors import CheckpointError
 from tl_loops.families.base import (
     Empty,
     Family,
@@ -26,24 +15,13 @@ from tl_loops.families.base import (
     TensorSpec,
     as_is,
 )
-from tl_loops.families.checkpoint import (
-    CONFIG_FILE,
-    FLOATS,
-    INDEX_FILE,
-    WEIGHTS_FILE,
-    read_json,
-    write_safetensors,
-)
-from tl_loops.physical import Layout, empty_as, physical_tensors
+from tl_loops.loading.files import FLOATS
 
 MODEL_TYPE = "tl_loops"
 FORMAT_VERSION = 1
 
-_OF_THIS_RUN = ("device", "n_params", "n_layers", "seed", "tokenizer_prepends_bos")
-"""Fields that follow from others, or say nothing about the model."""
 
 _DTYPES = {dtype_name(dtype): dtype for dtype in FLOATS.values()}
-_OWN_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def _derive(released: Released) -> dict[str, Any]:
@@ -85,146 +63,3 @@ NATIVE = Family(
     tensors=_tensors,
     known=(KnownModel("tl-loops-tiny", packaged="tiny"),),
 )
-
-
-def config_to_json(cfg: LoopedTransformerConfig) -> dict[str, Any]:
-    """The fields of a config that differ from their defaults, and its dtype, as JSON can hold them.
-
-    Raises:
-        ConfigError: A field holds something that JSON cannot; it is named.
-    """
-    fields = {}
-    for described in dataclasses.fields(cfg):
-        value = getattr(cfg, described.name)
-        differs = value != described.default or described.name == "dtype"
-        if differs and described.name not in _OF_THIS_RUN:
-            fields[described.name] = _plain(described.name, value)
-    return fields
-
-
-def _plain(name: str, value: Any) -> Any:
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, torch.dtype):
-        return dtype_name(value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(name, element) for element in value]
-    finite = not isinstance(value, float) or math.isfinite(value)
-    if isinstance(value, (bool, int, float, str, type(None))) and finite:
-        return value
-    raise ConfigError(f"config field {name}={value!r} cannot be saved as JSON")
-
-
-def save_checkpoint(
-    directory: str | os.PathLike[str],
-    cfg: LoopedTransformerConfig,
-    tensors: Mapping[str, Tensor],
-    tokenizer: Any = None,
-    max_shard_bytes: int = 5_000_000_000,
-) -> None:
-    """Write a checkpoint in tl_loops's own format, which every loading function reads.
-
-    All files are written under a temporary name in ``directory`` and moved into place at the end,
-    ``config.json`` last, so that a failure leaves neither a half file nor a checkpoint that looks
-    whole. At most one tensor is copied at a time.
-
-    Args:
-        directory: Created if need be. An earlier checkpoint in this format is replaced.
-        cfg: The config; its dtype and name are saved, its device is not.
-        tensors: All physical weights by name (``model.physical_state_dict()``).
-        tokenizer: Saved beside the weights if given (``save_pretrained``).
-        max_shard_bytes: Weights beyond this size go into several files with an index.
-
-    Raises:
-        CheckpointError: ``directory`` holds something else, or the tensors are not those of the
-            config; every missing, unexpected and misshapen one is named.
-        ConfigError: A config field cannot be written as JSON.
-    """
-    target = Path(directory)
-    _check_target(target)
-    _check_tensors(cfg, tensors)
-    document = {
-        "model_type": MODEL_TYPE,
-        "format_version": FORMAT_VERSION,
-        "config": config_to_json(cfg),
-    }
-    created = not target.exists()
-    target.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-    try:
-        # In the order of physical_tensors, so that equal models give equal files.
-        ordered = {name: tensors[name] for name in physical_tensors(cfg)}
-        _write_weights(staging, ordered, max_shard_bytes)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        (staging / CONFIG_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        written = {file.name for file in staging.iterdir()}
-        stale = {file.name for file in target.iterdir() if _OWN_WEIGHTS.fullmatch(file.name)}
-        (target / CONFIG_FILE).unlink(missing_ok=True)
-        for name in stale - written:
-            (target / name).unlink()
-        for name in sorted(written, key=lambda name: (name == CONFIG_FILE, name)):
-            if (target / name).is_dir():
-                shutil.rmtree(target / name)
-            os.replace(staging / name, target / name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if created and not any(target.iterdir()):
-            target.rmdir()
-
-
-def _check_target(target: Path) -> None:
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"{target} is a file; give a directory to save into")
-    if not target.is_dir():
-        return
-    config = target / CONFIG_FILE
-    if config.exists():
-        if read_json(config).get("model_type") != MODEL_TYPE:
-            raise CheckpointError(
-                f"{target} holds a checkpoint of another format; save into another directory"
-            )
-    elif any(target.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{target} holds weights without {CONFIG_FILE}; save into another directory"
-        )
-
-
-def _check_tensors(cfg: LoopedTransformerConfig, tensors: Mapping[str, Tensor]) -> None:
-    expected = physical_tensors(cfg)
-    problems = [
-        f"{name!r} is missing, expected shape {tensor.shape}"
-        for name, tensor in expected.items()
-        if name not in tensors
-    ]
-    problems += [f"{name!r} is not a weight of this config" for name in tensors.keys() - expected]
-    problems += [
-        f"{name!r} has shape {tuple(tensors[name].shape)}, expected {tensor.shape}"
-        for name, tensor in expected.items()
-        if name in tensors and tuple(tensors[name].shape) != tensor.shape
-    ]
-    if problems:
-        lines = "".join(f"\n  {problem}" for problem in problems)
-        raise CheckpointError(f"the tensors to save are not those of the config:{lines}")
-
-
-def _write_weights(directory: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = total = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled, total = filled + size, total + size
-    if len(shards) == 1:
-        write_safetensors(directory / WEIGHTS_FILE, shards[0].items())
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(directory / file, shard.items())
-        weight_map |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")

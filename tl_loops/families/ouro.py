@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from tl_loops.config import LoopedTransformerConfig
-from tl_loops.families import llama
+from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.families.base import (
     Family,
     KnownModel,
@@ -15,7 +14,8 @@ from tl_loops.families.base import (
     transposed,
     whole,
 )
-from tl_loops.families.rotary import rotary_fields
+from tl_loops.families.shared import llama
+from tl_loops.families.shared.rotary import rotary_fields
 
 _NORMS = {
     "input_layernorm": "ln1",

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tl_loops.config import LoopedTransformerConfig, truncated_normal_std
+from tl_loops.config.config import LoopedTransformerConfig
+from tl_loops.config.weights import key_value_name
 from tl_loops.errors import CheckpointError
-from tl_loops.families import raven
 from tl_loops.families.base import (
     Family,
     KnownModel,
@@ -22,7 +22,8 @@ from tl_loops.families.base import (
     transposed,
     whole,
 )
-from tl_loops.physical import key_value_name
+from tl_loops.families.shared import raven
+from tl_loops.families.shared.raven import truncated_normal_std
 
 _CLASS = "Parcae"
 _PHASES = {"prelude": "prelude", "core_block": "core", "coda": "coda"}

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
-from tl_loops.config import LoopedTransformerConfig
+from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import CheckpointError
-from tl_loops.families import raven
 from tl_loops.families.base import Family, KnownModel, Released, TensorSpec, checked, read
-from tl_loops.families.rotary import rotary_fields
+from tl_loops.families.shared import raven
+from tl_loops.families.shared.rotary import rotary_fields
 
 _LLAMA_NORMS = {"norm_1": "ln1", "norm_2": "ln2"}
 _OLMO_NORMS = {"norm_1": "ln1_post", "norm_2": "ln2_post"}

@@ -1,18 +1,18 @@
 """Lenses: what the residual stream already says at each iteration and layer."""
 
 from tl_loops.lens.decode import CodaLens, ExitLens, Lens, LogitLens
-from tl_loops.lens.fidelity import (
-    adjacent_agreement,
-    logit_kurtosis,
-    participation_ratio,
-    transport_similarity,
-)
 from tl_loops.lens.jacobian import JacobianLens, fit_jacobian_lens
 from tl_loops.lens.points import LensPoint
 from tl_loops.lens.read import coda_lens, exit_lens, logit_lens, read_lens
 from tl_loops.lens.result import LensResult, TokenTrajectory
 from tl_loops.lens.tracking import EntityTracks, rank_jumps, track_entities
 from tl_loops.lens.tuned import TunedLens, train_tuned_lens
+from tl_loops.metrics.lenses import (
+    adjacent_agreement,
+    logit_kurtosis,
+    participation_ratio,
+    transport_similarity,
+)
 
 __all__ = [
     "CodaLens",

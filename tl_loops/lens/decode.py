@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_loops.errors import LoopedSemanticsError
-from tl_loops.lens.inputs import LensInputs
 from tl_loops.lens.points import LensPoint, PointSet
+from tl_loops.runs.inputs import LensInputs
 from tl_loops.upstream import apply_softcap
 
 

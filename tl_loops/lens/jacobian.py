@@ -10,12 +10,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_loops.lens.artefact import check_sizes, load_artefact, model_sizes, save_artefact
+from tl_loops.layout.of_model import require_layout, with_iterations
 from tl_loops.lens.decode import CodaLens, Lens, LogitLens
-from tl_loops.lens.inputs import LensInputs, with_iterations
-from tl_loops.lens.points import LensPoint, PointSet, require_layout, select_points
+from tl_loops.lens.fitted import check_sizes, model_sizes
+from tl_loops.lens.points import LensPoint, PointSet, select_points
 from tl_loops.metrics.padding import statistic_dtype
-from tl_loops.prompt_batches import token_prompts
+from tl_loops.runs.batches import token_prompts
+from tl_loops.runs.inputs import LensInputs
+from tl_loops.runs.storage import load_artefact, save_artefact
 
 Target = Literal["final", "penultimate", "loop_ends"]
 

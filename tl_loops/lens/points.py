@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tl_loops.layout import LoopLayout, Phase
+from tl_loops.layout.layout import LoopLayout, Phase
+from tl_loops.layout.of_model import require_layout
 
 PointSet = Literal["blocks", "core", "states"]
 
@@ -54,21 +55,6 @@ class LensPoint:
     def series(self) -> tuple[str, Phase | None, int | None]:
         """Points of one series differ in their iteration alone."""
         return self.kind, self.phase, self.layer
-
-
-def require_layout(model: Any) -> LoopLayout:
-    """The layout of a looped model.
-
-    Raises:
-        TypeError: The model has none.
-    """
-    layout = getattr(model, "layout", None)
-    if not isinstance(layout, LoopLayout):
-        raise TypeError(
-            f"{type(model).__name__} has no loop layout; expected a looped model, for example "
-            "from tl_loops.LoopedTransformer.from_pretrained"
-        )
-    return layout
 
 
 def select_points(model: Any, points: PointSet | str | Sequence[str]) -> tuple[LensPoint, ...]:

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_loops.layout.of_model import require_layout, with_iterations
 from tl_loops.lens.decode import CodaLens, ExitLens, Lens, LogitLens
-from tl_loops.lens.inputs import LensInput, LensInputs, Positions, lens_inputs, with_iterations
-from tl_loops.lens.points import LensPoint, PointSet, require_layout, select_points
+from tl_loops.lens.points import LensPoint, PointSet, select_points
 from tl_loops.lens.result import LensResult, TokenTrajectory, point_series
-from tl_loops.lens.tokens import TrackedTokens, tracked_ids
+from tl_loops.lens.tracked_tokens import TrackedTokens, tracked_ids
 from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.metrics.readout import (
     kl_divergence,
@@ -21,6 +21,7 @@ from tl_loops.metrics.readout import (
     token_probability,
     token_rank,
 )
+from tl_loops.runs.inputs import LensInput, LensInputs, Positions, lens_inputs
 
 _POINTWISE = ("predictions", "top_tokens", "top_probabilities", "entropy")
 

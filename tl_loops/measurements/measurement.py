@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_loops.layout import LoopLayout
+from tl_loops.layout.layout import LoopLayout
 
 Activation = Literal["pattern", "resid_post", "state_out", "exit_gate"]
 Needs = Literal["value", "previous", "last", "series"]

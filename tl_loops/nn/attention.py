@@ -6,10 +6,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_loops.config import LoopedTransformerConfig
-from tl_loops.kv_sharing import FarKeys
+from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.nn.context import ForwardContext, windowed
 from tl_loops.nn.first_pass import FirstPassGate
+from tl_loops.nn.kv_cache import FarKeys
 from tl_loops.nn.norm import Norm
 from tl_loops.nn.rotary import apply_rotary
 from tl_loops.nn.value_embedding import ValueEmbedding

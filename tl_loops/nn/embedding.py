@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_loops.config import LoopedTransformerConfig
+from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.nn.mlp import transposed_parameter
 from tl_loops.nn.norm import Norm
 from tl_loops.upstream import HookPoint

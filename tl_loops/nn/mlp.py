@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_loops.activations import ACTIVATIONS
-from tl_loops.config import LoopedTransformerConfig
+from tl_loops.config.activations import ACTIVATIONS
+from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.upstream import HookPoint
 
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_loops.config import LoopedTransformerConfig
+from tl_loops.config.config import LoopedTransformerConfig
 
 
 def rotary_frequencies(cfg: LoopedTransformerConfig) -> Float[Tensor, "half_rotary_dim"]:

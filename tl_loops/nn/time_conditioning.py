@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_loops.config import LoopedTransformerConfig
+from tl_loops.config.config import LoopedTransformerConfig
+from tl_loops.config.weights import N_FREQUENCIES
 from tl_loops.nn.mlp import transposed_parameter
-from tl_loops.physical import N_FREQUENCIES
 from tl_loops.upstream import HookPoint
 
 _MAX_PERIOD = 10_000.0

@@ -12,7 +12,6 @@ from tl_loops.patching.exit_gate import (
     patch_exit_gate,
     probe_exit_gate,
 )
-from tl_loops.patching.grid import axis_labels
 from tl_loops.patching.paths import Site, path_patch
 from tl_loops.patching.schedule import (
     repeat_schedule,
@@ -23,6 +22,7 @@ from tl_loops.patching.schedule import (
     swap_schedule,
 )
 from tl_loops.patching.transplant import transplant_states
+from tl_loops.runs.grid import axis_labels
 
 __all__ = [
     "MassiveSite",

@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_loops.patching.cells import Cell, Edit, Score
-from tl_loops.patching.checks import as_tokens, check_batch_size, check_metric, logits_shape
-from tl_loops.patching.grid import Grid, Region, Selection, make_grid
-from tl_loops.patching.rerun import BaseRun
-from tl_loops.patching.sites import Activation, check_cache, take
+from tl_loops.layout.selection import Selection
+from tl_loops.runs.activations import Activation, check_cache, take
+from tl_loops.runs.cells import Cell, Edit, Score
+from tl_loops.runs.checks import as_tokens, check_batch_size, check_metric, logits_shape
+from tl_loops.runs.grid import Grid, Region, make_grid
+from tl_loops.runs.rerun import BaseRun
 
 Metric = Callable[[Tensor], Any]
 
@@ -36,7 +37,7 @@ def activation_patch(
     Each cell of the result is the metric of one corrupted run in which the activation, at the
     cell's coordinates, is that of the clean run; along axes that are not named it is patched in
     full. Every number is that of one full forward pass a cell, up to rounding; see
-    :class:`tl_loops.patching.rerun.BaseRun` for what is not computed again.
+    :class:`tl_loops.runs.rerun.BaseRun` for what is not computed again.
 
     Args:
         model: A looped model, or a plain HookedTransformer (without the axis ``"iteration"``).
@@ -158,7 +159,7 @@ def logits_score(metric: Metric) -> Score:
 
 
 def take_all(model: Any, grid: Grid, cache: Any, shape: tuple[int, int]) -> dict[str, Tensor]:
-    """All that a grid puts in, from a cache; see :func:`tl_loops.patching.sites.take`."""
+    """All that a grid puts in, from a cache; see :func:`tl_loops.runs.activations.take`."""
     heads = grid.activation.n_heads(model.cfg)
     return {name: take(cache, grid.activation, name, shape, heads) for name in grid.names}
 

@@ -9,13 +9,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_loops.errors import LoopedSemanticsError
-from tl_loops.layout import LoopLayout
+from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.of_model import layout_of
+from tl_loops.layout.selection import Selection, chosen_values
 from tl_loops.patching.activation import Metric, patch_grid, take_all
-from tl_loops.patching.cells import CellOutput
-from tl_loops.patching.checks import as_tokens, check_batch_size, check_metric
-from tl_loops.patching.grid import Selection, chosen_values, make_grid
-from tl_loops.patching.rerun import BaseRun
-from tl_loops.patching.sites import check_cache, layout_of
+from tl_loops.runs.activations import check_cache
+from tl_loops.runs.cells import CellOutput
+from tl_loops.runs.checks import as_tokens, check_batch_size, check_metric
+from tl_loops.runs.grid import make_grid
+from tl_loops.runs.rerun import BaseRun
 
 FORCED = 100.0
 """Halting logit of a forced decision: its sigmoid is 0 or 1 in every floating point type."""

@@ -9,12 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.layout.selection import Selection
 from tl_loops.patching.activation import Metric, logits_score, replace
-from tl_loops.patching.cells import Cell, Edit
-from tl_loops.patching.checks import as_tokens, check_batch_size, check_metric, logits_shape
-from tl_loops.patching.grid import Grid, Selection, make_grid
-from tl_loops.patching.rerun import BaseRun
-from tl_loops.patching.sites import Activation, check_cache, find_activation, take
+from tl_loops.runs.activations import Activation, check_cache, find_activation, take
+from tl_loops.runs.cells import Cell, Edit
+from tl_loops.runs.checks import as_tokens, check_batch_size, check_metric, logits_shape
+from tl_loops.runs.grid import Grid, make_grid
+from tl_loops.runs.rerun import BaseRun
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from tl_loops.errors import LoopedSemanticsError
-from tl_loops.layout import LoopLayout
-from tl_loops.patching.grid import chosen_values
-from tl_loops.patching.sites import layout_of
+from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.of_model import layout_of
+from tl_loops.layout.selection import chosen_values
 
 HookList = list[tuple[str, Callable]]
 

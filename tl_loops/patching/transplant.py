@@ -6,12 +6,13 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.layout.of_model import layout_of
+from tl_loops.layout.selection import Selection, chosen_values, contiguous_parts
 from tl_loops.patching.activation import Metric, logits_score, replace
-from tl_loops.patching.cells import Cell
-from tl_loops.patching.checks import as_tokens, check_batch_size, check_metric, logits_shape
-from tl_loops.patching.grid import Selection, chosen_values, contiguous_parts
-from tl_loops.patching.rerun import BaseRun
-from tl_loops.patching.sites import find_activation, layout_of, take
+from tl_loops.runs.activations import find_activation, take
+from tl_loops.runs.cells import Cell
+from tl_loops.runs.checks import as_tokens, check_batch_size, check_metric, logits_shape
+from tl_loops.runs.rerun import BaseRun
 
 
 def transplant_states(

@@ -6,8 +6,10 @@
 which ask no network.
 """
 
+from tl_loops.drawing.draw import draw
+from tl_loops.drawing.views import CircuitsView, circuitsvis_script
+from tl_loops.measurements.figure import plot_profile
 from tl_loops.plots.attention import attention_heads, attention_patterns, attention_view
-from tl_loops.plots.backend import draw
 from tl_loops.plots.curves import plot_curves
 from tl_loops.plots.exits import plot_exit_curves, plot_exits
 from tl_loops.plots.fixed_points import plot_fixed_points
@@ -17,12 +19,10 @@ from tl_loops.plots.norms import plot_residual_norms
 from tl_loops.plots.pairs import plot_matrix, plot_pairs
 from tl_loops.plots.patching import plot_patching
 from tl_loops.plots.pca import plot_pca
-from tl_loops.plots.profile import plot_profile
 from tl_loops.plots.ranks import plot_ranks
 from tl_loops.plots.stages import plot_stages
 from tl_loops.plots.tokens import colored_tokens, token_log_probs
 from tl_loops.plots.trajectories import plot_trajectories
-from tl_loops.plots.views import CircuitsView, circuitsvis_script
 
 __all__ = [
     "CircuitsView",

@@ -7,10 +7,10 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_loops.layout import LoopLayout
-from tl_loops.plots.depth import block_values
+from tl_loops.drawing.depth import block_values
+from tl_loops.drawing.views import CircuitsView, Component, ViewPart
+from tl_loops.layout.layout import LoopLayout
 from tl_loops.plots.subject import subject_of
-from tl_loops.plots.views import CircuitsView, Component, ViewPart
 
 Indices = int | Sequence[int] | None
 

@@ -7,11 +7,10 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_loops.plots.backend import draw
-from tl_loops.plots.colours import DISTINCT, iteration_colours, layer_colours
-from tl_loops.plots.depth import depth_axis, iteration_rules, phase_spans
-from tl_loops.plots.figure import Axis, Figure, Line, Mark, Panel, every_few
-from tl_loops.plots.quantities import as_array
+from tl_loops.drawing.colours import DISTINCT, iteration_colours, layer_colours
+from tl_loops.drawing.depth import depth_axis, iteration_rules, phase_spans
+from tl_loops.drawing.draw import draw
+from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, as_array, every_few
 from tl_loops.plots.subject import subject_of
 
 

@@ -7,13 +7,12 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_loops.exit_curves import ExitCurve
-from tl_loops.plots.backend import draw
-from tl_loops.plots.colours import DISTINCT
-from tl_loops.plots.figure import Axis, Bars, Figure, Line, Panel
-from tl_loops.plots.quantities import as_array
+from tl_loops.drawing.colours import DISTINCT
+from tl_loops.drawing.draw import draw
+from tl_loops.drawing.figure import Axis, Bars, Figure, Line, Panel, as_array
+from tl_loops.lens.exit_curve import ExitCurve
+from tl_loops.measurements.profile import LoopProfile
 from tl_loops.plots.subject import subject_of
-from tl_loops.profile import LoopProfile
 
 _CURVES = {
     "loss": ("Loss", "cross entropy (nats per token)"),

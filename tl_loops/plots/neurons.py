@@ -4,12 +4,11 @@ from typing import Any
 
 import numpy as np
 
-from tl_loops.layout import LoopLayout
+from tl_loops.drawing.colours import CODA, DISTINCT, PRELUDE
+from tl_loops.drawing.draw import draw
+from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, Span, as_array
+from tl_loops.layout.layout import LoopLayout
 from tl_loops.metrics.neurons import PredictionSuppression
-from tl_loops.plots.backend import draw
-from tl_loops.plots.colours import CODA, DISTINCT, PRELUDE
-from tl_loops.plots.figure import Axis, Figure, Line, Mark, Panel, Span
-from tl_loops.plots.quantities import as_array
 from tl_loops.plots.subject import subject_of
 
 _KINDS = ("prediction", "suppression")

@@ -8,12 +8,11 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_loops.patching.grid import axis_labels
-from tl_loops.plots.backend import draw
-from tl_loops.plots.figure import ColourScale, Figure, Heat, Panel
+from tl_loops.drawing.draw import draw
+from tl_loops.drawing.figure import ColourScale, Figure, Heat, Panel, as_array
 from tl_loops.plots.pairs import named_axis
-from tl_loops.plots.quantities import as_array
 from tl_loops.plots.subject import subject_of
+from tl_loops.runs.grid import axis_labels
 
 _SYNONYMS = {"head_index": "head", "dest_pos": "pos"}
 _NAMES = {

@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tl_loops.layout import LoopLayout
+from tl_loops.drawing.colours import MUTED, iteration_colours
+from tl_loops.drawing.depth import PHASES, block_groups, block_values
+from tl_loops.drawing.draw import draw
+from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, as_array, every_few
+from tl_loops.drawing.subject import Subject
+from tl_loops.layout.layout import LoopLayout
 from tl_loops.metrics.pca import PCATrajectory, pca_trajectory, random_walk_null
-from tl_loops.plots.backend import draw
-from tl_loops.plots.colours import MUTED, iteration_colours
-from tl_loops.plots.depth import PHASES, block_groups, block_values
-from tl_loops.plots.figure import Axis, Figure, Line, Mark, Panel, every_few
-from tl_loops.plots.quantities import as_array
-from tl_loops.plots.subject import Subject, subject_of
+from tl_loops.plots.subject import subject_of
 
 
 def plot_pca(

@@ -4,13 +4,12 @@ from typing import Any
 
 import numpy as np
 
+from tl_loops.drawing.colours import CODA, DISTINCT, PRELUDE, layer_colours
+from tl_loops.drawing.draw import draw
+from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, Rule, Span, as_array, every_few
 from tl_loops.lens.points import LensPoint
 from tl_loops.lens.result import LensResult, point_series
 from tl_loops.lens.tracking import EntityTracks
-from tl_loops.plots.backend import draw
-from tl_loops.plots.colours import CODA, DISTINCT, PRELUDE, layer_colours
-from tl_loops.plots.figure import Axis, Figure, Line, Mark, Panel, Rule, Span, every_few
-from tl_loops.plots.quantities import as_array
 from tl_loops.plots.subject import subject_of
 
 _MOST_LABELS = 30

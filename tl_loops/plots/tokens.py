@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_loops.drawing.figure import as_array
+from tl_loops.drawing.views import CircuitsView, ViewPart, as_text
 from tl_loops.lens.result import LensResult
 from tl_loops.metrics.readout import token_rank
 from tl_loops.plots.attention import Indices, chosen_indices, prompt_text, token_texts
-from tl_loops.plots.quantities import as_array
 from tl_loops.plots.subject import subject_of
-from tl_loops.plots.views import CircuitsView, ViewPart, as_text
 
 _BLUE, _ORANGE = "#1f6fb4", "#d1642b"
 

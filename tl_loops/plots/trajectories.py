@@ -6,15 +6,14 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.drawing.colours import DISTINCT
+from tl_loops.drawing.draw import draw
+from tl_loops.drawing.figure import Axis, Figure, Line, Panel, as_array
 from tl_loops.metrics.trajectories import (
     TRAJECTORY_LABELS,
     TrajectoryClassification,
     classify_trajectory,
 )
-from tl_loops.plots.backend import draw
-from tl_loops.plots.colours import DISTINCT
-from tl_loops.plots.figure import Axis, Figure, Line, Panel
-from tl_loops.plots.quantities import as_array
 from tl_loops.plots.subject import subject_of
 
 _TYPICAL = {

@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_loops import plots
-from tl_loops.cache import LoopedActivationCache
+from tl_loops.cache.cache import LoopedActivationCache
 from tl_loops.report.section import Section, as_text, html_figure, plotly_figure
 
 _ATTENTION_BYTES = 1_200_000

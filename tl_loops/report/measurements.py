@@ -5,11 +5,11 @@ from typing import Any
 import torch
 
 from tl_loops import plots
-from tl_loops.cache import LoopedActivationCache
+from tl_loops.cache.cache import LoopedActivationCache
+from tl_loops.layout.segments import SegmentedLayout
+from tl_loops.measurements.profile import LoopProfile
 from tl_loops.metrics import TRAJECTORY_LABELS, classify_trajectory, prediction_suppression_neurons
-from tl_loops.profile import LoopProfile
 from tl_loops.report.section import Section, columns, percent, plotly_figure
-from tl_loops.segments import SegmentedLayout
 
 ATTENTION = ("sink_rate", "mixing_score", "colsum_concentration")
 RESIDUAL = ("residual_entropy", "residual_norm")

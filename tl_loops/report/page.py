@@ -13,11 +13,10 @@ import torch
 from jinja2 import Environment
 
 from tl_loops import tasks
+from tl_loops.drawing.views import circuitsvis_script
 from tl_loops.errors import LoopedSemanticsError
-from tl_loops.files import write_whole
-from tl_loops.measure import available_metrics, measure
-from tl_loops.plots.views import circuitsvis_script
-from tl_loops.prompts import SAMPLE, PromptText, from_task
+from tl_loops.measurements.measure import available_metrics, measure
+from tl_loops.report.answers import answers_section, readout_section
 from tl_loops.report.attention import attention_section, floorplan_section
 from tl_loops.report.measurements import (
     MEASURED,
@@ -28,8 +27,9 @@ from tl_loops.report.measurements import (
     stages_section,
 )
 from tl_loops.report.patching import patching_section
-from tl_loops.report.readout import answers_section, readout_section
 from tl_loops.report.section import Section, last_tokens, shortened
+from tl_loops.runs.storage import write_whole
+from tl_loops.tasks.prompts import SAMPLE, PromptText, from_task
 
 MOST_BYTES = 6_000_000
 """A page is never larger than this."""
@@ -209,7 +209,7 @@ def _model_section(model: Any, n_prompts: int, what: str) -> Section:
 def _render(model: Any, sections: Sequence[Section]) -> str:
     from tl_loops import __version__
 
-    folder = resources.files("tl_loops") / "templates"
+    folder = resources.files("tl_loops.report") / "templates"
     source = (folder / "report.html").read_text("utf-8")
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         source

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from tl_loops import plots
 from tl_loops.patching.activation import activation_patch
-from tl_loops.patching.grid import axis_labels
-from tl_loops.prompts import PromptText
 from tl_loops.report.section import Section, as_text, last_tokens, plotly_figure
+from tl_loops.runs.grid import axis_labels
+from tl_loops.tasks.prompts import PromptText
 
 _WORTH_NAMING = 0.1
 

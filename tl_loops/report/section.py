@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_loops.prompts import PromptText
+from tl_loops.tasks.prompts import PromptText
 
 LONGEST = 64
 """Tokens of a prompt that figures of single prompts show: the last ones."""

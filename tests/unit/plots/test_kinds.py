@@ -7,7 +7,7 @@ import torch
 from tests.models import tiny_model, tiny_tokens
 from tests.unit.plots.reading import BACKENDS, colours, curves, heights, matrices, words
 from tl_loops import exit_curve, lens, metrics, plots
-from tl_loops.layout import LoopLayout
+from tl_loops.layout.layout import LoopLayout
 from tl_loops.metrics.neurons import NeuronClasses, NeuronStatistics, PredictionSuppression
 from tl_loops.plots.trajectories import oscillations
 

@@ -1,0 +1,164 @@
+"""The activation cache of a looped model: addressing by coordinate, moving, slicing, stacking."""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from tl_loops.cache.cached_run import SliceLike, as_slice
+from tl_loops.cache.neurons import NeuronDecomposition
+from tl_loops.errors import LoopedSemanticsError
+from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.names import ITERATION_HOOKS
+
+
+class LoopedActivationCache(NeuronDecomposition):
+    """An ActivationCache whose entries can also be named by iteration and layer.
+
+    ``cache["pattern", 14]``, ``cache["blocks.14.attn.hook_pattern"]`` and
+    ``cache["iter.3.0.attn.hook_pattern"]`` are one tensor; ``cache["pattern", 3, 0]`` (name,
+    iteration, layer) is the same again, and ``cache["state_out", 3]`` is
+    ``cache["iter.3.hook_state_out"]``. One tensor has one entry.
+
+    Everything goes by the layout of the run that filled the cache, also when the model has been
+    given another number of iterations since.
+
+    Attributes:
+        layout: The layout of the run that filled the cache.
+    """
+
+    layout: LoopLayout
+
+    def __init__(self, cache_dict: dict[str, Tensor], model: Any, has_batch_dim: bool = True):
+        super().__init__(cache_dict, model, has_batch_dim)
+        self.layout = model.cfg.layout
+
+    def __getitem__(self, key: Any) -> Tensor:
+        if isinstance(key, tuple) and len(key) > 1 and isinstance(key[1], int):
+            if len(key) == 3 and isinstance(key[2], int):
+                name, iteration, layer = key
+                key = self.layout.hook_name(name, iteration=iteration, layer=layer)
+            elif len(key) == 2 and f"hook_{key[0]}" in ITERATION_HOOKS:
+                key = self.layout.hook_name(key[0], iteration=key[1])
+            elif key[1] < 0:
+                # By the layout of the run, which may have had another number of iterations.
+                key = (key[0], self.layout.n_layers + key[1], *key[2:])
+        elif isinstance(key, str):
+            key = self.layout.canonical_name(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        if not isinstance(key, str):
+            return False
+        try:
+            return self.layout.canonical_name(key) in self.cache_dict
+        except IndexError:
+            return False
+
+    def _each_once(self, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Change every entry; entries that are one tensor in memory stay one tensor."""
+        changed: dict[tuple, Tensor] = {}
+        entries = {}
+        for name, tensor in self.cache_dict.items():
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+            if key not in changed:
+                changed[key] = change(tensor)
+            entries[name] = changed[key]
+        return entries
+
+    def to(self, device: str | torch.device) -> "LoopedActivationCache":
+        """Move the cache; a stream that is one block's output and the next one's input moves once.
+
+        Args:
+            device: Where to.
+
+        Returns:
+            This cache.
+        """
+        self.cache_dict = self._each_once(lambda tensor: tensor.to(device))
+        return self
+
+    def apply_slice_to_batch_dim(self, batch_slice: SliceLike) -> "LoopedActivationCache":
+        """A cache of some batch rows.
+
+        Args:
+            batch_slice: Rows; an integer drops the batch axis.
+
+        Raises:
+            ValueError: The cache has no batch axis.
+        """
+        rows = as_slice(batch_slice)
+        if not self.has_batch_dim and rows.mode != "identity":
+            raise ValueError("this cache has no batch axis to slice")
+        keeps = self.has_batch_dim and rows.mode != "int"
+        entries = self._each_once(rows.apply) if self.has_batch_dim else dict(self.cache_dict)
+        sliced = LoopedActivationCache(entries, self.model, has_batch_dim=keeps)
+        sliced.layout = self.layout
+        return sliced
+
+    def stack_activation(
+        self,
+        activation_name: str,
+        layer: int | None = -1,
+        sublayer_type: str | None = None,
+        *,
+        by_iteration: bool = False,
+    ) -> Tensor:
+        """One activation of all blocks (or iterations) as one tensor.
+
+        Args:
+            activation_name: TransformerLens's shorthand, or of an activation between iterations
+                (``"state_in"``, ``"injected"``, ``"state_out"``, ``"exit_gate"``).
+            layer: Only blocks before this one; ``None`` or -1: all.
+            sublayer_type: As in TransformerLens, which mostly infers it.
+            by_iteration: Rather ``[iteration, layer, ...]`` of the core alone.
+
+        Returns:
+            ``[block, ...]``; between iterations ``[iteration, ...]``.
+
+        Raises:
+            ValueError: ``layer`` out of range, or together with iterations.
+            KeyError: The cache lacks an entry.
+        """
+        layout = self.layout
+        between = f"hook_{activation_name}" in ITERATION_HOOKS
+        if (between or by_iteration) and layer not in (None, -1, layout.n_layers):
+            raise ValueError("layer selects blocks; it cannot be combined with iterations")
+        if between:
+            states = [self[activation_name, t] for t in range(layout.n_iterations)]
+            return torch.stack(states)
+        depth = self._target(layer, False, None).layer
+        blocks = range(layout.core_start, layout.coda_start) if by_iteration else range(depth)
+        stacked = torch.stack([self[activation_name, i, sublayer_type] for i in blocks])
+        if not by_iteration:
+            return stacked
+        return stacked.unflatten(0, (layout.n_iterations, layout.n_core))
+
+    # What does not exist here.
+
+    def compute_ssm_state(self, layer: int | None = None, time_step: int | None = None) -> NoReturn:
+        """Refused: looped transformers have no state-space mixers.
+
+        Raises:
+            LoopedSemanticsError: Always.
+        """
+        raise LoopedSemanticsError(
+            "a looped transformer has no state-space mixer; the state between iterations is "
+            "cache['iter.{t}.hook_state_out'] or cache.stack_activation('state_out')"
+        )
+
+    def compute_ssm_effective_attention(
+        self,
+        layer: int | None = None,
+        include_dt_scaling: bool = False,
+        per_state_coord: bool = False,
+    ) -> NoReturn:
+        """Refused: looped transformers have no state-space mixers.
+
+        Raises:
+            LoopedSemanticsError: Always.
+        """
+        raise LoopedSemanticsError(
+            "a looped transformer has no state-space mixer; its attention is cache['pattern', i]"
+        )

@@ -1,0 +1,307 @@
+"""The residual stream of a looped model as writes and linear maps, in the order of a run.
+
+Between two writes the stream is added to, normed (a norm on the sum, the norm between iterations,
+the norm before the coda) or mixed (the injection's map of the state). With the scales of the norms
+held at what they were in one run, all of these are linear.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_loops.errors import LoopedSemanticsError
+from tl_loops.layout.layout import BlockCoordinate, LoopLayout
+
+SiteKind = Literal[
+    "embed",
+    "pos_embed",
+    "initial_state",
+    "state_in",
+    "step_embedding",
+    "injection",
+    "attn",
+    "mlp",
+    "norm_bias",
+]
+
+
+def working(x: Tensor) -> Tensor:
+    """``x`` without a gradient, in float32 or better."""
+    x = x.detach()
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+# Linear maps.
+
+
+@dataclass(frozen=True)
+class FrozenNorm:
+    """A norm with its scale held: ``x / scale · gain``, on the centred x for LayerNorm.
+
+    Attributes:
+        scale: What the norm divided by, ``[..., 1]``; ``None`` leaves the factor out.
+        gain: The trained gain, if there is one.
+        bias: LayerNorm's bias, which is no part of the linear map.
+        centred: Whether the mean over the last axis is taken off first.
+    """
+
+    scale: Tensor | None
+    gain: Tensor | None
+    bias: Tensor | None
+    centred: bool
+
+    @classmethod
+    def of(
+        cls, norm: Any, scale: Tensor | None, device: torch.device | None = None
+    ) -> "FrozenNorm":
+        """The norm module's gain and bias with a given scale."""
+        device = device if scale is None else scale.device
+        gain, bias = (None if p is None else working(p).to(device) for p in (norm.w, norm.b))
+        return cls(None if scale is None else working(scale), gain, bias, norm.centred)
+
+    def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        x = x if self.scale is None else x / self.scale
+        return x if self.gain is None else x * self.gain
+
+    def adjoint(self, g: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The transposed map: ``self(x) · g == x · self.adjoint(g)``."""
+        g = g if self.gain is None else g * self.gain
+        g = g if self.scale is None else g / self.scale
+        return g - g.mean(-1, keepdim=True) if self.centred else g
+
+
+@dataclass(frozen=True)
+class Mix:
+    """``x @ matrix · diagonal``; ``None`` stands for the identity."""
+
+    matrix: Tensor | None = None
+    diagonal: Tensor | None = None
+
+    def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        x = x if self.matrix is None else x @ self.matrix
+        return x if self.diagonal is None else x * self.diagonal
+
+    def adjoint(self, g: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The transposed map."""
+        g = g if self.diagonal is None else g * self.diagonal
+        return g if self.matrix is None else g @ self.matrix.T
+
+
+def injection_maps(injection: Any, device: torch.device) -> tuple[Mix, Mix]:
+    """The maps of the state and of e whose sum enters an iteration (``carry`` and ``prepare``)."""
+    if injection.kind == "add":
+        return Mix(), Mix()
+    if injection.kind == "gated_diagonal":
+        # Taken from the module, so that its rounding is the model's own.
+        decay = injection.carry(torch.ones_like(injection.A_log))
+        gate = F.softplus(injection.dt_bias)
+        return (
+            Mix(diagonal=working(decay).to(device)),
+            Mix(working(injection.W_B).to(device), working(gate).to(device)),
+        )
+    return (
+        Mix(working(injection.W_state).to(device)),
+        Mix(working(injection.W_injection).to(device)),
+    )
+
+
+# Steps of a path.
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place that writes to the residual stream.
+
+    Attributes:
+        kind: What is written.
+        label: Its name in a decomposition, e.g. ``"r3.1_mlp_out"``.
+        block: The unrolled block of an attention or MLP output.
+        iteration: The iteration of an injection, of a state or of a norm's bias.
+        norm: The norm that owns a norm's bias.
+    """
+
+    kind: SiteKind
+    label: str
+    block: int | None = None
+    iteration: int | None = None
+    norm: FrozenNorm | None = None
+
+
+class Read(NamedTuple):
+    """The attention of a block reads the stream here."""
+
+    block: int
+
+
+class Write(NamedTuple):
+    """Something is added to the stream."""
+
+    site: Site
+
+
+class Map(NamedTuple):
+    """The stream goes through a linear map."""
+
+    map: FrozenNorm | Mix
+
+
+class BeginLoop(NamedTuple):
+    """The stream becomes e; with ``replaced`` the state starts anew rather than as e."""
+
+    replaced: bool
+
+
+class Inject(NamedTuple):
+    """``prepare(e)`` is added to the stream."""
+
+    prepare: Mix
+    site: Site
+
+
+_NOT_A_PATH = (
+    "halting, routing, gates or hyper-connections mix the states of this loop, so what reaches "
+    "this place is no sum along one path: decompose a place before it (state_out=t with "
+    "halting='act'), or patch"
+)
+
+Step = Read | Write | Map | BeginLoop | Inject
+Freeze = Callable[[str, Any], FrozenNorm]
+"""Makes a frozen norm from the prefix of its hook names and its module."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The place in a run that components are carried to.
+
+    Attributes:
+        layer: What enters this block; with the unrolled depth, what enters the final norm.
+        mlp_input: Rather what enters the block's MLP.
+        state_out: Rather the state that leaves this iteration.
+    """
+
+    layer: int
+    mlp_input: bool = False
+    state_out: int | None = None
+
+
+@lru_cache(maxsize=32)
+def _described(layout: LoopLayout) -> list[tuple[BlockCoordinate, str, str]]:
+    """Coordinate, label and physical name of every block."""
+    names = [layout.physical_name(index) for index in range(layout.n_layers)]
+    return list(zip(layout.coordinates(), layout.labels(), names, strict=True))
+
+
+def path_steps(
+    model: Any,
+    layout: LoopLayout,
+    target: Target,
+    freeze: Freeze,
+    replaced: bool,
+    from_iteration: int | None = None,
+    device: torch.device | None = None,
+) -> Iterator[Step]:
+    """Everything that happens to the residual stream from the embedding to a target.
+
+    Args:
+        model: The looped model, for its norms and its injection.
+        layout: Layout of the run.
+        target: Where the path ends.
+        freeze: Makes frozen norms.
+        replaced: Whether the state before iteration 0 is something else than e.
+        from_iteration: Leave out what happened in the loop before this iteration, and take the
+            state that enters it as given.
+        device: Where the maps go; ``None``: where the weights are.
+
+    Raises:
+        ValueError: ``from_iteration`` lies behind the target.
+        LoopedSemanticsError: The model has two stacks.
+    """
+    cfg, blocks = model.cfg, model.physical_blocks()
+    if cfg.stacks is not None:
+        raise LoopedSemanticsError(
+            "this model has two stacks with a state each, so its residual stream is no single sum "
+            "of components; patch iter.{t}.hook_state_in, hook_other_in or hook_state_out, or "
+            "read cache.stack_activation('state_out')"
+        )
+    first = from_iteration or 0
+    norm_sum = cfg.block_norm in ("post_residual", "post_norm")
+    carry, prepare = Mix(), Mix()
+    if cfg.injection is not None:
+        carry, prepare = injection_maps(model.injection, device or model.embed.W_E.device)
+    if from_iteration is not None:
+        enters = layout.index(iteration=from_iteration, layer=0)
+        behind = target.state_out is not None and target.state_out < from_iteration
+        if behind or target.layer < enters:
+            raise ValueError(f"from_iteration={from_iteration} lies behind the place asked for")
+
+    def normed(prefix: str, norm: Any, label: str, iteration: int | None) -> Iterator[Step]:
+        frozen = freeze(prefix, norm)
+        yield Map(frozen)
+        if frozen.bias is not None:
+            yield Write(Site("norm_bias", f"{label}_norm_bias", iteration=iteration, norm=frozen))
+
+    n_layers, coda_start = layout.n_layers, layout.coda_start
+    yield Write(Site("embed", "embed"))
+    if cfg.positional_embedding_type == "standard":
+        yield Write(Site("pos_embed", "pos_embed"))
+    for index, (at, label, physical) in enumerate(_described(layout)):
+        t = at.iteration
+        if t is not None and t < first:
+            continue
+        if t is not None and at.layer == 0:
+            if t == first and cfg.norm_injection:
+                yield from normed("ln_injection", model.ln_injection, "injection", None)
+            if t == first and from_iteration is not None:
+                yield BeginLoop(True)
+                yield Write(Site("state_in", f"r{t}_state_in", iteration=t))
+            elif t == 0:
+                yield BeginLoop(replaced)
+                if replaced:
+                    yield Write(Site("initial_state", "initial_state"))
+            mixed = (cfg.router, cfg.hyper_connections, cfg.state_gate_rank)
+            if any(mechanism is not None for mechanism in mixed):
+                raise LoopedSemanticsError(_NOT_A_PATH)
+            if cfg.step_embedding is not None:
+                label_t = f"r{t}_step_embedding"
+                yield Write(Site("step_embedding", label_t, iteration=t))
+            if cfg.injection is not None:
+                yield Map(carry)
+                yield Inject(prepare, Site("injection", f"r{t}_injection", iteration=t))
+        if index == coda_start and cfg.norm_before_coda:
+            yield from normed("ln_coda", model.ln_final, "coda", None)
+        if index == coda_start and cfg.linear_before_coda:
+            W = model.coda_in.W
+            yield Map(Mix(working(W).to(device or W.device)))
+        if target.state_out is None and index == target.layer and not target.mlp_input:
+            return
+        block = blocks[physical]
+        yield Read(index)
+        yield Write(Site("attn", f"{label}_attn_out", index))
+        if norm_sum:
+            prefix = f"blocks.{index}.ln1_post"
+            yield from normed(prefix, block.ln1_post, f"{label}_attn", t)
+        if target.state_out is None and index == target.layer:
+            return
+        if not cfg.attn_only:
+            yield Write(Site("mlp", f"{label}_mlp_out", index))
+        if norm_sum:
+            yield from normed(f"blocks.{index}.ln2_post", block.ln2_post, f"{label}_mlp", t)
+        if t is not None and index == layout.iteration_blocks(t)[-1]:
+            # Without a coda the norm behind the last iteration is the final norm itself.
+            is_final = index == n_layers - 1
+            if cfg.norm_between_iterations and (not is_final or target.state_out == t):
+                prefix = "ln_final" if is_final else f"iter.{t}.norm"
+                yield from normed(prefix, model.ln_final, f"r{t}", t)
+            if target.state_out == t:
+                return
+            if cfg.halting == "act" and t == layout.n_iterations - 1:
+                raise LoopedSemanticsError(_NOT_A_PATH)
+    if layout.n_coda == 0 and cfg.norm_before_coda:
+        yield from normed("ln_coda", model.ln_final, "coda", None)

@@ -1,1 +1,0 @@
-"""The residual stream of a cached run as a sum over its components."""

@@ -1,0 +1,1 @@
+"""A figure as data, the two renderers that draw it, and what all figures share."""

@@ -1,0 +1,253 @@
+"""Forced-exit curves: what the model would have said had it left the loop at each iteration."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_loops.errors import LoopedSemanticsError
+from tl_loops.layout.of_model import require_layout, with_iterations
+from tl_loops.lens.decode import CodaLens
+from tl_loops.lens.points import LensPoint, select_points
+from tl_loops.metrics.padding import statistic_dtype
+from tl_loops.metrics.readout import (
+    kl_divergence,
+    oracle_headroom,
+    overthinking,
+    predicted_tokens,
+)
+from tl_loops.runs.batches import batches, check_batch_size, longest_first, token_prompts
+from tl_loops.runs.inputs import LensInputs
+from tl_loops.runs.moments import Moments
+
+if TYPE_CHECKING:
+    import pandas
+
+_CURVES = ("loss", "accuracy", "kl_to_last", "flip_rate", "overthinking")
+
+
+@dataclass(frozen=True, eq=False)
+class ExitCurve:
+    """Quality of the readout at each iteration of one trajectory, over prompts.
+
+    One prompt is one sample: its targets are averaged first. A prompt's *answers* are its targets
+    one by one, or with answers given the whole answer, which is right when all of its tokens are.
+
+    Attributes:
+        moments: Moments [iteration] of the curves below by name, and [] of ``"oracle_headroom"``.
+        n_prompts: Number of prompts.
+        n_targets: Number of predicted tokens.
+    """
+
+    moments: Mapping[str, Moments]
+    n_prompts: int
+    n_targets: int
+
+    @property
+    def loss(self) -> Float[Tensor, "iteration"]:
+        """Cross entropy of the targets in nats over the whole vocabulary, as the model's own."""
+        return self.moments["loss"].mean
+
+    @property
+    def accuracy(self) -> Float[Tensor, "iteration"]:
+        """Share of right answers."""
+        return self.moments["accuracy"].mean
+
+    @property
+    def kl_to_last(self) -> Float[Tensor, "iteration"]:
+        """KL(last || t) in nats at the targets; 0 at the last iteration by construction."""
+        return self.moments["kl_to_last"].mean
+
+    @property
+    def flip_rate(self) -> Float[Tensor, "iteration"]:
+        """Share of answers that differ from those one iteration before; NaN at the first."""
+        return self.moments["flip_rate"].mean
+
+    @property
+    def overthinking(self) -> Float[Tensor, "iteration"]:
+        """Share of answers that are right here and wrong at the last (arXiv 2511.08577)."""
+        return self.moments["overthinking"].mean
+
+    @property
+    def flips(self) -> float:
+        """How often an answer changes along the trajectory, on average."""
+        return float(self.flip_rate[1:].sum())
+
+    @property
+    def oracle_headroom(self) -> float:
+        """Accuracy that a perfect choice of the exit would add to the last iteration's."""
+        return float(self.moments["oracle_headroom"].mean)
+
+    def std(self, curve: str, ddof: int = 1) -> Float[Tensor, "iteration"]:
+        """Standard deviation over prompts of one of the curves."""
+        return self.moments[curve].std(ddof)
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """A tidy table with columns curve, iteration, mean, std, count and undefined."""
+        import pandas
+
+        rows = []
+        for curve in _CURVES:
+            m = self.moments[curve]
+            for t in (m.count + m.undefined).nonzero().flatten().tolist():
+                at = (m.mean[t], m.std()[t], m.count[t], m.undefined[t])
+                rows.append((curve, t, *(value.item() for value in at)))
+        columns = ["curve", "iteration", "mean", "std", "count", "undefined"]
+        return pandas.DataFrame(rows, columns=columns)
+
+
+@torch.no_grad()
+def exit_curve(
+    model: Any,
+    prompts: Iterable[Any],
+    answers: Sequence[Any] | None = None,
+    n_iterations: int | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> ExitCurve:
+    """Loss, accuracy, KL to the last iteration, flips and overthinking at each iteration.
+
+    All from one trajectory: the state that leaves each iteration goes through all that the model
+    does behind the loop (:class:`tl_loops.lens.CodaLens`), which is what ``model(tokens,
+    n_iterations=t + 1)`` gives. Separates the trajectory from the readout as in arXiv 2607.20519.
+    One state an iteration is held for a batch, and the logits of two iterations. Padding of the
+    vocabulary is never an answer and has no part in the KL.
+
+    Args:
+        model: A looped model.
+        prompts: Strings, or 1-D tensors of tokens, each measured at its own length.
+        answers: One for each prompt: text (tokenised as it stands, without BOS), a token or a 1-D
+            tensor of tokens, which follows the prompt and is predicted token by token. ``None``:
+            every token of a prompt behind its first is predicted.
+        n_iterations: Number of iterations; ``None``: the model's.
+        batch_size: Prompts of equal length in one pass at most.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The curves over prompts.
+
+    Raises:
+        TypeError: The model has no loop; prompts are neither text nor tensors, or both.
+        ValueError: A bad prompt or answer; the message names it.
+    """
+    require_layout(model)
+    _check_exits(model.cfg)
+    check_batch_size(batch_size)
+    tokens, n_targets = _with_answers(model, prompts, answers)
+    keys = [(t.shape[0], n) for t, n in zip(tokens, n_targets, strict=True)]
+    order = longest_first(keys, [length for length, _ in keys])
+    device = next(model.parameters()).device
+    with with_iterations(model, n_iterations):
+        points = select_points(model, "states")
+        moments = {name: Moments.empty(len(points)) for name in _CURVES}
+        moments["flip_rate"] = Moments.empty(len(points) - 1)  # one a step
+        moments["oracle_headroom"] = Moments.empty()
+        with tqdm(total=len(tokens), desc="exits", unit="prompt", disable=not progress) as bar:
+            for members in batches(order, keys.__getitem__, batch_size):
+                batch = torch.stack([tokens[i] for i in members]).to(device)
+                values = _batch(model, batch, n_targets[members[0]], answers is not None, points)
+                for name, value in values.items():
+                    moments[name] = moments[name].merge(Moments.of(value))
+                bar.update(len(members))
+    steps = range(1, len(points))
+    moments["flip_rate"] = moments["flip_rate"].scattered(steps, len(points))
+    return ExitCurve(moments, len(tokens), sum(n_targets))
+
+
+def _check_exits(cfg: Any) -> None:
+    """Refuse loops whose states are not what fewer iterations would leave."""
+    if getattr(cfg, "time_conditioning", False):
+        raise LoopedSemanticsError(
+            "the blocks of this model know how many iterations there are, so a state on the way is "
+            "not what fewer iterations leave: run the model with each n_iterations"
+        )
+    if getattr(cfg, "stacks", None) is not None:
+        raise LoopedSemanticsError(
+            "the iterations of this model are calls of two stacks, of which one is read out: run "
+            "the model with each n_iterations"
+        )
+
+
+def _with_answers(
+    model: Any, prompts: Iterable[Any], answers: Sequence[Any] | None
+) -> tuple[list[Int[Tensor, "_"]], list[int]]:
+    """Prompts with their answers behind them, and how many of the last tokens are targets."""
+    if answers is None:
+        tokens = token_prompts(model, prompts, at_least=2)
+        return tokens, [prompt.shape[0] - 1 for prompt in tokens]
+    tokens = token_prompts(model, prompts)
+    if len(answers) != len(tokens):
+        raise ValueError(f"got {len(tokens)} prompts but {len(answers)} answers")
+    joined, n_targets = [], []
+    for number, (prompt, answer) in enumerate(zip(tokens, answers, strict=True)):
+        if isinstance(answer, str):
+            if model.tokenizer is None:
+                raise ValueError("this model has no tokenizer: pass answers as tokens")
+            answer = model.to_tokens(answer, prepend_bos=False, truncate=False)[0]
+        behind = torch.as_tensor(answer).reshape(-1).cpu()
+        if not behind.numel() or behind.is_floating_point() or behind.dtype == torch.bool:
+            raise ValueError(f"answer {number} is {answer!r}, expected text or integer token ids")
+        d_vocab = model.cfg.d_vocab
+        if not 0 <= int(behind.min()) <= int(behind.max()) < d_vocab:
+            raise ValueError(f"answer {number} is {behind.tolist()}, expected ids below {d_vocab}")
+        whole = torch.cat([prompt, behind.long()])
+        if whole.shape[0] - 1 > model.cfg.n_ctx:
+            raise ValueError(
+                f"prompt {number} and its answer have {whole.shape[0]} tokens, but the context is "
+                f"cfg.n_ctx={model.cfg.n_ctx}"
+            )
+        joined.append(whole)
+        n_targets.append(behind.shape[0])
+    return joined, n_targets
+
+
+def _batch(
+    model: Any,
+    tokens: Int[Tensor, "batch pos"],
+    n_targets: int,
+    one_answer: bool,
+    points: Sequence[LensPoint],
+) -> dict[str, Float[Tensor, "*iteration batch"]]:
+    """The curves of each prompt, whose last tokens are targets."""
+    batch, n_tokens = tokens.shape
+    targets = tokens[:, -n_targets:]
+    # An answer's last token is only predicted, while a prompt is read as the model's loss reads it.
+    seen = tokens[:, :-1] if one_answer else tokens
+    read = torch.arange(n_tokens - 1 - n_targets, n_tokens - 1, device=tokens.device)
+    read = read.expand(batch, -1)
+    mask = torch.ones_like(seen, dtype=torch.bool)  # no token is padding
+    inputs = LensInputs(seen, mask, read)
+    states: list[Tensor] = []
+    hooks = [(point.name, lambda x, hook: states.append(x)) for point in points]
+    model.run_with_hooks(seen, fwd_hooks=hooks, return_type=None, attention_mask=mask)
+
+    vocabulary = model.cfg.padded_vocab
+    lens, last = CodaLens(), None
+    loss, kl, predictions = [], [], []
+    for point, state in reversed(list(zip(points, states, strict=True))):
+        logits = lens.logits(model, state, point, inputs)
+        logits = logits.to(statistic_dtype(logits))
+        last = logits if last is None else last
+        cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        loss.append(cross_entropy.view(batch, n_targets).mean(-1))
+        kl.append(kl_divergence(last, logits, vocabulary).mean(-1))
+        predictions.append(predicted_tokens(logits, vocabulary))
+
+    predicted = torch.stack(predictions[::-1])  # [iteration, batch, target]
+    right, same = predicted == targets, predicted[1:] == predicted[:-1]
+    if one_answer:
+        right, same = right.all(-1, keepdim=True), same.all(-1, keepdim=True)
+    by_prompt = right.unbind(1)
+    return {
+        "loss": torch.stack(loss[::-1]),
+        "accuracy": right.float().mean(-1),
+        "kl_to_last": torch.stack(kl[::-1]),
+        "flip_rate": (~same).float().mean(-1),
+        "overthinking": torch.stack([overthinking(prompt) for prompt in by_prompt], dim=-1),
+        "oracle_headroom": torch.stack([oracle_headroom(prompt) for prompt in by_prompt]),
+    }

@@ -1,0 +1,210 @@
+"""From a name or a directory to a config, weights and a tokenizer.
+
+Nothing here runs remote code, unpickles, or builds a Hugging Face model.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_loops.config.config import LoopedTransformerConfig, dtype_name
+from tl_loops.errors import CheckpointError, ConfigError
+from tl_loops.families.base import Family, TensorSpec
+from tl_loops.families.registry import recognise
+from tl_loops.loading.files import (
+    CONFIG_FILE,
+    FLOATS,
+    Checkpoint,
+    StoredTensor,
+    read_rows,
+    same_values,
+)
+from tl_loops.loading.save import save_checkpoint
+from tl_loops.loading.source import is_looped_name, resolve
+
+__all__ = [
+    "Checkpoint",
+    "family_of",
+    "is_looped_name",
+    "load_config",
+    "open_tensors",
+    "resolve",
+    "save_checkpoint",
+]
+
+
+_OF_THE_WEIGHTS = frozenset(
+    "d_model d_head n_heads n_key_value_heads d_mlp d_vocab d_vocab_out n_layers n_prelude n_core "
+    "n_coda block_norm injection exit_gate qk_norm qk_bias attn_bias mlp_bias unembed_bias "
+    "gated_mlp normalization_type positional_embedding_type tie_word_embeddings norm_injection "
+    "linear_before_coda value_embeddings value_gate_channels post_embedding_ln stacks "
+    "slow_initial_state attn_gate state_gate_rank halt_head first_pass_window step_embedding "
+    "time_conditioning block_norm_weight final_norm n_extra_tokens "
+    "extra_token_slices shared_stacks router hyper_connections max_iterations".split()
+)
+"""Config fields that the stored tensors fix, so that a caller cannot choose them."""
+
+_MOST_SHOWN = 12
+
+
+def load_config(
+    checkpoint: Checkpoint,
+    n_iterations: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    **overrides: Any,
+) -> LoopedTransformerConfig:
+    """The config of a checkpoint.
+
+    Args:
+        checkpoint: From :func:`resolve`.
+        n_iterations: Passes through the core; by default what the checkpoint says.
+        dtype: Type of the weights in memory; by default float32, and for tl_loops's own format the
+            type that was saved.
+        device: Where the weights go; by default TransformerLens's choice.
+        **overrides: Other config fields, e.g. ``n_ctx`` or ``state_seed``; not those that the
+            stored tensors fix.
+
+    Raises:
+        CheckpointError: ``config.json`` is of no known family, lacks a field, or asks for
+            mathematics that is not implemented.
+        ConfigError: An argument is not a config field, is fixed by the weights, or is out of range.
+    """
+    for name in overrides.keys() & _OF_THE_WEIGHTS:
+        hint = "; use n_iterations" if name == "n_layers" else ""
+        raise ConfigError(f"{name} is fixed by the weights of {checkpoint.name}{hint}")
+    where = str(checkpoint.config_path)
+    family = family_of(checkpoint)
+    fields = family.config_fields(checkpoint.config, where)
+    architectures = checkpoint.config.get("architectures")
+    named = architectures if isinstance(architectures, list) and architectures else None
+    fields.setdefault("model_name", checkpoint.name)
+    fields.setdefault("original_architecture", (named or [*family.architectures, family.name])[0])
+    if dtype is not None:
+        fields["dtype"] = _dtype(dtype)
+    if device is not None:
+        fields["device"] = str(device)
+    try:
+        cfg = LoopedTransformerConfig.from_dict(fields)
+    except (ValueError, TypeError, AssertionError) as error:  # TransformerLens raises all three
+        raise CheckpointError(f"{where}: {error}") from error
+    if n_iterations is not None:
+        overrides["n_iterations"] = n_iterations
+    return LoopedTransformerConfig.from_dict({**fields, **overrides}) if overrides else cfg
+
+
+def open_tensors(
+    checkpoint: Checkpoint, cfg: LoopedTransformerConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """Stream the weights of a checkpoint under their physical names.
+
+    All headers are checked before this function returns; data is read as the result is iterated,
+    one stored tensor at a time, in ``cfg.dtype`` on ``cfg.device``. Matrices are views of row-major
+    ``[out, in]`` memory in TransformerLens's orientation, so that neither loading nor
+    ``F.linear`` copies them.
+
+    Args:
+        checkpoint: From :func:`resolve`.
+        cfg: From :func:`load_config`.
+
+    Returns:
+        Pairs of name (``"core.0.attn.W_Q"``) and tensor, each weight once.
+
+    Raises:
+        CheckpointError: Tensors are missing, unexpected, misshapen, of another type, truncated or
+            held as pickles; all problems are named at once, with file, key and expected shape.
+    """
+    family, headers = family_of(checkpoint), checkpoint.headers
+    specs = {spec.key: spec for spec in family.tensors(cfg)}
+    problems = list(headers.problems)
+    names = {stored.file.name for stored in headers.tensors.values()}
+    files = "".join(names) if len(names) == 1 else f"all {len(names)} weight files"
+    for key, spec in specs.items():
+        stored = headers.tensors.get(key)
+        if stored is not None:
+            problems += _tensor_problems(stored, spec.shape)
+        elif key not in headers.lost and not headers.incomplete:
+            problems.append(f"{files}: key {key!r} is missing, expected shape {spec.shape}")
+    for key, stored in headers.tensors.items():
+        if key in specs or key in family.ignored:
+            continue
+        if family.tied is not None and cfg.tie_word_embeddings and key == family.tied[0]:
+            problems += _tensor_problems(stored, specs[family.tied[1]].shape)
+        else:
+            problems.append(
+                f"{stored.file.name}: key {key!r} of shape {stored.shape} is unexpected: family "
+                f"{family.name} with this {CONFIG_FILE} has no such tensor"
+            )
+    if not problems and family.tied is not None and cfg.tie_word_embeddings:
+        problems += _tied_problems(headers.tensors, *family.tied)
+    if problems:
+        raise _refusal(checkpoint, problems)
+    pairs = [(headers.tensors[key], spec) for key, spec in specs.items()]
+    return _stream(sorted(pairs, key=lambda pair: (pair[0].file.name, pair[0].offset)), cfg)
+
+
+def family_of(checkpoint: Checkpoint) -> Family:
+    """The family that a checkpoint is recognised as.
+
+    Raises:
+        CheckpointError: It is of no known looped family.
+    """
+    return recognise(
+        checkpoint.config, str(checkpoint.config_path), lambda: _stored_keys(checkpoint)
+    )
+
+
+def _stored_keys(checkpoint: Checkpoint) -> set[str]:
+    headers = checkpoint.headers
+    keys = headers.tensors.keys() | headers.lost
+    if headers.problems and not keys:
+        raise _refusal(checkpoint, headers.problems)
+    return keys
+
+
+def _refusal(checkpoint: Checkpoint, problems: list[str]) -> CheckpointError:
+    lines = "".join(f"\n  {problem}" for problem in problems[:_MOST_SHOWN])
+    if len(problems) > _MOST_SHOWN:
+        lines += f"\n  and {len(problems) - _MOST_SHOWN} more"
+    return CheckpointError(f"{checkpoint.directory} cannot be loaded:{lines}")
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    for known in FLOATS.values():
+        if dtype in (known, str(known), dtype_name(known)):
+            return known
+    expected = ", ".join(str(known) for known in FLOATS.values())
+    raise ConfigError(f"dtype must be one of {expected}, got {dtype!r}")
+
+
+def _tensor_problems(stored: StoredTensor, shape: tuple[int, ...]) -> list[str]:
+    where = f"{stored.file.name}: key {stored.key!r}"
+    if stored.shape != shape:
+        return [f"{where} has shape {stored.shape}, expected {shape}"]
+    if stored.dtype not in FLOATS:
+        expected = ", ".join(FLOATS)
+        return [f"{where} is stored as {stored.dtype}, expected one of {expected} (not quantised)"]
+    return []
+
+
+def _tied_problems(tensors: dict[str, StoredTensor], head: str, embedding: str) -> list[str]:
+    if head not in tensors or same_values(tensors[head], tensors[embedding]):
+        return []
+    return [
+        f"{tensors[head].file.name}: key {head!r} differs from {embedding!r}, but {CONFIG_FILE} "
+        "ties them; expected equal values, or tied embeddings switched off there"
+    ]
+
+
+def _stream(
+    pairs: list[tuple[StoredTensor, TensorSpec]], cfg: LoopedTransformerConfig
+) -> Iterator[tuple[str, Tensor]]:
+    for stored, spec in pairs:
+        first = 0
+        for part in spec.parts:
+            memory = part.empty((part.rows, *stored.shape[1:]), cfg.dtype, cfg.device)
+            read_rows(stored, first, memory)
+            first += part.rows
+            yield part.name, part.view(memory)

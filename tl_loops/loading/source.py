@@ -1,0 +1,144 @@
+"""Where a checkpoint lies: a known name, a hub id or a directory."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from tl_loops.errors import CheckpointError, ConfigError, UnknownModelError
+from tl_loops.families.registry import is_looped_config
+from tl_loops.loading.catalogue import find_known, near_names, packaged_directory
+from tl_loops.loading.files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, Checkpoint, read_json
+from tl_loops.loading.tokenizer import TOKENIZER_FILES
+
+
+def is_looped_name(name: Any) -> bool:
+    """Whether a name or directory is a looped model, without network and without exceptions.
+
+    Args:
+        name: What a user gave to ``from_pretrained``.
+
+    Returns:
+        ``True`` for the known names and aliases (in any case of letters, as TransformerLens takes
+        them) and for directories whose ``config.json`` names a looped family.
+    """
+    if not isinstance(name, (str, os.PathLike)):
+        return False
+    directory = _local_directory(name)
+    if directory is not None:
+        try:
+            return is_looped_config(read_json(directory / CONFIG_FILE))
+        except CheckpointError:
+            return False
+    return isinstance(name, str) and find_known(name) is not None
+
+
+def resolve(
+    name_or_directory: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Checkpoint:
+    """Find the files of a checkpoint, downloading them where needed.
+
+    From the hub only ``config.json``, safetensors files and tokenizer files are taken: never
+    pickles, never code.
+
+    Args:
+        name_or_directory: A directory with ``config.json``, or a known name or alias. A directory
+            wins over a name.
+        revision: Branch, tag or commit of a hub repository.
+        token: Hub token, as for ``huggingface_hub.snapshot_download``.
+        cache_dir: Hub cache, as there.
+        local_files_only: Use the hub cache alone, as there.
+
+    Returns:
+        The checkpoint directory.
+
+    Raises:
+        UnknownModelError: Neither a directory nor a known name.
+        CheckpointError: A directory without ``config.json``, or the download failed.
+        ConfigError: ``revision`` for files that have none.
+    """
+    directory = _local_directory(name_or_directory)
+    if directory is not None:
+        _refuse_revision(revision, str(directory))
+        if not (directory / CONFIG_FILE).is_file():
+            raise CheckpointError(f"{directory} holds no {CONFIG_FILE}")
+        return Checkpoint(directory, directory.resolve().name)
+    name = os.fspath(name_or_directory)
+    entry = find_known(name) if isinstance(name_or_directory, str) else None
+    if entry is None:
+        raise _unknown(name)
+    if entry.known.packaged is not None:
+        _refuse_revision(revision, entry.name)
+        directory = packaged_directory(entry.known.packaged)
+        if not (directory / CONFIG_FILE).is_file():
+            raise CheckpointError(
+                f"{entry.name} is missing from the installed package: {directory}"
+            )
+        return Checkpoint(directory, entry.name)
+    directory = _download(
+        entry.name,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    if not any(directory.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{entry.name} holds no safetensors files. Other files of weights (.bin, .pt) are "
+            "pickles, which can run code when they are opened, and are not fetched. Download them "
+            "and convert them once in an environment you trust, with safetensors.torch.save_file("
+            f"torch.load(FILE, weights_only=True), {WEIGHTS_FILE!r}), then load the directory that "
+            f"holds {WEIGHTS_FILE} and {CONFIG_FILE}"
+        )
+    return Checkpoint(directory, entry.name.split("/")[-1])
+
+
+def _local_directory(name: str | os.PathLike[str]) -> Path | None:
+    """A directory with a config, or any directory that is not also a known name."""
+    path = os.path.expanduser(os.fspath(name))
+    if isinstance(path, bytes) or not os.path.isdir(path):
+        return None
+    if os.path.isfile(os.path.join(path, CONFIG_FILE)):
+        return Path(path)
+    known = isinstance(name, str) and find_known(name) is not None
+    return None if known else Path(path)
+
+
+def _unknown(name: str) -> UnknownModelError:
+    if os.path.isfile(os.path.expanduser(name)):
+        return UnknownModelError(f"{name!r} is a file; give the directory that holds {CONFIG_FILE}")
+    near = near_names(name)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    return UnknownModelError(
+        f"{name!r} is neither a directory nor a known looped model.{hint} Other checkpoints of the "
+        "known families load from a local directory, e.g. from huggingface_hub.snapshot_download"
+    )
+
+
+def _refuse_revision(revision: str | None, what: str) -> None:
+    if revision is not None:
+        raise ConfigError(f"revision={revision!r} means a version on the hub, but {what} is local")
+
+
+def _download(repository: str, **arguments: Any) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        directory = snapshot_download(
+            repository,
+            allow_patterns=[CONFIG_FILE, "*.safetensors", INDEX_FILE, *TOKENIZER_FILES],
+            ignore_patterns=["*/*"],
+            **arguments,
+        )
+    except Exception as error:  # errors of hub, network and file system have no common base
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{repository} could not be fetched from the Hugging Face hub "
+            f"({type(error).__name__}: {reason}). A local directory with {CONFIG_FILE}, "
+            "safetensors and tokenizer files loads without network"
+        ) from error
+    return Path(directory)

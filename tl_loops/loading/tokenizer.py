@@ -1,0 +1,70 @@
+"""A checkpoint's tokenizer, from its local files."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from tl_loops.errors import CheckpointError
+from tl_loops.loading.files import Checkpoint, read_json
+
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = (
+    *_VOCABULARY_FILES,
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's own tokenizer, from its local files alone; no remote code runs.
+
+    As TransformerLens wants it, the tokenizer prepends BOS by itself where it can.
+
+    Returns:
+        A Hugging Face tokenizer; ``None``, with a warning, where there are no tokenizer files.
+
+    Raises:
+        CheckpointError: The files are there but give no tokenizer.
+    """
+    directory = checkpoint.directory
+    if not any((directory / file).is_file() for file in _VOCABULARY_FILES):
+        warnings.warn(
+            f"{directory} has no tokenizer files: the model takes tokens, not strings, until "
+            "set_tokenizer() gives it a tokenizer",
+            stacklevel=2,
+        )
+        return None
+    try:
+        return _read_tokenizer(directory)
+    except Exception as error:  # tokenizer libraries raise bare Exception for bad files
+        raise CheckpointError(
+            f"the tokenizer files in {directory} cannot be used: {error}. Pass tokenizer=..., or "
+            "remove them to load without one"
+        ) from error
+
+
+def _read_tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+
+    described = directory / "tokenizer_config.json"
+    settings = read_json(described) if described.is_file() else {}
+    arguments: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    if "tokenizer_class" in settings or "auto_map" in settings:
+        loader: Any = AutoTokenizer
+        # An empty config, so that config.json is not read: it may name remote code, and
+        # transformers knows no looped model type.
+        arguments["config"] = PretrainedConfig()
+    else:
+        loader = PreTrainedTokenizerFast
+    try:
+        return loader.from_pretrained(str(directory), add_bos_token=True, **arguments)
+    except ValueError:
+        # Some BOS tokens cannot be prepended by the tokenizer itself; TransformerLens then
+        # prepends them as text. The mark keeps it from reloading the directory by config.json.
+        tokenizer = loader.from_pretrained(str(directory), **arguments)
+        tokenizer.init_kwargs["add_bos_token"] = True
+        return tokenizer

@@ -1,0 +1,208 @@
+"""Depth profiles: by iteration, by layer and unrolled, as in arXiv 2604.11791 (section 4.1)."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from tl_loops.drawing.colours import CODA, PRELUDE, REFERENCE, iteration_colours, layer_colours
+from tl_loops.drawing.depth import block_colours, depth_axis, iteration_rules, phase_spans
+from tl_loops.drawing.draw import draw
+from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, Rule, Span, as_array, every_few
+from tl_loops.layout.layout import LoopLayout
+from tl_loops.measurements.labels import metric_label, metric_title, spans_decades
+from tl_loops.measurements.profile import LoopProfile
+from tl_loops.plots.subject import subject_of
+
+_GROUPINGS = {
+    "iteration": "by iteration",
+    "layer": "by layer",
+    "unrolled": "along the unrolled depth",
+}
+RELATIVE_DEPTH = "relative depth in one pass (%)"
+
+
+def plot_profile(
+    profile: LoopProfile,
+    metric: str | None = None,
+    by: str = "iteration",
+    *,
+    std: bool = False,
+    log: bool | None = None,
+    title: str | None = None,
+    backend: str | None = None,
+    **options: Any,
+) -> Any:
+    """One metric of a profile in one of the paper's three groupings.
+
+    ``"iteration"``: one curve an iteration from green to yellow, over the relative depth of one
+    pass; prelude and coda stand in front and behind, shaded. ``"layer"``: one curve a core layer
+    from blue to green, over the iterations; blocks of prelude and coda are points left and right.
+    ``"unrolled"``: one curve over all blocks. A feedforward profile is always unrolled.
+
+    Args:
+        profile: From :func:`tl_loops.measure`.
+        metric: Name of a metric; ``None``: the first one.
+        by: The grouping.
+        std: Whether a band shows one standard deviation over prompts to both sides.
+        log: Whether the values' axis is logarithmic; ``None``: for distances and differences
+            between iterations, which shrink by factors.
+        title: In place of the metric's name and grouping.
+        backend: ``"plotly"``, ``"matplotlib"`` or ``None`` (see :func:`tl_loops.plots.draw`).
+        **options: ``width``, ``height``, and what the library takes.
+
+    Returns:
+        A figure of the library.
+
+    Raises:
+        ValueError: Unknown metric or grouping.
+        ImportError: The library is missing.
+    """
+    metric = profile.metrics[0] if metric is None else metric
+    if by not in _GROUPINGS:
+        raise ValueError(f"by={by!r}, expected 'iteration', 'layer' or 'unrolled'")
+    if profile.layout is None:
+        by = "unrolled"
+    if log is None:
+        log = spans_decades(metric)
+    panel = profile_panel(profile, metric, by, std, log)
+    legend = {"iteration": "iteration", "layer": "core layer", "unrolled": ""}[by]
+    figure = Figure(
+        title or f"{metric_title(metric)} {_GROUPINGS[by]}",
+        subject_of(profile).line(complete=title is None),
+        (panel,),
+        legend=legend,
+        footnotes=("Bands: one standard deviation over prompts.",) if std else (),
+    )
+    return draw(figure, backend, **options)
+
+
+def profile_panel(
+    profile: LoopProfile, metric: str, by: str, std: bool, log: bool, title: str = ""
+) -> Panel:
+    """The panel of :func:`plot_profile`; blocks where a metric has no value by nature are absent.
+
+    Raises:
+        ValueError: Unknown metric.
+    """
+    values = _Values(profile, metric, std)
+    layout = profile.layout
+    y = Axis(metric_label(metric), log=log)
+    if layout is None or by == "unrolled":
+        marks, x = _unrolled(values, layout, profile.n_layers)
+    elif by == "iteration":
+        marks, x = _by_iteration(values, layout, as_array(profile.pass_depth))
+    else:
+        marks, x = _by_layer(values, layout)
+    note = ""
+    if not values.exists.any():
+        note = f"Nothing to draw: no prompt has a value of {metric}."
+    elif not np.isfinite(values.mean).any():
+        note = f"Nothing to draw: {metric} is undefined (NaN) on every prompt."
+    return Panel(tuple(marks), x, y, title=title, note=note)
+
+
+class _Values:
+    """Mean and deviation at each block, and words about each."""
+
+    def __init__(self, profile: LoopProfile, metric: str, std: bool):
+        self.mean = as_array(profile.mean(metric))
+        self.std = as_array(profile.std(metric))
+        self.count = profile.count(metric).tolist()
+        self.exists = as_array(profile.count(metric) + profile.undefined(metric)) > 0
+        self.bands = std
+        layout = profile.layout
+        names = [str(block) for block in range(profile.n_layers)]
+        self.names = names if layout is None else layout.labels()
+
+    def line(self, blocks: list[int], x: Any, name: str, colour: str, **more: Any) -> Line:
+        """The blocks that have a value, at some x."""
+        at = np.asarray(blocks, dtype=int)
+        x = as_array(x)[self.exists[at]] if len(at) else np.zeros(0)
+        at = at[self.exists[at]]
+        spread = np.nan_to_num(self.std[at]) if self.bands else None
+        hover = [
+            f"{self.names[b]}: {self.mean[b]:.4g} ± {self.std[b]:.2g} ({self.count[b]} prompts)"
+            for b in at.tolist()
+        ]
+        return Line(x, self.mean[at], name, colour, spread=spread, hover=hover, **more)
+
+
+def _unrolled(values: _Values, layout: LoopLayout | None, n_blocks: int) -> tuple[list[Mark], Axis]:
+    blocks = list(range(n_blocks))
+    axis = depth_axis(layout, n_blocks)
+    if layout is None:
+        return [values.line(blocks, blocks, "mean over prompts", REFERENCE)], axis
+    marks: list[Mark] = [*phase_spans(layout), *iteration_rules(layout)]
+    marks.append(
+        values.line(
+            blocks, blocks, "mean", "#b7bcc4", symbol=None, width=1.5, in_legend=False
+        )
+    )  # fmt: skip
+    colours = block_colours(layout)
+    by_colour: dict[str, list[int]] = {}
+    for block in blocks:
+        by_colour.setdefault(colours[block], []).append(block)
+    values.bands = False
+    for colour, members in by_colour.items():
+        marks.append(
+            values.line(members, members, colour, colour, joined=False, in_legend=False)
+        )  # fmt: skip
+    return marks, axis
+
+
+def _by_iteration(
+    values: _Values, layout: LoopLayout, depth: np.ndarray
+) -> tuple[list[Mark], Axis]:
+    T = layout.n_iterations
+    marks: list[Mark] = list(pass_spans(layout, depth))
+    named = every_few(T)
+    for t, colour in enumerate(iteration_colours(T)):
+        name = f"iteration {t}"
+        marks.append(values.line(layout.pass_blocks(t), depth, name, colour, in_legend=named(t)))
+    return marks, Axis(RELATIVE_DEPTH, limits=pass_limits(depth))
+
+
+def pass_spans(layout: LoopLayout, depth: np.ndarray) -> tuple[Span, ...]:
+    """Prelude and coda as shaded ranges of the relative depth."""
+    first, last = pass_limits(depth)
+    edges = np.linspace(first, last, len(depth) + 1).tolist()
+    spans = []
+    if layout.n_prelude:
+        spans.append(Span(edges[0], edges[layout.n_prelude], "prelude", PRELUDE))
+    if layout.n_coda:
+        spans.append(Span(edges[-1 - layout.n_coda], edges[-1], "coda", CODA))
+    return tuple(spans)
+
+
+def pass_limits(depth: np.ndarray) -> tuple[float, float]:
+    """Ends of an axis of relative depth: half a block beyond the first and the last."""
+    half = float(depth[1] - depth[0]) / 2 if len(depth) > 1 else 50.0
+    return float(depth[0]) - half, float(depth[-1]) + half
+
+
+def _by_layer(values: _Values, layout: LoopLayout) -> tuple[list[Mark], Axis]:
+    T = layout.n_iterations
+    marks: list[Mark] = []
+    prelude = list(range(layout.n_prelude))
+    coda = list(range(layout.coda_start, layout.n_layers))
+    for blocks, place, side, colour in ((prelude, -1, "prelude", PRELUDE), (coda, T, "coda", CODA)):
+        if values.exists[blocks].any():
+            marks.append(Rule(place + (0.5 if place < 0 else -0.5)))
+            x = torch.full((len(blocks),), float(place))
+            marks.append(
+                values.line(blocks, x, side, colour, joined=False, symbol="diamond")
+            )  # fmt: skip
+    named = every_few(layout.n_core)
+    for layer, colour in enumerate(layer_colours(layout.n_core)):
+        blocks = [layout.index(iteration=t, layer=layer) for t in range(T)]
+        marks.append(
+            values.line(blocks, range(T), f"layer {layer}", colour, in_legend=named(layer))
+        )
+    step = max(1, T // 16)
+    ticks = [(t, str(t)) for t in range(0, T, step)]
+    if any(isinstance(mark, Rule) and mark.at < 0 for mark in marks):
+        ticks.insert(0, (-1, "prelude"))
+    if any(isinstance(mark, Rule) and mark.at > 0 for mark in marks):
+        ticks.append((T, "coda"))
+    return marks, Axis("iteration", ticks=tuple(ticks))

@@ -1,0 +1,152 @@
+"""Runs that survive a kill: what a run is, and a file that says how far it has come."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from tl_loops.errors import CheckpointError
+from tl_loops.runs.moments import Moments
+from tl_loops.runs.storage import write_whole
+
+_KIND = "tl_loops measurement"
+# Fields of a config that change no number, or that the run states itself.
+_NOT_THE_MODEL = (
+    "device",
+    "n_devices",
+    "n_iterations",
+    "n_layers",
+    "seed",
+    "init_weights",
+    "use_attn_result",
+    "use_split_qkv_input",
+    "use_hook_mlp_in",
+    "use_attn_in",
+    "ungroup_grouped_query_attention",
+)
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What decides the result of a run.
+
+    Attributes:
+        weights: Fingerprint of weights and architecture.
+        prompts: Fingerprint of the prompts' tokens in their order.
+        n_iterations: ``None`` for a feedforward model.
+        metrics: All options of each metric.
+        tl_loops: Version that measures.
+    """
+
+    weights: str
+    prompts: str
+    n_iterations: int | None
+    metrics: Mapping[str, Mapping[str, Any]]
+    tl_loops: str
+
+
+def model_fingerprint(model: Any) -> str:
+    """Hash of a model's architecture and of every weight; the iterations are not part of it.
+
+    Two models with one fingerprint give the same numbers on the same device. Reads all weights
+    once (about a second a gigabyte).
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    cfg = {name: v for name, v in model.cfg.to_dict().items() if name not in _NOT_THE_MODEL}
+    digest.update(json.dumps(cfg, sort_keys=True, default=str).encode())
+    # Shared weights come once. Without their names: those of a coda count the iterations.
+    for parameter in model.parameters():
+        digest.update(f"{parameter.dtype} {list(parameter.shape)}".encode())
+        flat = parameter.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def prompts_fingerprint(prompts: Sequence[Int[Tensor, "_"]]) -> str:
+    """Hash of the prompts' tokens in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tokens in prompts:
+        digest.update(f"{tokens.shape[0]}:".encode())
+        digest.update(tokens.numpy().data)
+    return digest.hexdigest()
+
+
+def save_progress(
+    path: str | os.PathLike[str],
+    identity: RunIdentity,
+    moments: Mapping[str, Moments],
+    n_done: int,
+) -> None:
+    """Write how far a run has come; a kill at any moment leaves this state or the one before.
+
+    Args:
+        path: Of the file.
+        identity: Of the run.
+        moments: Of the prompts that are done.
+        n_done: Their number, counted along the run's order.
+
+    Raises:
+        FileNotFoundError: The directory does not exist.
+    """
+    tensors = {
+        f"{m}.{name}": t for m, whole in moments.items() for name, t in whole.tensors().items()
+    }
+    header = {"kind": _KIND, "identity": json.dumps(asdict(identity)), "n_done": str(n_done)}
+    write_whole(path, save({name: t.contiguous() for name, t in tensors.items()}, header))
+
+
+def load_progress(
+    path: str | os.PathLike[str], identity: RunIdentity
+) -> tuple[dict[str, Moments], int] | None:
+    """How far a run has come.
+
+    Args:
+        path: Of the file.
+        identity: Of the run that wants to go on.
+
+    Returns:
+        The moments and the number of prompts that are done; ``None`` if there is no file.
+
+    Raises:
+        CheckpointError: The file is damaged, is none of a measurement, or belongs to another run;
+            the message says in what it differs.
+    """
+    if not Path(path).exists():
+        return None
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is no readable checkpoint of a measurement ({error}); delete it or give "
+            "another path"
+        ) from error
+    if header.get("kind") != _KIND:
+        raise CheckpointError(f"{path} is no checkpoint of a measurement; give another path")
+    theirs = json.loads(header["identity"])
+    ours = json.loads(json.dumps(asdict(identity)))
+    for field, value in ours.items():
+        if theirs.get(field) != value:
+            raise CheckpointError(
+                f"{path} belongs to another run: {field} is {_short(theirs.get(field))} there and "
+                f"{_short(value)} here; delete it or give another path"
+            )
+    moments = {
+        metric: Moments(**{n: tensors[f"{metric}.{n}"] for n in Moments.__dataclass_fields__})
+        for metric in identity.metrics
+    }
+    return moments, int(header["n_done"])
+
+
+def _short(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, dict) else repr(value)

@@ -1,0 +1,107 @@
+"""Exit modes of models with a halting gate: which iteration's state becomes the logits."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_loops.config.config import LoopedTransformerConfig
+from tl_loops.errors import LoopedSemanticsError
+from tl_loops.metrics.exits import exit_distribution
+
+
+@dataclass(frozen=True)
+class ExitMode:
+    """How one forward pass leaves the loop; at most one field is set.
+
+    Attributes:
+        at: The state of this iteration (counted from 0), for every position.
+        threshold: Per position, the first iteration whose cumulative exit probability reaches it,
+            else the last.
+        weighted: The logits of all iterations, weighted by the exit probabilities.
+
+    Source: Ouro's modelling file (2510.25741): ``exit_at_step``, ``exit_threshold`` and
+    ``use_weighted_exit``.
+    """
+
+    at: int | None = None
+    threshold: float | None = None
+    weighted: bool = False
+
+    @property
+    def early(self) -> bool:
+        """Whether anything but the last iteration is asked for."""
+        return self.at is not None or self.threshold is not None or self.weighted
+
+    def check(self, cfg: LoopedTransformerConfig, from_iteration: int) -> None:
+        """Refuse what this model cannot do, before anything runs.
+
+        Raises:
+            ValueError: More than one mode, an iteration or a threshold out of range, a model
+                without a gate.
+            LoopedSemanticsError: The model has a coda, so that a state alone is no readout; or the
+                run does not start at iteration 0.
+        """
+        if (self.at is not None) + (self.threshold is not None) + self.weighted > 1:
+            raise ValueError("give one of exit_at, exit_threshold and weighted_exit, not several")
+        if not self.early:
+            return
+        if cfg.halting == "act":
+            raise LoopedSemanticsError(
+                "with halting='act' the sum of all states leaves the loop, so there is no exit at "
+                "one of them: read cache['state_out', t] and cache['halting', t]"
+            )
+        if cfg.n_coda:
+            raise LoopedSemanticsError(
+                "exits read the state directly, but this model has a coda between the loop and the "
+                "logits; run it with n_iterations=t + 1 for the exit at iteration t"
+            )
+        if from_iteration > 0:
+            raise LoopedSemanticsError(
+                "an exit needs every iteration; do not combine it with a start inside the loop"
+            )
+        if self.at is not None and not 0 <= self.at < cfg.n_iterations:
+            raise ValueError(
+                f"exit_at={self.at} is out of range: there are {cfg.n_iterations} iterations, "
+                "counted from 0"
+            )
+        if self.at is not None and cfg.layout.stacks is not None:
+            stack = cfg.layout.stacks[self.at]
+            if stack != cfg.slow_stack:
+                raise LoopedSemanticsError(
+                    f"iteration {self.at} is a call of stack {stack}, but the state of "
+                    f"{cfg.slow_stack} is read out; take the last iteration of a cycle"
+                )
+        if self.at is None and not cfg.exit_gate:
+            raise ValueError("exit_threshold and weighted_exit need a model with an exit gate")
+        if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
+            raise ValueError(f"exit_threshold is a probability, got {self.threshold}")
+
+
+def exit_probabilities(
+    gates: Float[Tensor, "iteration batch pos 1"],
+) -> Float[Tensor, "iteration batch pos"]:
+    """The probability of leaving after each iteration, in float32 or better."""
+    return exit_distribution(gates.squeeze(-1))
+
+
+def threshold_iteration(
+    gates: Float[Tensor, "iteration batch pos 1"], threshold: float
+) -> Int[Tensor, "batch pos"]:
+    """The first iteration whose cumulative exit probability reaches a threshold, else the last.
+
+    Worked in float64: summed in bfloat16 the cumulative probability rounds up to 1 before the last
+    iteration, which the reference implementation mistakes for an exit.
+    """
+    reached = exit_probabilities(gates.double()).cumsum(0) >= threshold
+    reached[-1] = True
+    return reached.int().argmax(0)
+
+
+def select_state(
+    states: Float[Tensor, "iteration batch pos d_model"], iteration: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos d_model"]:
+    """The state of each position at its own iteration."""
+    index = iteration[None, :, :, None].expand(1, *states.shape[1:])
+    return torch.gather(states, 0, index).squeeze(0)

@@ -1,0 +1,202 @@
+"""Hook names by coordinate, wherever TransformerLens takes a hook name."""
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from tl_loops.cache.cache import LoopedActivationCache
+from tl_loops.config.config import LoopedTransformerConfig
+from tl_loops.layout.layout import LoopLayout
+from tl_loops.upstream import HookPoint, TransformerBase
+
+HookName = str | Callable[[str], bool]
+Hooks = list[tuple[HookName, Callable]]
+
+
+class HookNameError(KeyError, ValueError):
+    """A hook name matches no hook point."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class CoordinateHooks(TransformerBase):
+    """Lets ``iter.3.0.attn.hook_pattern`` stand for ``blocks.14.attn.hook_pattern``.
+
+    Covers ``hooks``, ``run_with_hooks``, ``add_hook``, ``names_filter`` and the cache. Predicates
+    on names see canonical names.
+    """
+
+    cfg: LoopedTransformerConfig
+    tokenizer: Any
+    hook_dict: dict[str, HookPoint]
+
+    @property
+    def layout(self) -> LoopLayout:
+        """Coordinates and names of the unrolled blocks."""
+        return self.cfg.layout
+
+    def iterations(self, n_iterations: int) -> AbstractContextManager:
+        """Run a block of code with another number of iterations."""
+        raise NotImplementedError
+
+    def hook_name(self, name: str) -> str:
+        """The canonical name of a hook point.
+
+        Args:
+            name: A canonical name, or ``prelude.{l}.REST``, ``iter.{t}.{l}.REST``,
+                ``coda.{l}.REST``.
+
+        Raises:
+            HookNameError: No hook point has that name; near matches are suggested.
+        """
+        try:
+            canonical = self.layout.canonical_name(name)
+        except IndexError as error:
+            raise HookNameError(f"{error} (layout {self.cfg.notation})") from None
+        if canonical in self.hook_dict:
+            return canonical
+        # An alias is matched against aliases, so that the suggestion speaks the user's language.
+        known = list(self.hook_dict)
+        if canonical != name:
+            known = [self.layout.alias(other) for other in known]
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(map(repr, near))}?" if near else "see model.hook_dict"
+        raise HookNameError(f"no hook point is called {name!r}: {hint}")
+
+    def _canonical(self, name: HookName) -> HookName:
+        return self.hook_name(name) if isinstance(name, str) else name
+
+    def _canonical_hooks(self, hooks: Hooks) -> Hooks:
+        translated = [(self._canonical(name), hook) for name, hook in hooks]
+        for name, hook in translated:
+            if isinstance(name, str):  # Refuse points that never fire with the present flags.
+                self.check_hooks_to_add(self.hook_dict[name], name, hook)
+        return translated
+
+    def _canonical_filter(self, names_filter: Any) -> Any:
+        if isinstance(names_filter, str):
+            names_filter = [names_filter]
+        if isinstance(names_filter, Sequence):
+            names = [self.hook_name(name) for name in names_filter]
+            for name in names:
+                self.check_hooks_to_add(self.hook_dict[name], name, _no_hook)
+            return names
+        return names_filter
+
+    def check_hooks_to_add(
+        self,
+        hook_point: HookPoint,
+        hook_point_name: str,
+        hook: Callable,
+        dir: str = "fwd",
+        is_permanent: bool = False,
+        prepend: bool = False,
+    ) -> None:
+        """Refuse hooks on points that do not fire with the present flags.
+
+        Raises:
+            HookNameError: The flag that the hook point needs is off; the message names the setter.
+        """
+        if ".attn.first_pass." in hook_point_name:
+            index = int(hook_point_name.split(".")[1])
+            if not self.layout.coordinate(index).iteration:
+                raise HookNameError(
+                    f"{hook_point_name} fires from iteration 1 on: iteration 0 is the first pass"
+                )
+        for suffixes, flag in (
+            (("attn.hook_result",), "use_attn_result"),
+            (("hook_q_input", "hook_k_input", "hook_v_input"), "use_split_qkv_input"),
+            (("hook_mlp_in",), "use_hook_mlp_in"),
+            (("hook_attn_in",), "use_attn_in"),
+        ):
+            if hook_point_name.endswith(suffixes) and not getattr(self.cfg, flag):
+                raise HookNameError(
+                    f"{hook_point_name} does not fire while cfg.{flag} is False: "
+                    f"call model.set_{flag}(True) first"
+                )
+
+    def add_hook(self, name: HookName, hook: Callable, *args: Any, **kwargs: Any) -> None:
+        """Add a hook; as in TransformerLens, with aliases."""
+        super().add_hook(self._canonical(name), hook, *args, **kwargs)
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Hooks | None = None,
+        bwd_hooks: Hooks | None = None,
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator["CoordinateHooks"]:
+        """Add hooks for a block of code; as in TransformerLens, with aliases.
+
+        Raises:
+            HookNameError: A name matches no hook point (before any hook is added).
+        """
+        forward = self._canonical_hooks(fwd_hooks or [])
+        backward = self._canonical_hooks(bwd_hooks or [])
+        with super().hooks(forward, backward, reset_hooks_end, clear_contexts):
+            yield self
+
+    def _for_call(self, n_iterations: int | None) -> AbstractContextManager:
+        return nullcontext() if n_iterations is None else self.iterations(n_iterations)
+
+    def run_with_hooks(self, *args: Any, n_iterations: int | None = None, **kwargs: Any) -> Any:
+        """Run with temporary hooks; names are those of the layout with ``n_iterations``."""
+        with self._for_call(n_iterations):
+            return super().run_with_hooks(*args, **kwargs)
+
+    def add_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> dict:
+        """Add hooks that cache; as in TransformerLens, with aliases."""
+        return super().add_caching_hooks(self._canonical_filter(names_filter), *args, **kwargs)
+
+    def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> tuple:
+        """Make hooks that cache; as in TransformerLens, with aliases.
+
+        Hook points that do not fire with the present flags are left out.
+        """
+        cache, forward, backward = super().get_caching_hooks(
+            self._canonical_filter(names_filter), *args, **kwargs
+        )
+        return (
+            cache,
+            [h for h in forward if self._fires(h[0])],
+            [h for h in backward if self._fires(h[0])],
+        )
+
+    def _fires(self, name: str) -> bool:
+        try:
+            self.check_hooks_to_add(self.hook_dict[name], name, _no_hook)
+        except HookNameError:
+            return False
+        return True
+
+    def run_with_cache(
+        self,
+        *args: Any,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        n_iterations: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """Run and cache activations; as in TransformerLens, with aliases.
+
+        Returns:
+            The model's output, and a :class:`tl_loops.cache.cache.LoopedActivationCache` (or, with
+            ``return_cache_object=False``, a dictionary with canonical names).
+
+        Raises:
+            HookNameError: ``names_filter`` names no hook point.
+        """
+        with self._for_call(n_iterations):
+            output, cache = super().run_with_cache(
+                *args, return_cache_object=False, remove_batch_dim=remove_batch_dim, **kwargs
+            )
+            if return_cache_object:
+                cache = LoopedActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+        return output, cache
+
+
+def _no_hook(tensor: Any, hook: Any) -> None:
+    """A hook that does nothing."""

@@ -1,0 +1,221 @@
+"""What can be patched: named activations, the axes that each has, and the hook points behind it."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from tl_loops.errors import LoopedSemanticsError
+from tl_loops.layout.names import activation_name
+from tl_loops.layout.of_model import layout_of
+from tl_loops.upstream import is_bridge
+
+Kind = Literal["stream", "heads", "pattern", "iteration", "run"]
+
+_STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_in", "pre", "post")
+_HEADS = (
+    "q",
+    "k",
+    "v",
+    "z",
+    "rot_q",
+    "rot_k",
+    "result",
+    "attn_in",
+    "q_input",
+    "k_input",
+    "v_input",
+)
+_KEY_VALUE = ("k", "v", "rot_k", "k_input", "v_input")
+_PATTERNS = ("pattern", "attn_scores")
+_ITERATION = ("state_in", "other_in", "injected", "state_out", "exit_gate")
+_RUN = ("embed", "pos_embed", "injection", "initial_state", "slow_initial_state")
+_FLAGS = {
+    "result": "use_attn_result",
+    "q_input": "use_split_qkv_input",
+    "k_input": "use_split_qkv_input",
+    "v_input": "use_split_qkv_input",
+    "attn_in": "use_attn_in",
+    "mlp_in": "use_hook_mlp_in",
+}
+
+_DEPTH = ("iteration", "layer", "block")
+_AXES: dict[Kind, tuple[str, ...]] = {
+    "stream": (*_DEPTH, "pos"),
+    "heads": (*_DEPTH, "pos", "head"),
+    "pattern": (*_DEPTH, "pos", "head", "src_pos"),
+    "iteration": ("iteration", "pos"),
+    "run": ("pos",),
+}
+AXES = ("iteration", "layer", "block", "pos", "head", "src_pos")
+"""Every axis that a grid can have. ``pos`` of a pattern is the destination."""
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One kind of activation, on one model.
+
+    Attributes:
+        name: Shorthand, such as ``"resid_pre"``, ``"pattern"`` or ``"state_out"``.
+        kind: ``"stream"`` [batch, pos, ...], ``"heads"`` [batch, pos, head, ...], ``"pattern"``
+            [batch, head, dest, src], ``"iteration"`` (between iterations) and ``"run"`` (once a
+            run), both [batch, pos, ...].
+        rest: The hook name without its block or iteration.
+    """
+
+    name: str
+    kind: Kind
+    rest: str
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes that a grid over this activation can have."""
+        return _AXES[self.kind]
+
+    @property
+    def pos_dim(self) -> int:
+        """The tensor axis of positions (destinations, for a pattern)."""
+        return 2 if self.kind == "pattern" else 1
+
+    @property
+    def head_dim(self) -> int | None:
+        """The tensor axis of heads, if there is one."""
+        return {"heads": 2, "pattern": 1}.get(self.kind)
+
+    def hook_name(self, index: int | None = None) -> str:
+        """Canonical hook name at a block or, between iterations, at an iteration."""
+        if self.kind == "run":
+            return self.rest
+        where = "iter" if self.kind == "iteration" else "blocks"
+        return f"{where}.{index}.{self.rest}"
+
+    def n_heads(self, cfg: Any) -> int | None:
+        """Number of heads that the hook point shows; ``None`` without a head axis."""
+        if self.head_dim is None:
+            return None
+        grouped = getattr(cfg, "n_key_value_heads", None)
+        if (
+            self.name in _KEY_VALUE
+            and grouped
+            and not getattr(cfg, "ungroup_grouped_query_attention", False)
+        ):
+            return grouped
+        return cfg.n_heads
+
+
+def find_activation(model: Any, name: str) -> Activation:
+    """Describe an activation by its shorthand.
+
+    Args:
+        model: A looped model or a plain HookedTransformer.
+        name: TransformerLens shorthand, a full rest such as ``"ln1.hook_normalized"``, or
+            ``"state_in"``, ``"injected"``, ``"state_out"``, ``"exit_gate"``, ``"injection"``,
+            ``"initial_state"``, ``"embed"``.
+
+    Raises:
+        ValueError: The name is unknown, or this model has no such activation.
+    """
+    short = name.rsplit("hook_", 1)[-1] if name.startswith("hook_") else name
+    if short in _ITERATION or short in _RUN:
+        kind: Kind = "iteration" if short in _ITERATION else "run"
+        found = Activation(short, kind, f"hook_{short}")
+    else:
+        try:
+            rest = activation_name(name)
+        except ValueError:
+            every = (*_STREAM, *_HEADS, *_PATTERNS, *_ITERATION, *_RUN)
+            near = difflib.get_close_matches(name, every, n=3)
+            hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(every)}"
+            raise ValueError(f"unknown activation {name!r}: {hint}") from None
+        short = rest.rsplit("hook_", 1)[-1] if rest.startswith(("hook_", "attn.", "mlp.")) else rest
+        kind = "heads" if short in _HEADS else "pattern" if short in _PATTERNS else "stream"
+        found = Activation(short, kind, rest)
+    if found.rest == "hook_resid_mid" and is_bridge(model):
+        # The stream itself passes that hook point by: it is the input of the second norm.
+        raise LoopedSemanticsError(
+            "a TransformerBridge's hook_resid_mid is the MLP's input alone: an edit does not reach "
+            "the residual stream; patch 'attn_out', or 'resid_pre' of the block"
+        )
+    first = found.hook_name(0)
+    if first not in model.hook_dict:
+        raise ValueError(f"this model has no activation {name!r}: there is no hook point {first!r}")
+    flag = _FLAGS.get(short)
+    if flag is not None and not getattr(model.cfg, flag, False):
+        raise ValueError(
+            f"activation {name!r} needs cfg.{flag}, which is off: call model.set_{flag}(True) first"
+        )
+    return found
+
+
+def take(
+    cache: Mapping[str, Tensor] | Any,
+    activation: Activation,
+    name: str,
+    shape: tuple[int, int],
+    heads: int | None,
+) -> Tensor:
+    """One activation of a cache, with its batch axis, checked against the prompts it goes into.
+
+    Args:
+        cache: An ActivationCache or a dictionary by canonical hook name.
+        activation: What it is.
+        name: Canonical hook name.
+        shape: Batch and number of positions of the run that it goes into.
+        heads: Number of heads expected, if there is a head axis.
+
+    Raises:
+        ValueError: Another prompt length, another batch size (other than 1), or other heads.
+    """
+    value = cache[name]
+    if not getattr(cache, "has_batch_dim", True) and name.rsplit("hook_", 1)[-1] != "pos_embed":
+        value = value.unsqueeze(0)
+    batch, n_pos = shape
+    found = value.shape[activation.pos_dim]
+    if found != n_pos:
+        raise ValueError(
+            f"the clean prompt has {found} positions but the corrupted one has {n_pos}: patching "
+            "needs prompts with the same number of tokens; choose or pad them so that they match"
+        )
+    if value.shape[0] not in (1, batch):
+        raise ValueError(
+            f"the clean cache has batch size {value.shape[0]} but there are {batch} corrupted "
+            "prompts: give one clean prompt for each, or a single one for all"
+        )
+    if activation.head_dim is not None and value.shape[activation.head_dim] != heads:
+        raise ValueError(
+            f"{name} has {value.shape[activation.head_dim]} heads in the cache but {heads} on the "
+            "model: make the cache with this model and its present settings"
+        )
+    return value
+
+
+def check_cache(cache: Mapping[str, Tensor] | Any, model: Any, names: list[str]) -> None:
+    """Refuse a cache that does not hold what is to be patched.
+
+    Raises:
+        ValueError: The cache was filled with another number of iterations, or lacks an activation.
+    """
+    layout, cached = layout_of(model), getattr(cache, "layout", None)
+    if layout is not None and cached is not None and cached != layout:
+        raise ValueError(
+            f"the cache was made with layout {cached.notation(False)} but the model now has "
+            f"{layout.notation(False)}: run run_with_cache again with n_iterations="
+            f"{layout.n_iterations}, or set the model with model.iterations({cached.n_iterations})"
+        )
+    present = set(cache.keys())
+    depth = [int(m.group(1)) for m in map(re.compile(r"blocks\.(\d+)\.").match, present) if m]
+    if depth and max(depth) >= model.cfg.n_layers:
+        raise ValueError(
+            f"the cache holds block {max(depth)} but the model has {model.cfg.n_layers} unrolled "
+            "blocks: it was made with another number of iterations; run run_with_cache again"
+        )
+    missing = [name for name in names if name not in present]
+    if missing:
+        raise ValueError(
+            f"the cache lacks {missing[0]!r}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            + ": run run_with_cache on the clean prompt with a names_filter that keeps it"
+        )

@@ -1,0 +1,94 @@
+"""Prompts from files: text, or JSON lines."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tl_loops.tasks.fact_chain import Prompt
+
+SAMPLE = (
+    "The capital of France is Paris, and the capital of Italy is",
+    "If it rains the street gets wet. It rains, so the street gets",
+    "Three plus four is seven, and seven plus two is",
+    "Water boils when it is hot and freezes when it is",
+    "Monday, Tuesday, Wednesday, Thursday,",
+    "The cat sat on the mat because it was tired, and then the cat fell",
+)
+"""General prompts for models that have no task of their own."""
+
+
+class PromptFileError(ValueError):
+    """A file of prompts cannot be read; the message names file and line."""
+
+
+@dataclass(frozen=True)
+class PromptText:
+    """One prompt.
+
+    Attributes:
+        text: What the model reads.
+        answer: The expected next word, where it is known.
+        corrupted: A text of as many tokens whose answer differs, where there is one.
+    """
+
+    text: str
+    answer: str | None = None
+    corrupted: str | None = None
+
+
+def from_task(prompts: Sequence[Prompt], corrupted: Sequence[Prompt] = ()) -> list[PromptText]:
+    """Prompts of the embedded model's task, with their corrupted counterparts where given."""
+    others: list[str | None] = [p.text for p in corrupted]
+    others += [None] * (len(prompts) - len(others))
+    return [PromptText(p.text, p.answer, o) for p, o in zip(prompts, others, strict=True)]
+
+
+def read_prompts(path: str | Path) -> list[PromptText]:
+    """Read prompts from a text file (one a line) or a JSON lines file.
+
+    Args:
+        path: A file; with the ending ``.jsonl`` or ``.json`` every line is an object with a
+            ``prompt`` or ``question`` and, if known, an ``answer`` and a ``corrupted`` prompt.
+            Empty lines are left out.
+
+    Raises:
+        PromptFileError: The file is absent, not UTF-8, empty, or a line is not as above.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise PromptFileError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise PromptFileError(f"{path} is a directory; give a file of prompts") from None
+    except UnicodeDecodeError as error:
+        raise PromptFileError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise PromptFileError(f"{path}: {error.strerror}") from None
+    as_json = path.suffix.lower() in (".jsonl", ".json")
+    prompts = [
+        _from_json(line, f"{path}, line {number}") if as_json else PromptText(line)
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if not prompts:
+        raise PromptFileError(f"{path}: holds no prompt")
+    return prompts
+
+
+def _from_json(line: str, where: str) -> PromptText:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise PromptFileError(f"{where}: not JSON ({error.msg})") from None
+    if not isinstance(entry, dict):
+        raise PromptFileError(f"{where}: expected an object, got {type(entry).__name__}")
+    text = entry.get("prompt", entry.get("question"))
+    if text is None:
+        raise PromptFileError(f"{where}: has neither a 'prompt' nor a 'question' field")
+    fields = {"prompt": text, "answer": entry.get("answer"), "corrupted": entry.get("corrupted")}
+    for name, value in fields.items():
+        if value is not None and not (isinstance(value, str) and value.strip()):
+            raise PromptFileError(f"{where}: {name!r} must be text, got {value!r}")
+    return PromptText(text, fields["answer"], fields["corrupted"])
