@@ -8,7 +8,6 @@ recurrent layer then has hook points of its own, over weights that exist once.
 from tl_loops import attribution, lens, loop_hooks, metrics, patching, plots, steering, tasks
 from tl_loops.cache.cache import LoopedActivationCache
 from tl_loops.config.config import LoopedTransformerConfig
-from tl_loops.config.kv_sharing import KVSharing
 from tl_loops.errors import (
     CheckpointError,
     ConfigError,
@@ -19,6 +18,7 @@ from tl_loops.layout.layout import BlockCoordinate, LoopLayout
 from tl_loops.lens.exit_curve import ExitCurve, exit_curve
 from tl_loops.measurements.measure import available_metrics, measure
 from tl_loops.measurements.profile import LoopProfile
+from tl_loops.mechanisms.kv_sharing import KVSharing
 from tl_loops.model.bridged import UnrolledBridge, unroll
 from tl_loops.model.hooks import HookNameError
 from tl_loops.model.kv_sharing_effect import KVSharingEffect, kv_sharing_effect

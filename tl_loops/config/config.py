@@ -1,29 +1,33 @@
 """The architecture of a looped transformer as data."""
 
 import dataclasses
-import difflib
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tl_loops.config.checks import check_cycles, check_values
+from tl_loops.config.checks import check_values
 from tl_loops.config.describe import data_flow
-from tl_loops.config.mechanisms import check_iterations, has_iteration_weights
+from tl_loops.config.fields import of_mechanisms, setting
+from tl_loops.config.readout import Readout
 from tl_loops.config.weights import physical_tensors
-from tl_loops.errors import ConfigError
+from tl_loops.errors import ConfigError, did_you_mean
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.mechanisms import MECHANISMS, Mechanism
+from tl_loops.mechanisms.iteration_weights import check_rows
 from tl_loops.upstream import BaseConfig
 
 
 @dataclass(repr=False)
+@of_mechanisms(MECHANISMS)
 class LoopedTransformerConfig(BaseConfig):
     """A ``HookedTransformerConfig`` with the fields that describe the loop.
 
     All fields of the TransformerLens config keep their meaning; ``n_layers`` (the unrolled depth)
     follows from the sizes and need not be given. Defaults describe a Llama-style block (RMSNorm,
-    rotary positions, gated SiLU MLP).
+    rotary positions, gated SiLU MLP). The fields after ``padded_vocab`` are those of the
+    mechanisms (:mod:`tl_loops.mechanisms`).
 
     Attributes:
         n_prelude: Blocks before the loop.
@@ -35,21 +39,12 @@ class LoopedTransformerConfig(BaseConfig):
             ``"post_residual"``: pre-norm, plus a norm on the sum after each add (Huginn).
             ``"post_branch"``: only the branch outputs (OLMo-2). ``"post_norm"``: only the sum
             after each add (the original and the Universal Transformer).
-        initial_state: The state before iteration 0. ``"embed"``: what the prelude, or else the
-            embedding, gives. ``"normal"``: normal with ``initial_state_std``, truncated at three
-            standard deviations. ``"zeros"``. ``"learned"``: one trained vector.
-        initial_state_std: Standard deviation (before truncation) of ``"normal"``.
-        state_seed: Seed of the ``"normal"`` draw, which is a function of the seed and the absolute
-            position alone; ``None`` draws afresh from torch's default generator at each call.
-        injection: How the prelude output e enters each iteration with the state s. ``None``: not.
-            ``"concat"``: linear map of [s, e]. ``"concat_injection_first"``: of [e, s]. ``"add"``:
-            s + e. ``"gated_diagonal"``: s·exp(-Δ·exp(A)) + Δ·(e Bᵀ), Δ = softplus(dt) (Parcae).
+        block_norm_weight: Whether the norms of blocks have gains, where norms have any.
         norm_between_iterations: The final norm is applied to the state after every iteration
             (Ouro). Without a coda the last of these is the final norm itself.
         norm_before_coda: The final norm is also applied once between core and coda (Huginn).
-        exit_gate: A linear halting gate reads the state after each iteration (Ouro).
-        exit_threshold: The exit of :meth:`LoopedTransformer.forward` when none is asked for: the
-            first iteration whose cumulative exit probability reaches it; ``None``: the last.
+        final_norm: Whether the final norm is applied; without it what leaves the last block is read
+            out as it is (HRM).
         rotary_layout: ``"half"`` pairs dimension i with i + d/2, ``"interleaved"`` 2i with 2i + 1.
         rotary_reversed: Queries and keys are rotated by the negative angle (nanochat).
         rotary_table_dtype: Cosines and sines are rounded to this type, e.g. ``"bfloat16"``
@@ -64,58 +59,6 @@ class LoopedTransformerConfig(BaseConfig):
         unembed_bias: The unembedding has a bias (``b_U``).
         embed_scale: Factor on the token embedding.
         padded_vocab: Token ids from this one on are padding of the vocabulary; ``None``: none are.
-        norm_injection: The prelude output is normed, with a gain of its own, before it becomes the
-            injection e (Parcae).
-        linear_before_coda: The state goes through a linear map between core and coda (Parcae).
-        value_embeddings: Every second physical layer, counted so that the last one is among them,
-            adds an embedding of its own of the token to its values, gated by the first
-            ``value_gate_channels`` channels of what the values read (Parcae).
-        value_gate_channels: See ``value_embeddings``.
-        step_embedding: What is added to the state before each iteration. ``"sinusoidal"``: a
-            sinusoid of the iteration. ``"position_and_step"``: of the position and the iteration
-            (Universal Transformer). ``"learned"``: a trained vector an iteration.
-        halting: What the exit gate decides. ``None``: nothing in the forward pass; exits are asked
-            for by call. ``"act"``: what leaves the loop is the sum of all states by their halting
-            probabilities. ``"ponder"``: the halting distribution of PonderNet, for its loss.
-        act_epsilon: ``"act"`` halts when the probabilities sum to 1 less this.
-        router: ``"token_choice"``: a router gives every token a number of iterations
-            (Mixture-of-Recursions).
-        router_score: Its scores are a ``"softmax"`` over the depths, or each a ``"sigmoid"``.
-        router_scale: Factor on the scores.
-        router_gates: ``"every"``: the output of every iteration is multiplied by its score.
-            ``"last"``: only the last one of a token.
-        hyper_connections: Number of residual streams around the core, mixed after each iteration
-            (Hyperloop); ``None``: one, as usual.
-        kv_sharing: Which keys and values the iterations share; see
-            :class:`~tl_loops.config.kv_sharing.KVSharing`. ``None``: each has its own.
-        max_iterations: Iterations that learned step embeddings, the router and the
-            hyper-connections have weights for; ``None``: ``n_iterations``.
-        stacks: The two stacks, e.g. ``("L", "L", "L", "H")``, that the iterations of one cycle call
-            (HRM). Each has ``n_core`` layers and a state of its own; an iteration is one call,
-            which reads the sum of both states and replaces that of its stack. The stack that the
-            cycle calls last is the slow one: its state is read out. ``n_iterations`` is a multiple
-            of the cycle. ``None``: one stack, one state. With ``injection="add"`` e enters the
-            calls of the other stack alone (HRM, TRM).
-        shared_stacks: Both stacks are the same layers (TRM); their states stay two.
-        slow_initial_state: The slow stack's state before iteration 0: ``"embed"`` (what the
-            prelude, or the embedding, gives) or ``"learned"``. ``initial_state`` is the other's.
-        attn_gate: What attention writes is gated, head by head and dimension by dimension, by the
-            sigmoid of a linear map of what the queries read (HRM-Text).
-        first_pass_window: From iteration 1 on, heads mix by a gate full attention to iteration 0's
-            keys and values with attention to their own of this many positions (IQuest).
-        state_gate_rank: An iteration leaves g·new + (1 - g)·old, with a gate g in each dimension
-            that a map of this rank gives of new - old (LoopUS); ``None``: new.
-        halt_head: A head reads new - old into a halting logit (LoopUS).
-        time_conditioning: Blocks are modulated by how far the loop is (t / T) and by the size of
-            its steps (1 / T): gates on what they write, scales on what they read (LoopFormer).
-        block_norm_weight: Whether the norms of blocks have gains, where norms have any.
-        final_norm: Whether the final norm is applied; without it what leaves the last block is read
-            out as it is (HRM).
-        n_extra_tokens: Embeddings behind the vocabulary that no logit stands for, such as names of
-            puzzles (HRM); the token behind them is a row of zeros.
-        extra_token_slices: How many of them are stored as one row.
-        prefix_mask: The forward pass takes ``prefix_mask``, whose positions see each other in both
-            directions (HRM-Text).
 
     Raises:
         ConfigError: A field is missing, out of range, contradicts another one, or asks for
@@ -123,62 +66,40 @@ class LoopedTransformerConfig(BaseConfig):
     """
 
     n_layers: int = field(default=-1, kw_only=True)
-    n_prelude: int = field(default=0, kw_only=True)
-    n_core: int = field(default=1, kw_only=True)
-    n_coda: int = field(default=0, kw_only=True)
-    n_iterations: int = field(default=1, kw_only=True)
-    block_norm: str = field(default="pre", kw_only=True)
-    initial_state: str = field(default="embed", kw_only=True)
-    initial_state_std: float = field(default=0.02, kw_only=True)
-    state_seed: int | None = field(default=0, kw_only=True)
-    injection: str | None = field(default=None, kw_only=True)
-    norm_between_iterations: bool = field(default=False, kw_only=True)
-    norm_before_coda: bool = field(default=False, kw_only=True)
-    exit_gate: bool = field(default=False, kw_only=True)
-    exit_threshold: float | None = field(default=None, kw_only=True)
-    rotary_layout: str = field(default="half", kw_only=True)
-    rotary_reversed: bool = field(default=False, kw_only=True)
-    rotary_table_dtype: str | None = field(default=None, kw_only=True)
-    qk_norm: str | None = field(default=None, kw_only=True)
-    qk_bias: bool = field(default=False, kw_only=True)
-    attn_bias: bool = field(default=False, kw_only=True)
-    mlp_bias: bool = field(default=False, kw_only=True)
-    unembed_bias: bool = field(default=False, kw_only=True)
-    embed_scale: float = field(default=1.0, kw_only=True)
-    padded_vocab: int | None = field(default=None, kw_only=True)
-    norm_injection: bool = field(default=False, kw_only=True)
-    linear_before_coda: bool = field(default=False, kw_only=True)
-    value_embeddings: bool = field(default=False, kw_only=True)
-    value_gate_channels: int = field(default=32, kw_only=True)
-    step_embedding: str | None = field(default=None, kw_only=True)
-    halting: str | None = field(default=None, kw_only=True)
-    act_epsilon: float = field(default=0.01, kw_only=True)
-    router: str | None = field(default=None, kw_only=True)
-    router_score: str = field(default="softmax", kw_only=True)
-    router_scale: float = field(default=1.0, kw_only=True)
-    router_gates: str = field(default="every", kw_only=True)
-    hyper_connections: int | None = field(default=None, kw_only=True)
-    kv_sharing: str | None = field(default=None, kw_only=True)
-    max_iterations: int | None = field(default=None, kw_only=True)
-    stacks: tuple[str, ...] | None = field(default=None, kw_only=True)
-    shared_stacks: bool = field(default=False, kw_only=True)
-    slow_initial_state: str = field(default="embed", kw_only=True)
-    attn_gate: bool = field(default=False, kw_only=True)
-    prefix_mask: bool = field(default=False, kw_only=True)
-    first_pass_window: int | None = field(default=None, kw_only=True)
-    state_gate_rank: int | None = field(default=None, kw_only=True)
-    halt_head: bool = field(default=False, kw_only=True)
-    time_conditioning: bool = field(default=False, kw_only=True)
-    block_norm_weight: bool = field(default=True, kw_only=True)
-    final_norm: bool = field(default=True, kw_only=True)
-    n_extra_tokens: int = field(default=0, kw_only=True)
-    extra_token_slices: int = field(default=1, kw_only=True)
+    n_prelude: int = setting(0)
+    n_core: int = setting(1)
+    n_coda: int = setting(0)
+    n_iterations: int = setting(1, of_the_weights=False)
+    block_norm: str = setting(
+        "pre", choices=("pre", "sandwich", "post_residual", "post_branch", "post_norm")
+    )
+    block_norm_weight: bool = setting(True)
+    norm_between_iterations: bool = setting(False, of_the_weights=False)
+    norm_before_coda: bool = setting(False, of_the_weights=False)
+    final_norm: bool = setting(True)
+    rotary_layout: str = setting("half", choices=("half", "interleaved"), of_the_weights=False)
+    rotary_reversed: bool = setting(False, of_the_weights=False)
+    rotary_table_dtype: str | None = setting(
+        None, choices=(None, "bfloat16", "float16"), of_the_weights=False
+    )
+    qk_norm: str | None = setting(None, choices=(None, "full", "head", "head_weight"))
+    qk_bias: bool = setting(False)
+    attn_bias: bool = setting(False)
+    mlp_bias: bool = setting(False)
+    unembed_bias: bool = setting(False)
+    embed_scale: float = setting(1.0, of_the_weights=False)
+    padded_vocab: int | None = setting(None, of_the_weights=False)
     # Llama-style values for fields that TransformerLens defaults to GPT-2's.
     act_fn: str = "silu"
     gated_mlp: bool = True
     normalization_type: str | None = "RMS"
     positional_embedding_type: str = "rotary"
     eps: float = 1e-6
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """The fields that mechanisms add."""
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -192,7 +113,7 @@ class LoopedTransformerConfig(BaseConfig):
                 f"= {layout.n_layers}; leave n_layers out"
             )
         self.n_layers = layout.n_layers
-        if self.max_iterations is None and has_iteration_weights(self):
+        if self.max_iterations is None and any(m.has_rows(self) for m in self.mechanisms):
             self.max_iterations = self.n_iterations
         if self.n_key_value_heads == self.n_heads:
             self.n_key_value_heads = None
@@ -227,34 +148,43 @@ class LoopedTransformerConfig(BaseConfig):
         """Number of distinct sets of block weights; does not grow with the iterations."""
         return self.layout.n_physical_layers
 
-    def has_value_embedding(self, physical_layer: int) -> bool:
-        """Whether a physical layer, counted through prelude, core and coda, has one.
+    @property
+    def mechanisms(self) -> tuple[Mechanism, ...]:
+        """What the loop does besides running its core, from the core outwards."""
+        return tuple(mechanism for mechanism in MECHANISMS if mechanism.active(self))
 
-        See ``value_embeddings``.
-        """
-        return self.value_embeddings and (self.n_physical_layers - 1 - physical_layer) % 2 == 0
+    @property
+    def readout(self) -> Readout:
+        """What ends an iteration, and what stands between the loop and the logits."""
+        mechanisms = self.mechanisms
+        return Readout(
+            between=self.norm_between_iterations,
+            before_coda=self.norm_before_coda,
+            final=self.final_norm,
+            n_coda=self.n_coda,
+            n_iterations=self.n_iterations,
+            injected=self.injection is not None,
+            remixed=any(mechanism.remixes(self) for mechanism in mechanisms),
+            sums_states=any(mechanism.sums_states(self) for mechanism in mechanisms),
+            stacks=self.layout.stacks if self.stacks is not None else None,
+        )
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """What goes from an iteration to the next besides the state (and the injection)."""
+        return tuple(what for m in self.mechanisms if (what := m.carries(self)) is not None)
 
     @property
     def state_is_whole(self) -> bool:
         """Whether the state (with the injection) is all that goes from an iteration to the next.
 
-        Halting probabilities, routes, residual streams, shared keys, keys of iteration 0 and the
-        state that a gate mixes in again are more: such a model cannot start in the middle of its
-        loop.
+        Where it is not, a run cannot start in the middle of the loop; ``carried`` says what else.
         """
-        others = (
-            self.router,
-            self.hyper_connections,
-            self.kv_sharing,
-            self.first_pass_window,
-            self.state_gate_rank,
-        )
-        whole = self.halting != "act" and not self.halt_head
-        return whole and all(other is None for other in others)
+        return not self.carried
 
     @property
     def branch_norms(self) -> tuple[str, str]:
-        """Names of the norms behind the attention and behind the MLP, where there are any."""
+        """Names of the norms after the attention and after the MLP, where there are any."""
         return "ln1_post", "ln2_post"
 
     @property
@@ -270,8 +200,9 @@ class LoopedTransformerConfig(BaseConfig):
         """
         if isinstance(n_iterations, bool) or not isinstance(n_iterations, int) or n_iterations < 1:
             raise ConfigError(f"n_iterations must be an integer of at least 1, got {n_iterations}")
-        check_iterations(self, n_iterations)
-        check_cycles(self, n_iterations)
+        for mechanism in self.mechanisms:
+            mechanism.check_iterations(self, n_iterations)
+        check_rows(self, self.mechanisms, n_iterations)
         layout = self.layout.with_iterations(n_iterations)
         self.n_iterations, self.n_layers = n_iterations, layout.n_layers
 
@@ -301,9 +232,9 @@ class LoopedTransformerConfig(BaseConfig):
         names = [f.name for f in dataclasses.fields(cls)]
         for key in config_dict:
             if key not in names:
-                near = difflib.get_close_matches(key, names, n=3)
-                hint = f"; did you mean {', '.join(near)}?" if near else ""
-                raise ConfigError(f"unknown config field {key!r}{hint}")
+                raise ConfigError(
+                    f"unknown config field {key!r}; {did_you_mean(key, names, 'see its docstring')}"
+                )
         required = [
             f.name
             for f in dataclasses.fields(cls)

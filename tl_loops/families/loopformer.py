@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from tl_loops.config.config import LoopedTransformerConfig
-from tl_loops.config.weights import N_FREQUENCIES
 from tl_loops.errors import CheckpointError
 from tl_loops.families.base import (
     Family,
@@ -25,6 +24,7 @@ from tl_loops.families.base import (
     transposed,
     whole,
 )
+from tl_loops.mechanisms.time_conditioning import N_FREQUENCIES
 
 _EMBEDDERS = {"time_embedder": "time", "dt_embedder": "step"}
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tl_loops.config.config import LoopedTransformerConfig, dtype_name
-from tl_loops.config.weights import Layout, empty_as, physical_tensors
+from tl_loops.config.weights import physical_tensors
 from tl_loops.errors import CheckpointError
 from tl_loops.families.base import (
     Empty,
@@ -16,6 +16,7 @@ from tl_loops.families.base import (
     as_is,
 )
 from tl_loops.loading.files import FLOATS
+from tl_loops.mechanisms.tensors import PhysicalTensor
 
 MODEL_TYPE = "tl_loops"
 FORMAT_VERSION = 1
@@ -42,13 +43,13 @@ def _derive(released: Released) -> dict[str, Any]:
 
 def _tensors(cfg: LoopedTransformerConfig) -> Iterator[TensorSpec]:
     for name, tensor in physical_tensors(cfg).items():
-        part = Part(name, tensor.shape[0], as_is, _allocator(tensor.layout))
+        part = Part(name, tensor.shape[0], as_is, _allocator(tensor))
         yield TensorSpec(name, tensor.shape, (part,))
 
 
-def _allocator(layout: Layout) -> Empty:
+def _allocator(tensor: PhysicalTensor) -> Empty:
     # Files are row-major in TransformerLens's orientation; the model wants F.linear's.
-    return lambda shape, dtype, device: empty_as(shape, layout, dtype, device)
+    return lambda shape, dtype, device: tensor.empty(dtype, device)
 
 
 NATIVE = Family(

@@ -24,6 +24,7 @@ from tl_loops.families.base import (
 )
 from tl_loops.families.shared import raven
 from tl_loops.families.shared.raven import truncated_normal_std
+from tl_loops.mechanisms.value_embeddings import has_value_embedding
 
 _CLASS = "Parcae"
 _PHASES = {"prelude": "prelude", "core_block": "core", "coda": "coda"}
@@ -124,7 +125,7 @@ def _block(cfg: LoopedTransformerConfig, key: str, name: str, number: int) -> It
     yield whole(f"{key}.attn.c_k.weight", (kv_heads * e, d), f"{name}.attn.{W_K}", heads_in(e))
     yield whole(f"{key}.attn.c_v.weight", (kv_heads * e, d), f"{name}.attn.{W_V}", heads_in(e))
     yield whole(f"{key}.attn.c_proj.weight", (d, heads * e), f"{name}.attn.W_O", heads_out(e))
-    if cfg.has_value_embedding(number):
+    if has_value_embedding(cfg, number):
         embed, channels = f"{name}.attn.value_embed", cfg.value_gate_channels
         yield whole(
             f"value_embeds.{number}.weight",

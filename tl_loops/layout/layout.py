@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from tl_loops.layout.names import ITERATION_HOOKS, activation_name
+from tl_loops.layout.names import activation_name, between_iterations
 
 Phase = Literal["prelude", "core", "coda"]
 PHASES: tuple[Phase, ...] = ("prelude", "core", "coda")
@@ -222,8 +222,8 @@ class LoopLayout:
             ValueError: Unknown activation name or incomplete coordinate.
             IndexError: Coordinate out of range.
         """
-        full = name if name.startswith("hook_") else f"hook_{name}"
-        if layer is None and full in ITERATION_HOOKS:
+        full = between_iterations(name)
+        if layer is None and full is not None:
             if iteration is None:
                 raise ValueError(f"{name!r} sits between iterations: give iteration=...")
             return f"iter.{_in_range(iteration, self.n_iterations, 'iteration')}.{full}"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tl_loops.config.config import LoopedTransformerConfig, dtype_name
+from tl_loops.config.fields import fixed_by_weights
 from tl_loops.errors import CheckpointError, ConfigError
 from tl_loops.families.base import Family, TensorSpec
 from tl_loops.families.registry import recognise
@@ -34,17 +35,6 @@ __all__ = [
     "save_checkpoint",
 ]
 
-
-_OF_THE_WEIGHTS = frozenset(
-    "d_model d_head n_heads n_key_value_heads d_mlp d_vocab d_vocab_out n_layers n_prelude n_core "
-    "n_coda block_norm injection exit_gate qk_norm qk_bias attn_bias mlp_bias unembed_bias "
-    "gated_mlp normalization_type positional_embedding_type tie_word_embeddings norm_injection "
-    "linear_before_coda value_embeddings value_gate_channels post_embedding_ln stacks "
-    "slow_initial_state attn_gate state_gate_rank halt_head first_pass_window step_embedding "
-    "time_conditioning block_norm_weight final_norm n_extra_tokens "
-    "extra_token_slices shared_stacks router hyper_connections max_iterations".split()
-)
-"""Config fields that the stored tensors fix, so that a caller cannot choose them."""
 
 _MOST_SHOWN = 12
 
@@ -72,7 +62,7 @@ def load_config(
             mathematics that is not implemented.
         ConfigError: An argument is not a config field, is fixed by the weights, or is out of range.
     """
-    for name in overrides.keys() & _OF_THE_WEIGHTS:
+    for name in overrides.keys() & fixed_by_weights(LoopedTransformerConfig):
         hint = "; use n_iterations" if name == "n_layers" else ""
         raise ConfigError(f"{name} is fixed by the weights of {checkpoint.name}{hint}")
     where = str(checkpoint.config_path)

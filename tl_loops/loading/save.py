@@ -16,14 +16,11 @@ import torch
 from torch import Tensor
 
 from tl_loops.config.config import LoopedTransformerConfig, dtype_name
+from tl_loops.config.fields import OF_THIS_RUN
 from tl_loops.config.weights import physical_tensors
 from tl_loops.errors import CheckpointError, ConfigError
 from tl_loops.families.native import FORMAT_VERSION, MODEL_TYPE
 from tl_loops.loading.files import CONFIG_FILE, FLOATS, INDEX_FILE, WEIGHTS_FILE, read_json
-
-_OF_THIS_RUN = ("device", "n_params", "n_layers", "seed", "tokenizer_prepends_bos")
-"""Fields that follow from others, or say nothing about the model."""
-
 
 _OWN_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
@@ -38,7 +35,7 @@ def config_to_json(cfg: LoopedTransformerConfig) -> dict[str, Any]:
     for described in dataclasses.fields(cfg):
         value = getattr(cfg, described.name)
         differs = value != described.default or described.name == "dtype"
-        if differs and described.name not in _OF_THIS_RUN:
+        if differs and described.name not in OF_THIS_RUN:
             fields[described.name] = _plain(described.name, value)
     return fields
 

@@ -6,16 +6,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_loops.config.kv_sharing import KVSharing
-from tl_loops.config.mechanisms import check_kv_sharing
 from tl_loops.errors import LoopedSemanticsError
+from tl_loops.mechanisms.exclusions import check_shared_keys
+from tl_loops.mechanisms.kv_sharing import KVSharing
 from tl_loops.model.exits import ExitMode
 from tl_loops.model.readout import LoopedReadout
 from tl_loops.model.restarts import Restarts
 from tl_loops.nn.context import make_context
 from tl_loops.nn.kv_cache import SharedKeyValueCache
 from tl_loops.nn.loop.run import StackRun
-from tl_loops.nn.loop.two_stacks import TwoStackRun
 from tl_loops.nn.rotary import RotaryTable
 from tl_loops.upstream import (
     USE_DEFAULT_VALUE,
@@ -140,14 +139,13 @@ class LoopedForward(Restarts, LoopedReadout):
         run.initial_state = initial_state
         run.injection = None if injection is None else injection.to(x)
         self._need_injection(run, start, start_at_layer, start_at_iteration, stop, other_state)
-        if isinstance(run, TwoStackRun):
-            run.other_state = None if other_state is None else other_state.to(x)
-        elif other_state is not None:
-            raise ValueError("other_state is for models with two stacks (cfg.stacks)")
+        if other_state is not None:
+            if self.cfg.stacks is None:
+                raise ValueError("other_state is for models with two stacks (cfg.stacks)")
+            run.other_state = other_state.to(x)
 
         trajectory = run.run(
             x,
-            start,
             stop,
             enter_first=start_at_iteration is not None or start_at_layer in (None, 0),
             state_given=start_at_iteration is not None,
@@ -234,8 +232,8 @@ class LoopedForward(Restarts, LoopedReadout):
                 x = x + self.hook_pos_embed(self.pos_embed(context.positions))
         else:
             x = input
-        kind = StackRun if self.cfg.stacks is None else TwoStackRun
-        return kind(self, self.layout, self.cfg, context, past=past), x, tokens, start
+        run = StackRun(self, self.layout, self.cfg, context, start, past=past)
+        return run, x, tokens, start
 
     def _value_tokens(self, tokens: Tensor | None, batch: int, n_new: int) -> Tensor | None:
         """The tokens that value embeddings read; ``None`` where the model has none."""
@@ -330,7 +328,7 @@ class LoopedForward(Restarts, LoopedReadout):
                 f"kv_sharing={str(sharing)!r}, but the cache was made for {str(held)!r}: make it "
                 "with model.make_kv_cache(batch, kv_sharing)"
             )
-        check_kv_sharing(self.cfg, sharing)
+        check_shared_keys(self.cfg.mechanisms, sharing)
         if isinstance(past, SharedKeyValueCache):
             past.unroll(self.layout)
         return sharing

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from tl_loops.model.hooks import CoordinateHooks
-from tl_loops.nn.loop.boundary import IterationHooks
+from tl_loops.nn.loop.hooks import IterationHooks
 from tl_loops.nn.unrolling import unroll
 
 

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_loops.config.kv_sharing import KVSharing
 from tl_loops.errors import ConfigError
+from tl_loops.mechanisms.kv_sharing import KVSharing
 from tl_loops.nn.kv_cache import SharedKeyValueCache
 
 
@@ -53,7 +53,7 @@ def kv_sharing_effect(
     Args:
         model: A looped model.
         tokens: The text, without padding.
-        kv_sharing: See :class:`~tl_loops.config.kv_sharing.KVSharing`.
+        kv_sharing: See :class:`~tl_loops.mechanisms.kv_sharing.KVSharing`.
         n_prompt: Tokens that are read in one call before decoding begins, at least 1.
         **forward_arguments: Passed on to each forward pass, e.g. ``n_iterations``.
 

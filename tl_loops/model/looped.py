@@ -16,17 +16,12 @@ from tl_loops.model.circuits import Circuits
 from tl_loops.model.generation import Generation
 from tl_loops.model.iterations import Iterations
 from tl_loops.model.state_dicts import InheritedMethods
-from tl_loops.model.weights import LOOSE, PhysicalWeights, Weights
+from tl_loops.model.weights import PhysicalWeights, Weights, owners
 from tl_loops.nn.embedding import Embed, PosEmbed, Unembed
 from tl_loops.nn.initialise import initialise
-from tl_loops.nn.loop.boundary import CodaInput, ExitGate, InitialState, Injection, IterationHooks
-from tl_loops.nn.loop.hyper_connections import HyperConnections
-from tl_loops.nn.loop.routing import Router
-from tl_loops.nn.loop.state_gate import HaltHead, StateGate
-from tl_loops.nn.loop.step_embedding import StepEmbedding
+from tl_loops.nn.loop.hooks import IterationHooks
 from tl_loops.nn.norm import Norm
 from tl_loops.nn.rotary import RotaryTable
-from tl_loops.nn.time_conditioning import TimeConditioning
 from tl_loops.nn.unrolling import iteration_hooks, physical_blocks, tied_copy, unroll
 from tl_loops.upstream import HookPoint, init_root, set_tokenizer
 
@@ -88,42 +83,20 @@ class LoopedTransformer(Iterations, Generation, InheritedMethods, Circuits, Phys
         if cfg.positional_embedding_type == "standard":
             self.pos_embed = PosEmbed(cfg, device)
             self.hook_pos_embed = HookPoint()
-        if cfg.injection is not None:
-            self.hook_injection = HookPoint()
-            self.injection = Injection(cfg, device)
-            if cfg.norm_injection:
-                self.ln_injection = Norm(cfg, device=device)
-        self.initial_state = InitialState(cfg, device)
-        self.hook_initial_state = HookPoint()
-        if cfg.step_embedding is not None:
-            self.step_embedding = StepEmbedding(cfg, device)
-        if cfg.router is not None:
-            self.router = Router(cfg, device)
-            self.hook_router_weights = HookPoint()
-        if cfg.hyper_connections is not None:
-            self.hyper_connections = HyperConnections(cfg, device)
-        if cfg.halting == "act":
-            self.hook_halted_state = HookPoint()
-        if cfg.stacks is not None:
-            self.slow_initial_state = InitialState(cfg, device, cfg.slow_initial_state)
-            self.hook_slow_initial_state = HookPoint()
-        if cfg.time_conditioning:
-            self.time_conditioning = TimeConditioning(cfg, device)
-        if cfg.state_gate_rank is not None:
-            self.state_gate = StateGate(cfg, device)
-        if cfg.halt_head:
-            self.halt_head = HaltHead(cfg, device)
-        if cfg.linear_before_coda:
-            self.coda_in = CodaInput(cfg, device)
+        for mechanism in cfg.mechanisms:
+            for point in mechanism.points_of(cfg, "run"):
+                setattr(self, point.name, HookPoint())
+            for name in mechanism.norms(cfg):
+                setattr(self, name, Norm(cfg, device=device))
+            for name, module in mechanism.modules(cfg, device).items():
+                setattr(self, name, module)
         self.ln_final = Norm(cfg, device=device, off=not cfg.final_norm)
-        if cfg.exit_gate:
-            self.exit_gate = ExitGate(cfg, device)
         self.unembed = Unembed(cfg, self.embed, device)
         physical = physical_blocks(cfg, device)
         if weights is not None:
-            owners: dict[str, nn.Module] = dict(physical)
-            owners |= {name: getattr(self, name) for name in LOOSE if hasattr(self, name)}
-            self._assign(weights, owners)
+            waiting: dict[str, nn.Module] = dict(physical)
+            waiting |= {name: getattr(self, name) for name in owners(cfg) if hasattr(self, name)}
+            self._assign(weights, waiting)
 
         self.blocks = nn.ModuleList(unroll(cfg.layout, physical))  # type: ignore[assignment]
         self.iter = nn.ModuleList(iteration_hooks(cfg, self.ln_final))

@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_loops.errors import LoopedSemanticsError
+from tl_loops.mechanisms.coda_input import CodaInput
 from tl_loops.model.exits import ExitMode, exit_probabilities, select_state, threshold_iteration
 from tl_loops.model.hooks import CoordinateHooks
-from tl_loops.nn.loop.boundary import CodaInput
 from tl_loops.nn.norm import Norm
 from tl_loops.upstream import Output, apply_softcap
 

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from tl_loops.config.kv_sharing import KVSharing
 from tl_loops.errors import LoopedSemanticsError
+from tl_loops.mechanisms.kv_sharing import KVSharing
 from tl_loops.model.hooks import CoordinateHooks
 from tl_loops.nn.loop.run import StackRun
 

@@ -11,29 +11,17 @@ from torch import Tensor, nn
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.mechanisms import MECHANISMS
 from tl_loops.upstream import TransformerBase
 
 Weights = Iterable[tuple[str, Tensor]]
 
-LOOSE = (
-    "embed",
-    "pos_embed",
-    "ln_injection",
-    "initial_state",
-    "slow_initial_state",
-    "injection",
-    "step_embedding",
-    "router",
-    "hyper_connections",
-    "time_conditioning",
-    "state_gate",
-    "halt_head",
-    "coda_in",
-    "ln_final",
-    "unembed",
-    "exit_gate",
-)
-"""Modules beside the blocks that own weights, in the order of the data flow."""
+
+def owners(cfg: LoopedTransformerConfig) -> list[str]:
+    """The model's modules beside the blocks that may own weights, in the order of the data flow."""
+    inside = [name for m in MECHANISMS if not m.reads_out for name in m.owners]
+    outside = [name for m in MECHANISMS if m.reads_out for name in m.owners]
+    return ["embed", "pos_embed", *inside, "ln_final", "unembed", *outside]
 
 
 class PhysicalWeights(TransformerBase):
@@ -57,7 +45,7 @@ class PhysicalWeights(TransformerBase):
     def physical_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules that own weights, by physical name, in the order of the data flow."""
         blocks = iter(self.physical_blocks().items())
-        for name in LOOSE:
+        for name in owners(self.cfg):
             if name == "ln_final":
                 yield from blocks
             if hasattr(self, name):
@@ -300,19 +288,20 @@ class PhysicalWeights(TransformerBase):
                         continue
                     for name in names:
                         getattr(reader, name).mul_(norm.w[:, None])
-                    if reader is block.attn and cfg.attn_gate:
-                        block.attn.W_gate.mul_(norm.w[:, None])
-                    if reader is block.attn and block.attn.value_embed is not None:
-                        embed = block.attn.value_embed
-                        embed.W_gate.mul_(norm.w[: embed.channels, None])
+                    if reader is block.attn:
+                        for mechanism in cfg.mechanisms:
+                            mechanism.fold_attention_norm(block, norm.w)
                     norm.w.fill_(1.0)
         if cfg.block_norm != "pre":
             left.append("fold_ln for ln1_post and ln2_post (they write to the residual stream)")
-        if cfg.norm_injection:
-            left.append("fold_ln for ln_injection (its output is the injection itself)")
+        for mechanism in cfg.mechanisms:
+            left += [
+                f"fold_ln for {norm} (its output is the injection itself)"
+                for norm in mechanism.norms(cfg)
+            ]
         if cfg.tie_word_embeddings:
             left.append("fold_ln for ln_final (the unembedding is the embedding)")
-        elif cfg.norm_before_coda or cfg.norm_between_iterations:
+        elif cfg.readout.before_coda or cfg.readout.between:
             left.append("fold_ln for ln_final (its output also feeds further blocks)")
         elif cfg.final_norm:
             self.unembed.W_U.mul_(self.ln_final.w[:, None])  # type: ignore[operator]

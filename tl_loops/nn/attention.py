@@ -7,24 +7,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_loops.config.config import LoopedTransformerConfig
+from tl_loops.config.weights import block_tensors, query_key_norms
+from tl_loops.mechanisms.first_pass import FirstPassGate
+from tl_loops.mechanisms.tensors import add_parameters
+from tl_loops.mechanisms.value_embeddings import ValueEmbedding, has_value_embedding
 from tl_loops.nn.context import ForwardContext, windowed
-from tl_loops.nn.first_pass import FirstPassGate
 from tl_loops.nn.kv_cache import FarKeys
 from tl_loops.nn.norm import Norm
 from tl_loops.nn.rotary import apply_rotary
-from tl_loops.nn.value_embedding import ValueEmbedding
 from tl_loops.upstream import FactoredMatrix, HookPoint, KeyValueCacheEntry, has_hooks
-
-
-def head_in_parameter(
-    heads: int, d_model: int, d_head: int, dtype: torch.dtype, device: torch.device | str | None
-) -> nn.Parameter:
-    """An uninitialised ``[head, d_model, d_head]`` weight stored as ``[head * d_head, d_model]``.
-
-    The strides make :func:`project_in` a view of it, so that no pass copies a weight.
-    """
-    storage = torch.empty(heads, d_head, d_model, dtype=dtype, device=device)
-    return nn.Parameter(storage.transpose(1, 2))
 
 
 def project_in(
@@ -45,11 +36,14 @@ class Attention(nn.Module):
     Args:
         cfg: The config.
         device: Where the weights go.
-        value_embedding: Whether the values get an embedding of the token added.
+        number: Of the physical layer, counted through prelude, core and coda.
     """
 
     W_Q: nn.Parameter
     W_O: nn.Parameter
+    W_gate: nn.Parameter
+    q_norm: Norm
+    k_norm: Norm
     W_K: Tensor
     W_V: Tensor
     b_Q: Tensor
@@ -63,7 +57,7 @@ class Attention(nn.Module):
         self,
         cfg: LoopedTransformerConfig,
         device: torch.device | str | None = None,
-        value_embedding: bool = False,
+        number: int = 0,
     ):
         super().__init__()
         self.cfg = cfg
@@ -71,42 +65,22 @@ class Attention(nn.Module):
         kv_heads = cfg.n_key_value_heads or heads
         self.groups = heads // kv_heads
         self.scale = 1.0 / float(cfg.attn_scale) if cfg.use_attn_scale else 1.0
-        kv = self.kv_prefix
-
-        self.W_Q = head_in_parameter(heads, d, d_head, cfg.dtype, device)
-        self.register_parameter(
-            f"{kv}W_K", head_in_parameter(kv_heads, d, d_head, cfg.dtype, device)
-        )
-        self.register_parameter(
-            f"{kv}W_V", head_in_parameter(kv_heads, d, d_head, cfg.dtype, device)
-        )
-        output = torch.empty(d, heads, d_head, dtype=cfg.dtype, device=device)
-        self.W_O = nn.Parameter(output.permute(1, 2, 0))
-
-        qk = cfg.qk_bias or cfg.attn_bias
-        for name, shape, trained in (
-            ("b_Q", (heads, d_head), qk),
-            (f"{kv}b_K", (kv_heads, d_head), qk),
-            (f"{kv}b_V", (kv_heads, d_head), cfg.attn_bias),
-            ("b_O", (d,), cfg.attn_bias),
-        ):
-            bias = torch.zeros(shape, dtype=cfg.dtype, device=device)
-            if trained:
-                self.register_parameter(name, nn.Parameter(bias))
-            else:  # Zero, but there: TransformerLens's tools add it.
-                self.register_buffer(name, bias, persistent=False)
-
-        if cfg.qk_norm == "full":
-            self.q_norm = Norm(cfg, heads * d_head, device)
-            self.k_norm = Norm(cfg, kv_heads * d_head, device)
-        elif cfg.qk_norm == "head_weight":
-            self.q_norm, self.k_norm = Norm(cfg, d_head, device), Norm(cfg, d_head, device)
+        tensors = block_tensors(cfg, number)
+        add_parameters(self, tensors, "attn", cfg.dtype, device)
+        biases = {"b_Q": (heads, d_head), "b_O": (d,)}
+        biases |= {f"{self.kv_prefix}{name}": (kv_heads, d_head) for name in ("b_K", "b_V")}
+        for name, shape in biases.items():
+            if f"attn.{name}" not in tensors:  # Zero, but there: TransformerLens's tools add it.
+                zeros = torch.zeros(shape, dtype=cfg.dtype, device=device)
+                self.register_buffer(name, zeros, persistent=False)
+        for name, length in query_key_norms(cfg).items():
+            setattr(self, name, Norm(cfg, length, device))
         if cfg.first_pass_window is not None:
             self.first_pass = FirstPassGate(cfg, device)
         if cfg.attn_gate:
-            self.W_gate = head_in_parameter(heads, d, d_head, cfg.dtype, device)
             self.hook_gate = HookPoint()  # [batch, pos, head, d_head], in (0, 1)
-        self.value_embed = ValueEmbedding(cfg, device) if value_embedding else None
+        has_embedding = has_value_embedding(cfg, number)
+        self.value_embed = ValueEmbedding(cfg, number, device) if has_embedding else None
 
         self.hook_q = HookPoint()  # [batch, pos, head, d_head]
         self.hook_k = HookPoint()  # [batch, pos, kv_head, d_head]

@@ -5,11 +5,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_loops.config.config import LoopedTransformerConfig
+from tl_loops.mechanisms.time_conditioning import Modulation
 from tl_loops.nn.attention import Attention, GroupedQueryAttention
 from tl_loops.nn.context import ForwardContext
 from tl_loops.nn.mlp import MLP
 from tl_loops.nn.norm import Norm
-from tl_loops.nn.time_conditioning import Modulation
 from tl_loops.upstream import HookPoint, KeyValueCacheEntry, unshared
 
 
@@ -49,7 +49,7 @@ class Block(nn.Module):
             self.ln2_post = Norm(cfg, device=device, weight=weight)
         self.modulation = Modulation(cfg, device) if cfg.time_conditioning else None
         attention = Attention if cfg.n_key_value_heads is None else GroupedQueryAttention
-        self.attn = attention(cfg, device, cfg.has_value_embedding(number))
+        self.attn = attention(cfg, device, number)
         self.mlp = MLP(cfg, device)
 
         self.hook_attn_in = HookPoint()  # [batch, pos, head, d_model], with cfg.use_attn_in

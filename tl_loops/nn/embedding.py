@@ -6,7 +6,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_loops.config.config import LoopedTransformerConfig
-from tl_loops.nn.mlp import transposed_parameter
+from tl_loops.config.weights import physical_tensors
+from tl_loops.mechanisms.tensors import add_parameters
 from tl_loops.nn.norm import Norm
 from tl_loops.upstream import HookPoint
 
@@ -14,21 +15,18 @@ from tl_loops.upstream import HookPoint
 class Embed(nn.Module):
     """``W_E[tokens]``, times ``cfg.embed_scale``; normed with ``cfg.post_embedding_ln``.
 
-    Tokens behind the vocabulary take rows of ``W_extra`` (``cfg.n_extra_tokens``), and behind
+    Tokens after the vocabulary take rows of ``W_extra`` (``cfg.n_extra_tokens``), and after
     these zeros.
     """
+
+    W_E: nn.Parameter
+    W_extra: nn.Parameter
 
     def __init__(self, cfg: LoopedTransformerConfig, device: torch.device | str | None = None):
         super().__init__()
         self.scale = cfg.embed_scale
-        self.W_E = nn.Parameter(
-            torch.empty(cfg.d_vocab, cfg.d_model, dtype=cfg.dtype, device=device)
-        )
         self.n_extra = cfg.n_extra_tokens
-        if self.n_extra:
-            self.W_extra = nn.Parameter(
-                torch.empty(self.n_extra, cfg.d_model, dtype=cfg.dtype, device=device)
-            )
+        add_parameters(self, physical_tensors(cfg), "embed", cfg.dtype, device)
         self.ln = Norm(cfg, device=device) if cfg.post_embedding_ln else None
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
@@ -37,23 +35,23 @@ class Embed(nn.Module):
         return embedded if self.ln is None else self.ln(embedded)
 
     def _extended(self, tokens: Tensor) -> Tensor:
-        """Rows of the vocabulary, of what stands behind it, and zeros."""
+        """Rows of the vocabulary, of what follows it, and zeros."""
         last = self.W_E.shape[0] - 1
-        behind = tokens - last - 1
-        extra = F.embedding(behind.clamp(0, self.n_extra - 1), self.W_extra)
-        extra = extra * (behind < self.n_extra).unsqueeze(-1)
+        beyond = tokens - last - 1
+        extra = F.embedding(beyond.clamp(0, self.n_extra - 1), self.W_extra)
+        extra = extra * (beyond < self.n_extra).unsqueeze(-1)
         known = F.embedding(tokens.clamp(max=last), self.W_E)
-        return torch.where((behind < 0).unsqueeze(-1), known, extra)
+        return torch.where((beyond < 0).unsqueeze(-1), known, extra)
 
 
 class PosEmbed(nn.Module):
     """Learned absolute positions ``W_pos``; padded positions get none."""
 
+    W_pos: nn.Parameter
+
     def __init__(self, cfg: LoopedTransformerConfig, device: torch.device | str | None = None):
         super().__init__()
-        self.W_pos = nn.Parameter(
-            torch.empty(cfg.n_ctx, cfg.d_model, dtype=cfg.dtype, device=device)
-        )
+        add_parameters(self, physical_tensors(cfg), "pos_embed", cfg.dtype, device)
 
     def forward(self, positions: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         return F.embedding(positions, self.W_pos)
@@ -63,6 +61,7 @@ class Unembed(nn.Module):
     """``x W_U + b_U``; with ``cfg.tie_word_embeddings`` W_U is the transposed embedding itself."""
 
     _embed: Embed
+    W_U: Tensor
     b_U: Tensor
 
     def __init__(
@@ -76,13 +75,10 @@ class Unembed(nn.Module):
         if self.tied:
             # A plain reference: the embedding owns the weight.
             object.__setattr__(self, "_embed", embed)
-        else:
-            self.W_U = transposed_parameter(cfg.d_model, cfg.d_vocab_out, cfg.dtype, device)
-        bias = torch.zeros(cfg.d_vocab_out, dtype=cfg.dtype, device=device)
-        if cfg.unembed_bias:
-            self.b_U = nn.Parameter(bias)
-        else:
-            self.register_buffer("b_U", bias, persistent=False)
+        add_parameters(self, physical_tensors(cfg), "unembed", cfg.dtype, device)
+        if not cfg.unembed_bias:
+            zeros = torch.zeros(cfg.d_vocab_out, dtype=cfg.dtype, device=device)
+            self.register_buffer("b_U", zeros, persistent=False)
         self.hook_in = HookPoint()  # [batch, pos, d_model]
         self.hook_out = HookPoint()  # [batch, pos, d_vocab]
 

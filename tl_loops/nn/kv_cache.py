@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_loops.config.kv_sharing import KVSharing
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.mechanisms.kv_sharing import KVSharing
 from tl_loops.upstream import KeyValueCache, KeyValueCacheEntry
 
 Keys = Float[Tensor, "batch key kv_head d_head"]

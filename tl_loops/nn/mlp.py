@@ -7,14 +7,9 @@ from torch import Tensor, nn
 
 from tl_loops.config.activations import ACTIVATIONS
 from tl_loops.config.config import LoopedTransformerConfig
+from tl_loops.config.weights import mlp_tensors
+from tl_loops.mechanisms.tensors import add_parameters
 from tl_loops.upstream import HookPoint
-
-
-def transposed_parameter(
-    n_in: int, n_out: int, dtype: torch.dtype, device: torch.device | str | None
-) -> nn.Parameter:
-    """An uninitialised ``[n_in, n_out]`` weight with the storage that F.linear wants."""
-    return nn.Parameter(torch.empty(n_out, n_in, dtype=dtype, device=device).T)
 
 
 class MLP(nn.Module):
@@ -23,6 +18,9 @@ class MLP(nn.Module):
     Gated: ``(act(x W_gate) · x W_in + b_in) W_out + b_out``.
     """
 
+    W_gate: nn.Parameter
+    W_in: nn.Parameter
+    W_out: nn.Parameter
     b_in: Tensor
     b_out: Tensor
 
@@ -31,16 +29,11 @@ class MLP(nn.Module):
         assert cfg.d_mlp is not None
         self.gated = cfg.gated_mlp
         self.act_fn = ACTIVATIONS[cfg.act_fn]
-        if self.gated:
-            self.W_gate = transposed_parameter(cfg.d_model, cfg.d_mlp, cfg.dtype, device)
-        self.W_in = transposed_parameter(cfg.d_model, cfg.d_mlp, cfg.dtype, device)
-        self.W_out = transposed_parameter(cfg.d_mlp, cfg.d_model, cfg.dtype, device)
-        for name, width in (("b_in", cfg.d_mlp), ("b_out", cfg.d_model)):
-            bias = torch.zeros(width, dtype=cfg.dtype, device=device)
-            if cfg.mlp_bias:
-                self.register_parameter(name, nn.Parameter(bias))
-            else:  # Zero, but there: TransformerLens's tools add it.
-                self.register_buffer(name, bias, persistent=False)
+        add_parameters(self, mlp_tensors(cfg), "mlp", cfg.dtype, device)
+        if not cfg.mlp_bias:  # Zero, but there: TransformerLens's tools add them.
+            for name, width in (("b_in", cfg.d_mlp), ("b_out", cfg.d_model)):
+                zeros = torch.zeros(width, dtype=cfg.dtype, device=device)
+                self.register_buffer(name, zeros, persistent=False)
         self.hook_pre = HookPoint()  # [batch, pos, d_mlp], what the activation function gets
         if self.gated:
             self.hook_pre_linear = HookPoint()  # [batch, pos, d_mlp]

@@ -9,7 +9,7 @@ from torch import nn
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.nn.block import Block
-from tl_loops.nn.loop.boundary import IterationHooks
+from tl_loops.nn.loop.hooks import IterationHooks
 from tl_loops.nn.norm import Norm
 from tl_loops.upstream import HookPoint
 
@@ -81,13 +81,9 @@ def iteration_hooks(cfg: LoopedTransformerConfig, ln_final: Norm) -> list[Iterat
 
     Without a coda the norm that ends the last iteration is the final norm itself.
     """
-    last = cfg.n_iterations - 1
+    readout = cfg.readout
+    norms = map(readout.iteration_norm, range(cfg.n_iterations))
     return [
-        IterationHooks(
-            cfg,
-            tied_copy(ln_final)
-            if cfg.norm_between_iterations and not (t == last and cfg.n_coda == 0)
-            else None,
-        )
-        for t in range(cfg.n_iterations)
+        IterationHooks(cfg, None if norm in (None, "ln_final") else tied_copy(ln_final))
+        for norm in norms
     ]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from tl_loops.config.config import LoopedTransformerConfig
-from tl_loops.config.weights import empty_as, physical_tensors
+from tl_loops.config.weights import physical_tensors
 from tl_loops.errors import CheckpointError
 from tl_loops.families.hrm_text import HRM_TEXT_SPLIT
 from tl_loops.families.huginn import HUGINN
@@ -22,6 +22,7 @@ from tl_loops.families.registry import FAMILIES, is_looped_config, recognise
 from tl_loops.families.retrofitted import RETROFITTED_LLAMA, RETROFITTED_OLMO
 from tl_loops.loading.catalogue import catalogue, find_known, near_names
 from tl_loops.loading.save import config_to_json
+from tl_loops.mechanisms.value_embeddings import has_value_embedding
 from tl_loops.model.looped import LoopedTransformer
 
 FIXTURES = Path(__file__).parents[2] / "parity" / "fixtures"
@@ -150,7 +151,7 @@ def test_parcae_config():
     assert (cfg.qk_norm, cfg.act_fn, cfg.gated_mlp) == ("head", "half_relu2", False)
     assert (cfg.rotary_layout, cfg.rotary_base) == ("interleaved", 50_000.0)
     assert cfg.initial_state_std == math.sqrt(2 / (5 * 64)) and cfg.embed_scale == 1.0
-    assert [cfg.has_value_embedding(i) for i in range(6)] == [False, True] * 3
+    assert [has_value_embedding(cfg, i) for i in range(6)] == [False, True] * 3
     assert "ln_injection" in cfg.describe() and "values" in cfg.describe()
 
 
@@ -498,7 +499,7 @@ def test_physical_tensors_are_the_parameters_of_the_model_in_number_shape_and_st
     }
     assert sum(value.numel() for value in parameters.values()) == cfg.n_params
     for name, tensor in physical.items():
-        laid = empty_as(tensor.shape, tensor.layout)
+        laid = tensor.empty()
         if 1 not in tensor.shape:
             assert laid.stride() == parameters[name].stride(), name
 

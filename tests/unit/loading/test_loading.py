@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformer_lens.utilities.tokenize_utils import get_tokenizer_with_bos
 
 from tl_loops.config.config import LoopedTransformerConfig
-from tl_loops.config.weights import empty_as, physical_tensors
+from tl_loops.config.weights import physical_tensors
 from tl_loops.errors import CheckpointError, ConfigError, UnknownModelError
 from tl_loops.loading import open as loading
 from tl_loops.loading.open import load_config, open_tensors, save_checkpoint
@@ -930,7 +930,7 @@ def test_a_config_written_by_hand_loads_whatever_its_architecture(tmp_path):
     )
     generator = torch.Generator().manual_seed(0)
     tensors = {
-        name: empty_as(tensor.shape, tensor.layout).normal_(generator=generator)
+        name: tensor.empty().normal_(generator=generator)
         for name, tensor in physical_tensors(cfg).items()
     }
     save_checkpoint(tmp_path / "c", cfg, tensors)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.models import tiny_config, tiny_model, tiny_tokens
-from tl_loops.nn.loop.boundary import InitialState
+from tl_loops.mechanisms.initial_state import InitialState
 
 TOKENS = tiny_tokens()
 
@@ -66,7 +66,7 @@ def test_it_is_a_normal_cut_at_three_standard_deviations(seed):
     cfg = tiny_config("huginn", d_model=64, d_head=16, initial_state_std=0.5, state_seed=seed)
     torch.manual_seed(0)
     n = 2000
-    drawn = InitialState(cfg)(torch.zeros(1, n, 64), torch.arange(n)[None])
+    drawn = InitialState(cfg, cfg.initial_state)(torch.zeros(1, n, 64), torch.arange(n)[None])
     assert drawn.abs().max() <= 1.5
     assert drawn.mean().abs() < 5 * 0.5 / math.sqrt(n * 64)
     # Variance of a standard normal cut at ±c: 1 - 2 c φ(c) / (2 Φ(c) - 1).

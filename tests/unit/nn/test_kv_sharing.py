@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from tests.models import tiny_config, tiny_model, tiny_tokens
 from tl_loops import ConfigError, LoopedSemanticsError, LoopedTransformer
-from tl_loops.config.kv_sharing import KVSharing
+from tl_loops.mechanisms.kv_sharing import KVSharing
 from tl_loops.model.kv_sharing_effect import kv_sharing_effect
 from tl_loops.nn.kv_cache import SharedKeyValueCache
 

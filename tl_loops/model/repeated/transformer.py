@@ -13,7 +13,7 @@ from tl_loops.model.iterations import Iterations
 from tl_loops.model.readout import refuse_coda
 from tl_loops.model.repeated.config import RepeatedConfig
 from tl_loops.model.repeated.weights import BorrowedWeights
-from tl_loops.nn.loop.boundary import IterationHooks
+from tl_loops.nn.loop.hooks import IterationHooks
 from tl_loops.nn.unrolling import tied_copy, unroll
 from tl_loops.upstream import (
     USE_DEFAULT_VALUE,

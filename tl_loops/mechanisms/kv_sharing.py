@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from tl_loops.errors import ConfigError
+from tl_loops.mechanisms.mechanism import Config, Mechanism, Setting
 
 _KINDS = {
     "latest": None,
@@ -102,3 +103,29 @@ def _gate(number: str, text: str) -> float:
     if not 0.0 < gate <= 1.0:
         raise ConfigError(f"kv_sharing={text!r}: the gate must be above 0 and at most 1")
     return gate
+
+
+class _KVSharing(Mechanism):
+    name = "kv_sharing"
+    settings = (
+        Setting(
+            "kv_sharing",
+            str | None,
+            None,
+            "Which keys and values the iterations share; see :class:`tl_loops.KVSharing`. "
+            "``None``: each has its own.",
+            of_the_weights=False,
+        ),
+    )
+
+    def check(self, cfg: Config) -> None:
+        KVSharing.parse(cfg.kv_sharing)
+
+    def describe(self, cfg: Config) -> list[str]:
+        return [f"keys     and values are shared across iterations: {cfg.kv_sharing}"]
+
+    def carries(self, cfg: Config) -> str:
+        return "shared keys"
+
+
+KV_SHARING = _KVSharing()

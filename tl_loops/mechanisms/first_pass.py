@@ -1,0 +1,102 @@
+"""Attention of later iterations to the keys and values of iteration 0 (IQuest-Coder Loop)."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tl_loops.errors import ConfigError
+from tl_loops.layout.names import spec
+from tl_loops.mechanisms.mechanism import (
+    DECIDES_KEYS,
+    Config,
+    Mechanism,
+    Part,
+    Run,
+    Setting,
+)
+from tl_loops.mechanisms.tensors import PhysicalTensor, Tensors, add_parameters
+from tl_loops.upstream import HookPoint
+
+
+class FirstPassGate(nn.Module):
+    """How much each head takes of iteration 0: ``sigmoid(q · W + b)``, q after the rotation.
+
+    From iteration 1 on a head writes ``g · A(q, K₀, V₀) + (1 - g) · A_window(q, K, V)``.
+
+    Hook points, which fire from iteration 1 on: ``hook_gate`` [batch, pos, head];
+    ``hook_attn_scores`` and ``hook_pattern`` [batch, head, query, key] of the attention to
+    iteration 0 (those of the attention itself are of the window).
+    """
+
+    W: nn.Parameter
+    b: nn.Parameter
+
+    def __init__(self, cfg: Config, device: torch.device | str | None = None):
+        super().__init__()
+        weights = FIRST_PASS.block_weights(cfg, 0)
+        add_parameters(self, weights, "attn.first_pass", cfg.dtype, device)
+        self.hook_gate = HookPoint()
+        self.hook_attn_scores = HookPoint()
+        self.hook_pattern = HookPoint()
+
+    def forward(self, q: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos head"]:
+        return self.hook_gate(torch.sigmoid((q * self.W).sum(-1) + self.b))
+
+
+class _Place(Part):
+    """Tells a block its iteration and layer."""
+
+    def context(self, t: int, layer: int, context: Any, x: Tensor) -> Any:
+        return replace(context, place=(t, layer))
+
+
+class _FirstPass(Mechanism):
+    name = "first_pass_window"
+    settings = (
+        Setting(
+            "first_pass_window",
+            int | None,
+            None,
+            "From iteration 1 on, heads mix by a gate full attention to iteration 0's keys and "
+            "values with attention to their own of this many positions (IQuest).",
+            at_least=1,
+        ),
+    )
+    points = (
+        spec("attn.first_pass.hook_gate", "block", "batch pos head", from_iteration=1),
+        spec("attn.first_pass.hook_attn_scores", "block", "batch head query key", from_iteration=1),
+        spec("attn.first_pass.hook_pattern", "block", "batch head query key", from_iteration=1),
+    )
+    with_stacks = False
+    own_keys = "later iterations of this model read the first one's keys already, by a trained gate"
+
+    def decides(self, cfg: Config) -> dict[str, str]:
+        return DECIDES_KEYS
+
+    def check(self, cfg: Config) -> None:
+        if cfg.first_pass_window is not None and cfg.attention_dir != "causal":
+            raise ConfigError("first_pass_window needs causal attention and no router")
+
+    def describe(self, cfg: Config) -> list[str]:
+        return [
+            "heads    t > 0: z = g·A(q, K_0, V_0) + (1 - g)·A(q, K_t, V_t; last "
+            f"{cfg.first_pass_window}), g = σ(q·w + b)"
+        ]
+
+    def block_weights(self, cfg: Config, number: int) -> Tensors:
+        return {
+            "attn.first_pass.W": PhysicalTensor((cfg.n_heads, cfg.d_head)),
+            "attn.first_pass.b": PhysicalTensor((cfg.n_heads,)),
+        }
+
+    def part(self, run: Run) -> Part:
+        return _Place(run)
+
+    def carries(self, cfg: Config) -> str:
+        return "keys of iteration 0"
+
+
+FIRST_PASS = _FirstPass()

@@ -1,0 +1,170 @@
+"""The state before iteration 0: what the prelude gives, a draw, zeros, or a trained vector."""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tl_loops.errors import ConfigError
+from tl_loops.layout.names import spec
+from tl_loops.mechanisms.mechanism import Config, Mechanism, Part, Run, Setting
+from tl_loops.mechanisms.tensors import Tensors, add_parameters, vector
+from tl_loops.upstream import unshared
+
+TRUNCATION = 3.0
+"""Bound of the truncated normal initial state, in standard deviations."""
+
+RULES = ("embed", "normal", "zeros", "learned")
+
+
+class InitialState(nn.Module):
+    """The state before iteration 0, by one of the rules of ``cfg.initial_state``.
+
+    Args:
+        cfg: The config.
+        rule: ``"embed"``, ``"normal"``, ``"zeros"`` or ``"learned"``.
+        device: Where the weights go.
+    """
+
+    state: nn.Parameter
+
+    def __init__(self, cfg: Config, rule: str, device: torch.device | str | None = None):
+        super().__init__()
+        self.cfg, self.rule = cfg, rule
+        add_parameters(self, state_weights("it", rule, cfg.d_model), "it", cfg.dtype, device)
+        self._drawn: Tensor | None = None
+        self._drawn_for: tuple = ()
+
+    def forward(
+        self, e: Float[Tensor, "batch pos d_model"], positions: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        rule = self.rule
+        if rule == "embed":
+            return e
+        if rule == "zeros":
+            return torch.zeros_like(e)
+        if rule == "learned":
+            return self.state.expand_as(e).clone()
+        if self.cfg.state_seed is None:
+            return self._truncated_normal(torch.rand(e.shape)).to(e)
+        return self._by_position(int(positions.max()) + 1)[positions.cpu()].to(e)
+
+    def _truncated_normal(self, uniform: Tensor) -> Tensor:
+        """Map uniforms on [0, 1) to a normal cut at ±3σ, by the inverse distribution function."""
+        # P(|Z| < 3) = erf(3 / √2); float64 keeps the tails exact.
+        mass = math.erf(TRUNCATION / math.sqrt(2.0))
+        z = math.sqrt(2.0) * torch.erfinv((2.0 * uniform.double() - 1.0) * mass)
+        return (z * self.cfg.initial_state_std).float()
+
+    def _by_position(self, n_positions: int) -> Float[Tensor, "n_positions d_model"]:
+        """One draw per position, each from a generator of its own.
+
+        So the state at a position depends on the seed and the position alone: not on batch
+        neighbours, the length of the prompt, or on what a key-value cache already holds.
+        """
+        key = (self.cfg.state_seed, self.cfg.initial_state_std, self.cfg.d_model)
+        known = self._drawn if self._drawn_for == key else None
+        first = 0 if known is None else known.shape[0]
+        if n_positions > first:
+            # Grown ahead, so that decoding token by token does not draw at every step.
+            last = max(n_positions, 2 * first, 16)
+            uniforms = torch.empty(last - first, self.cfg.d_model)
+            generator = torch.Generator()
+            for position in range(first, last):
+                generator.manual_seed(_mix(int(self.cfg.state_seed or 0), position))
+                uniforms[position - first].uniform_(generator=generator)
+            new = self._truncated_normal(uniforms)
+            known = new if known is None else torch.cat([known, new])
+            if known.is_inference():
+                return known
+            self._drawn, self._drawn_for = known, key
+        assert known is not None
+        return known
+
+
+def _mix(seed: int, position: int) -> int:
+    """A seed for one position, by SplitMix64's finaliser: neighbouring seeds do not overlap."""
+    mask = (1 << 64) - 1
+    z = (seed * 0x9E3779B97F4A7C15 + position + 1) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return (z ^ (z >> 31)) & ((1 << 63) - 1)
+
+
+def state_weights(owner: str, rule: str, d_model: int) -> Tensors:
+    """The weights of a state before iteration 0 that follows a rule."""
+    return {f"{owner}.state": vector(d_model)} if rule == "learned" else {}
+
+
+class _Begin(Part):
+    def begin(self, x: Tensor) -> Tensor:
+        model, given = self.run.model, self.run.initial_state
+        if given is not None:
+            state = given.to(x)
+        else:
+            state = model.initial_state(x, self.run.context.positions)
+        return model.hook_initial_state(unshared(state, model.hook_initial_state))
+
+
+class _InitialState(Mechanism):
+    name = "initial_state"
+    owners = ("initial_state",)
+    settings = (
+        Setting(
+            "initial_state",
+            str,
+            "embed",
+            '``"embed"``: what the prelude, or else the embedding, gives. ``"normal"``: normal '
+            'with ``initial_state_std``, truncated at three standard deviations. ``"zeros"``. '
+            '``"learned"``: one trained vector.',
+            choices=RULES,
+            of_the_weights=False,
+        ),
+        Setting(
+            "initial_state_std",
+            float,
+            0.02,
+            'Standard deviation (before truncation) of ``"normal"``.',
+            of_the_weights=False,
+        ),
+        Setting(
+            "state_seed",
+            int | None,
+            0,
+            'Seed of the ``"normal"`` draw, which is a function of the seed and the absolute '
+            "position alone; ``None`` draws afresh from torch's default generator at each call.",
+            of_the_weights=False,
+        ),
+    )
+    points = (spec("hook_initial_state", "run", "batch pos d_model"),)
+
+    def active(self, cfg: Config) -> bool:
+        return True
+
+    def check(self, cfg: Config) -> None:
+        if cfg.initial_state == "normal" and not cfg.initial_state_std >= 0:
+            raise ConfigError(f"initial_state_std must be at least 0, got {cfg.initial_state_std}")
+
+    def phrases(self, cfg: Config) -> dict[str, str]:
+        seed = f"seed {cfg.state_seed}" if cfg.state_seed is not None else "drawn afresh"
+        begin = {
+            "embed": "s = e",
+            "normal": f"s ~ N(0, {cfg.initial_state_std:.4g}²), truncated at 3σ, {seed}",
+            "zeros": "s = 0",
+            "learned": "s = learned vector",
+        }[cfg.initial_state]
+        return {"begin": begin}
+
+    def weights(self, cfg: Config) -> Tensors:
+        return state_weights("initial_state", cfg.initial_state, cfg.d_model)
+
+    def modules(self, cfg: Config, device: Any) -> dict[str, nn.Module]:
+        return {"initial_state": InitialState(cfg, cfg.initial_state, device)}
+
+    def part(self, run: Run) -> Part:
+        return _Begin(run)
+
+
+INITIAL_STATE = _InitialState()

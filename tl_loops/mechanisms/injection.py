@@ -1,0 +1,153 @@
+"""How the prelude's output e enters each iteration with the state s."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tl_loops.errors import ConfigError
+from tl_loops.layout.names import spec
+from tl_loops.mechanisms.mechanism import Config, Mechanism, Part, Run, Setting
+from tl_loops.mechanisms.tensors import Tensors, add_parameters, matrix, vector
+from tl_loops.upstream import unshared
+
+KINDS = (None, "concat", "concat_injection_first", "add", "gated_diagonal")
+
+
+class Injection(nn.Module):
+    """The injection's weights and maps, by ``cfg.injection``.
+
+    Every kind is affine in s once e is fixed, so the part that depends on e alone is computed once
+    per forward pass (:meth:`prepare`) and shared by all iterations.
+    """
+
+    A_log: nn.Parameter
+    dt_bias: nn.Parameter
+    W_B: nn.Parameter
+    W: nn.Parameter
+
+    def __init__(self, cfg: Config, device: torch.device | str | None = None):
+        super().__init__()
+        self.kind = cfg.injection
+        add_parameters(self, INJECTION.weights(cfg), "injection", cfg.dtype, device)
+
+    @property
+    def W_state(self) -> Float[Tensor, "d_model d_model"]:
+        """The rows of the concatenation's map that the state meets."""
+        d = self.W.shape[1]
+        return self.W[:d] if self.kind == "concat" else self.W[d:]
+
+    @property
+    def W_injection(self) -> Float[Tensor, "d_model d_model"]:
+        """The rows of the concatenation's map that e meets."""
+        d = self.W.shape[1]
+        return self.W[d:] if self.kind == "concat" else self.W[:d]
+
+    def prepare(self, e: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The additive part of the injected input, which e alone decides."""
+        if self.kind == "add":
+            return e
+        if self.kind == "gated_diagonal":
+            return F.softplus(self.dt_bias) * F.linear(e, self.W_B.T)
+        return F.linear(e, self.W_injection.T)
+
+    def carry(self, s: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The linear map that the state goes through; ``carry(s) + prepare(e)`` is the input."""
+        if self.kind == "add":
+            return s
+        if self.kind == "gated_diagonal":
+            return s * torch.exp(-F.softplus(self.dt_bias) * torch.exp(self.A_log))
+        return F.linear(s, self.W_state.T)
+
+    def forward(
+        self, s: Float[Tensor, "*batch d_model"], prepared: Float[Tensor, "*batch d_model"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        return self.carry(s) + prepared
+
+
+class _Inject(Part):
+    def __init__(self, run: Run):
+        super().__init__(run)
+        given = run.injection
+        self._prepared = None if given is None else run.model.injection.prepare(given)
+
+    def begin(self, x: Tensor) -> Tensor:
+        model = self.run.model
+        x = model.ln_injection(x) if self.run.cfg.norm_injection else x
+        x = model.hook_injection(unshared(x, model.hook_injection))
+        self._prepared = model.injection.prepare(x)
+        return x
+
+    def enter(self, t: int, state: Tensor) -> Tensor:
+        stacks = self.run.layout.stacks
+        if stacks is not None and stacks[t] == stacks[-1]:
+            return state  # Of two stacks, e enters the calls of the fast one alone.
+        assert self._prepared is not None
+        return self.run.model.injection(state, self._prepared)
+
+
+class _InjectionMechanism(Mechanism):
+    name = "injection"
+    owners = ("ln_injection", "injection")
+    settings = (
+        Setting(
+            "injection",
+            str | None,
+            None,
+            "How the prelude output e enters each iteration with the state s. ``None``: not. "
+            '``"concat"``: linear map of [s, e]. ``"concat_injection_first"``: of [e, s]. '
+            '``"add"``: s + e. ``"gated_diagonal"``: s·exp(-Δ·exp(A)) + Δ·(e Bᵀ), Δ = '
+            "softplus(dt) (Parcae).",
+            choices=KINDS,
+        ),
+        Setting(
+            "norm_injection",
+            bool,
+            False,
+            "The prelude output is normed, with a gain of its own, before it becomes the injection "
+            "e (Parcae).",
+        ),
+    )
+    points = (spec("hook_injection", "run", "batch pos d_model"),)
+
+    def active(self, cfg: Config) -> bool:
+        return cfg.injection is not None
+
+    def check(self, cfg: Config) -> None:
+        if cfg.norm_injection and cfg.injection is None:
+            raise ConfigError("norm_injection needs an injection")
+
+    def phrases(self, cfg: Config) -> dict[str, str]:
+        enter = {
+            "concat": "x = [s, e] W",
+            "concat_injection_first": "x = [e, s] W",
+            "add": "x = s + e",
+            "gated_diagonal": "x = s·exp(-Δ·exp(A)) + Δ·(e Bᵀ)",
+        }[cfg.injection]
+        return {"enter": enter, **({"e": "ln_injection(x)"} if cfg.norm_injection else {})}
+
+    def norms(self, cfg: Config) -> tuple[str, ...]:
+        return ("ln_injection",) if cfg.norm_injection else ()
+
+    def weights(self, cfg: Config) -> Tensors:
+        d = cfg.d_model
+        if cfg.injection in ("concat", "concat_injection_first"):
+            return {"injection.W": matrix(2 * d, d)}
+        if cfg.injection == "gated_diagonal":
+            return {
+                "injection.A_log": vector(d),
+                "injection.dt_bias": vector(d),
+                "injection.W_B": matrix(d, d),
+            }
+        return {}
+
+    def modules(self, cfg: Config, device: Any) -> dict[str, nn.Module]:
+        return {"injection": Injection(cfg, device)}
+
+    def part(self, run: Run) -> Part:
+        return _Inject(run)
+
+
+INJECTION = _InjectionMechanism()

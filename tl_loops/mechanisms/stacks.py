@@ -1,0 +1,145 @@
+"""Iterations that call one of two stacks, each with a state of its own (HRM, TRM)."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from tl_loops.errors import ConfigError
+from tl_loops.layout.names import spec
+from tl_loops.mechanisms.initial_state import InitialState, state_weights
+from tl_loops.mechanisms.mechanism import Config, Mechanism, Part, Run, Setting
+from tl_loops.mechanisms.tensors import Tensors
+from tl_loops.upstream import unshared
+
+
+class _TwoStates(Part):
+    """An iteration is one call: it reads the sum of both states and replaces that of its stack.
+
+    With an injection, calls of the fast stack read e, too. The residual stream between iterations
+    is the state that the call before has left.
+    """
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self._states: dict[str, Tensor] = {}
+        first = run.layout.coordinate(run.start) if run.start < run.layout.n_layers else None
+        if first is not None and first.stack is not None and run.other_state is not None:
+            self._states[self._other(first.stack)] = run.other_state
+
+    def _other(self, stack: str) -> str:
+        return next(name for name in self.run.cfg.stacks if name != stack)
+
+    def begin(self, x: Tensor) -> Tensor:
+        run, model = self.run, self.run.model
+        slow = x
+        if run.cfg.slow_initial_state == "learned":
+            slow = model.slow_initial_state(x, run.context.positions)
+        hook = model.hook_slow_initial_state
+        self._states[run.cfg.slow_stack] = hook(unshared(slow, hook))
+        return x
+
+    def read(self, t: int, x: Tensor) -> Tensor:
+        return self._states.setdefault(self.run.layout.stacks[t], x)
+
+    def enter(self, t: int, state: Tensor) -> Tensor:
+        other = self._states[self._other(self.run.layout.stacks[t])]
+        hook = self.run.model.iter[t].hook_other_in
+        return state + hook(unshared(other, hook))
+
+    def left(self, t: int, state: Tensor, unhooked: Tensor) -> Tensor:
+        self._states[self.run.layout.stacks[t]] = state
+        return state
+
+
+class _Stacks(Mechanism):
+    name = "stacks"
+    owners = ("slow_initial_state",)
+    settings = (
+        Setting(
+            "stacks",
+            tuple[str, ...] | None,
+            None,
+            'The two stacks, e.g. ``("L", "L", "L", "H")``, that the iterations of one cycle call '
+            "(HRM). Each has ``n_core`` layers and a state of its own; an iteration is one call, "
+            "which reads the sum of both states and replaces that of its stack. The stack that the "
+            "cycle calls last is the slow one: its state is read out. ``n_iterations`` is a "
+            'multiple of the cycle. ``None``: one stack, one state. With ``injection="add"`` e '
+            "enters the calls of the other stack alone (HRM, TRM).",
+        ),
+        Setting(
+            "shared_stacks",
+            bool,
+            False,
+            "Both stacks are the same layers (TRM); their states stay two.",
+        ),
+        Setting(
+            "slow_initial_state",
+            str,
+            "embed",
+            'The slow stack\'s state before iteration 0: ``"embed"`` (what the prelude, or the '
+            'embedding, gives) or ``"learned"``. ``initial_state`` is the other\'s.',
+            choices=("embed", "learned"),
+        ),
+    )
+    points = (
+        spec("hook_slow_initial_state", "run", "batch pos d_model"),
+        spec("hook_other_in", "iteration", "batch pos d_model"),
+    )
+    own_keys = "iterations of two stacks run other layers"
+
+    def active(self, cfg: Config) -> bool:
+        return cfg.stacks is not None
+
+    def check(self, cfg: Config) -> None:
+        stacks = cfg.stacks
+        if stacks is None:
+            if cfg.slow_initial_state != "embed" or cfg.shared_stacks:
+                raise ConfigError("slow_initial_state and shared_stacks need stacks")
+            return
+        names = [name for name in stacks if isinstance(name, str) and name.isidentifier()]
+        if len(names) < len(stacks) or len(set(stacks)) != 2 or stacks.count(stacks[-1]) != 1:
+            raise ConfigError(
+                "stacks must name two stacks, the slow one once and last, "
+                f"as ('L', 'L', 'H'), got {stacks!r}"
+            )
+        self.check_iterations(cfg, cfg.n_iterations)
+        if cfg.injection not in (None, "add"):
+            raise ConfigError(f"stacks need injection=None or 'add', got {cfg.injection!r}")
+
+    def check_iterations(self, cfg: Config, n_iterations: int) -> None:
+        if cfg.stacks is not None and n_iterations % len(cfg.stacks):
+            raise ConfigError(
+                f"n_iterations must be a multiple of {len(cfg.stacks)}, the calls of one cycle "
+                f"{' '.join(cfg.stacks)}, got {n_iterations}"
+            )
+
+    def phrases(self, cfg: Config) -> dict[str, str]:
+        words = {"embed": "e", "zeros": "0", "learned": "learned vector"}
+        words["normal"] = f"N(0, {cfg.initial_state_std:.4g}²)"
+        fast, slow = f"z{cfg.stacks[0]}", f"z{cfg.stacks[-1]}"
+        after = "ln_final(x)" if cfg.norm_between_iterations else "x"
+        inject = " + e" if cfg.injection is not None else ""
+        run, cycles = f"{cfg.n_core} x block", cfg.n_iterations // len(cfg.stacks)
+        calls = [
+            f"core     {cycles} x [ calls of {' '.join(cfg.stacks)} ], each call:",
+            f"  {cfg.stacks[0]:<6} x = {fast} + {slow}{inject}; {run}; {fast} = {after}",
+            f"  {cfg.stacks[-1]:<6} x = {slow} + {fast}; {run}; {slow} = {after}",
+        ]
+        first, second = words[cfg.initial_state], words[cfg.slow_initial_state]
+        return {
+            "begin": f"{fast} = {first}, {slow} = {second}",
+            "calls": "\n".join(calls),
+            "state": slow,
+        }
+
+    def weights(self, cfg: Config) -> Tensors:
+        return state_weights("slow_initial_state", cfg.slow_initial_state, cfg.d_model)
+
+    def modules(self, cfg: Config, device: Any) -> dict[str, nn.Module]:
+        return {"slow_initial_state": InitialState(cfg, cfg.slow_initial_state, device)}
+
+    def part(self, run: Run) -> Part:
+        return _TwoStates(run)
+
+
+STACKS = _Stacks()

@@ -1,0 +1,30 @@
+"""The hook points of one iteration."""
+
+from torch import nn
+
+from tl_loops.config.config import LoopedTransformerConfig
+from tl_loops.nn.norm import Norm
+from tl_loops.upstream import HookPoint
+
+
+class IterationHooks(nn.Module):
+    """Hook points of one iteration, and the norm that ends it where there is one.
+
+    Hook points: ``hook_state_in`` (before injection), ``hook_injected`` (what enters the first
+    layer), ``hook_state_out`` (after the norm between iterations), all [batch, pos, d_model], and
+    those of the config's mechanisms.
+    """
+
+    hook_state_in: HookPoint
+    hook_injected: HookPoint
+    hook_state_out: HookPoint
+
+    def __init__(self, cfg: LoopedTransformerConfig, norm: Norm | None):
+        super().__init__()
+        names = ["hook_state_in", "hook_injected", "hook_state_out"]
+        for mechanism in cfg.mechanisms:
+            names += [point.name for point in mechanism.points_of(cfg, "iteration")]
+        for name in names:
+            setattr(self, name, HookPoint())
+        if norm is not None:
+            self.norm = norm
