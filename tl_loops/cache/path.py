@@ -247,7 +247,17 @@ def path_steps(
         if frozen.bias is not None:
             yield Write(Site("norm_bias", f"{label}_norm_bias", iteration=iteration, norm=frozen))
 
-    n_layers, coda_start = layout.n_layers, layout.coda_start
+    readout = cfg.readout.over(layout)
+
+    def enter_coda() -> Iterator[Step]:
+        for step in readout.before_coda:
+            if step.kind == "norm":
+                yield from normed(step.prefix, model.ln_final, "coda", None)
+            else:
+                W = model.coda_in.W
+                yield Map(Mix(working(W).to(device or W.device)))
+
+    coda_start = layout.coda_start
     yield Write(Site("embed", "embed"))
     if cfg.positional_embedding_type == "standard":
         yield Write(Site("pos_embed", "pos_embed"))
@@ -265,8 +275,7 @@ def path_steps(
                 yield BeginLoop(replaced)
                 if replaced:
                     yield Write(Site("initial_state", "initial_state"))
-            mixed = (cfg.router, cfg.hyper_connections, cfg.state_gate_rank)
-            if any(mechanism is not None for mechanism in mixed):
+            if readout.mixes_states:
                 raise LoopedSemanticsError(_NOT_A_PATH)
             if cfg.step_embedding is not None:
                 label_t = f"r{t}_step_embedding"
@@ -274,11 +283,8 @@ def path_steps(
             if cfg.injection is not None:
                 yield Map(carry)
                 yield Inject(prepare, Site("injection", f"r{t}_injection", iteration=t))
-        if index == coda_start and cfg.norm_before_coda:
-            yield from normed("ln_coda", model.ln_final, "coda", None)
-        if index == coda_start and cfg.linear_before_coda:
-            W = model.coda_in.W
-            yield Map(Mix(working(W).to(device or W.device)))
+        if index == coda_start:
+            yield from enter_coda()
         if target.state_out is None and index == target.layer and not target.mlp_input:
             return
         block = blocks[physical]
@@ -294,14 +300,13 @@ def path_steps(
         if norm_sum:
             yield from normed(f"blocks.{index}.ln2_post", block.ln2_post, f"{label}_mlp", t)
         if t is not None and index == layout.iteration_blocks(t)[-1]:
-            # Without a coda the norm behind the last iteration is the final norm itself.
-            is_final = index == n_layers - 1
-            if cfg.norm_between_iterations and (not is_final or target.state_out == t):
-                prefix = "ln_final" if is_final else f"iter.{t}.norm"
+            prefix = readout.iteration_norm(t)
+            # The final norm is not on the path to the end, which it reads.
+            if prefix is not None and (prefix != "ln_final" or target.state_out == t):
                 yield from normed(prefix, model.ln_final, f"r{t}", t)
             if target.state_out == t:
                 return
-            if cfg.halting == "act" and t == layout.n_iterations - 1:
+            if readout.sums_states and t == layout.n_iterations - 1:
                 raise LoopedSemanticsError(_NOT_A_PATH)
-    if layout.n_coda == 0 and cfg.norm_before_coda:
-        yield from normed("ln_coda", model.ln_final, "coda", None)
+    if not readout.has_coda:
+        yield from enter_coda()

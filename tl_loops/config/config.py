@@ -11,6 +11,7 @@ import torch
 from tl_loops.config.checks import check_cycles, check_values
 from tl_loops.config.describe import data_flow
 from tl_loops.config.mechanisms import check_iterations, has_iteration_weights
+from tl_loops.config.readout import Readout
 from tl_loops.config.weights import physical_tensors
 from tl_loops.errors import ConfigError
 from tl_loops.layout.layout import LoopLayout
@@ -216,6 +217,11 @@ class LoopedTransformerConfig(BaseConfig):
     def slow_stack(self) -> str | None:
         """The stack whose state is read out; ``None`` without ``stacks``."""
         return None if self.stacks is None else self.stacks[-1]
+
+    @property
+    def readout(self) -> Readout:
+        """What ends an iteration, and what stands between the loop and the logits."""
+        return Readout.of(self)
 
     @property
     def notation(self) -> str:

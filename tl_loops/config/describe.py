@@ -56,7 +56,7 @@ def data_flow(cfg: "LoopedTransformerConfig") -> str:
         lines.append(f"coda     x = {before}; {cfg.n_coda} x block")
     elif cfg.norm_before_coda:
         lines.append("coda     x = ln_final(s)")
-    final = "s W_U" if cfg.norm_between_iterations and not cfg.n_coda else "ln_final(x) W_U"
+    final = "s W_U" if cfg.readout.state_is_normed else "ln_final(x) W_U"
     final = final if cfg.final_norm else "x W_U"
     lines += [f"readout  logits = {final}", f"block    {block}"]
     lines += mechanism_lines(cfg)
@@ -101,6 +101,6 @@ def _of_stacks(cfg: "LoopedTransformerConfig", embed: str, block: str) -> str:
     ]
     if cfg.n_coda:
         lines.append(f"coda     x = {slow}; {cfg.n_coda} x block")
-    final = "ln_final(x)" if cfg.n_coda or not cfg.norm_between_iterations else slow
+    final = slow if cfg.readout.state_is_normed else "ln_final(x)"
     final = final if cfg.final_norm else slow if not cfg.n_coda else "x"
     return "\n".join([*lines, f"readout  logits = {final} W_U", f"block    {block}"])

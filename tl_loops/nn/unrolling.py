@@ -79,15 +79,8 @@ def unroll(
 def iteration_hooks(cfg: LoopedTransformerConfig, ln_final: Norm) -> list[IterationHooks]:
     """The hook points of every iteration, with the norm that ends it where there is one.
 
-    Without a coda the norm that ends the last iteration is the final norm itself.
+    See :class:`tl_loops.config.readout.Readout` for where that norm is the final norm itself.
     """
-    last = cfg.n_iterations - 1
-    return [
-        IterationHooks(
-            cfg,
-            tied_copy(ln_final)
-            if cfg.norm_between_iterations and not (t == last and cfg.n_coda == 0)
-            else None,
-        )
-        for t in range(cfg.n_iterations)
-    ]
+    names = [cfg.readout.iteration_norm(t) for t in range(cfg.n_iterations)]
+    norms = [None if name in (None, "ln_final") else tied_copy(ln_final) for name in names]
+    return [IterationHooks(cfg, norm) for norm in norms]

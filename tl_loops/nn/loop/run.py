@@ -214,8 +214,9 @@ class StackRun:
         if self.cfg.state_gate_rank is not None:
             gate = hooks.hook_state_gate(self.model.state_gate(state - self._before))
             state = gate * state + (1 - gate) * self._before
-        if self.cfg.norm_between_iterations:
-            out.normed = last and layout.n_coda == 0
+        norm = self.cfg.readout.over(layout).iteration_norm(t)
+        if norm is not None:
+            out.normed = norm == "ln_final"
             state = (self.model.ln_final if out.normed else hooks.norm)(state)
         out.resid = hooks.hook_state_out(unshared(state, hooks.hook_state_out))
         if self.cfg.hyper_connections is not None:
