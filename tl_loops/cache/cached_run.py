@@ -144,6 +144,8 @@ class CachedRun:
             twice = None if norm.gain is None else norm.gain**2
             return FrozenNorm(norm.scale * self._scale(norm(state)), twice, None, False)
         if target.layer == self.layout.n_layers:
+            if self.readout.last_is_normed:
+                return None
             norm = self.freeze("ln_final", model.ln_final)
             if not self.readout.state_is_normed and not self.readout.has_coda:
                 self._check_read(norm, self.residual(target), "ln_final")

@@ -114,6 +114,8 @@ class ResidualReadout(ActivationCache):
                     state = run.read(f"iter.{at.iteration}.hook_state_out")
                     rows.append((f"r{at.iteration}_state_out", state))
         if target.layer == layout.n_layers:
+            if readout.last_is_normed:
+                normed.add(len(rows))
             rows.append(("final_post", run.residual(target)))
         stack = torch.stack([row for _, row in rows])
         if apply_ln and target.layer == layout.n_layers:

@@ -163,13 +163,18 @@ class Readout:
     def last_hook(self) -> str:
         """The hook point of what leaves the last block, or without a coda the loop.
 
-        Where the norm that ends the loop is the final norm, this is before that norm.
+        See :attr:`last_is_normed` for whether the final norm still follows.
         """
         if not self.has_coda and self.sums_states:
             return "hook_halted_state"
         if not self.has_coda and self.mixes_states:
             return f"iter.{self.layout.n_iterations - 1}.hook_state_out"
         return f"blocks.{self.layout.n_layers - 1}.hook_resid_post"
+
+    @property
+    def last_is_normed(self) -> bool:
+        """Whether what :attr:`last_hook` holds goes to the unembedding as it is."""
+        return self.state_is_normed and (self.sums_states or self.mixes_states)
 
     # What cannot be read out.
 
