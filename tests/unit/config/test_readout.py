@@ -33,6 +33,8 @@ OPTIONS = {
 def _allowed() -> list[LoopedTransformerConfig]:
     configs = []
     for chosen in product(*OPTIONS.values()):
+        if "LN" in chosen[-1].values() and chosen[-2] != dict(n_iterations=3):
+            continue  # The type of the norm matters to no mechanism of the loop.
         fields = {name: value for part in chosen for name, value in part.items()}
         try:
             configs.append(LoopedTransformerConfig(n_prelude=1, n_core=2, **SIZES, **fields))
@@ -82,7 +84,7 @@ def _close(found, expected):
 
 
 def test_many_combinations_are_allowed():
-    assert len(CONFIGS) > 60
+    assert len(CONFIGS) > 40
 
 
 @torch.no_grad()
