@@ -55,6 +55,11 @@ class CachedRun:
         """Physical blocks by physical name."""
         return self.model.physical_blocks()
 
+    @cached_property
+    def readout(self) -> Any:
+        """What follows the blocks of an iteration, in this run."""
+        return self.model.cfg.readout.over(self.layout)
+
     def block(self, index: int) -> Any:
         """The weights behind an unrolled block of this run."""
         return self.blocks[self.layout.physical_name(index)]
@@ -84,19 +89,13 @@ class CachedRun:
                 read another state than the last.
         """
         frozen = FrozenNorm.of(norm, self.read(f"{prefix}.hook_scale"))
-        if prefix == "ln_coda" and not self.layout.n_coda:
+        if prefix == "ln_coda" and not self.readout.has_coda:
             self._check_read(frozen, self._last(), prefix)
         return frozen
 
     def _last(self) -> Tensor:
         """What leaves the last block, or without a coda the loop."""
-        cfg, layout = self.model.cfg, self.layout
-        mixed = (cfg.router, cfg.hyper_connections, cfg.state_gate_rank)
-        if not layout.n_coda and cfg.halting == "act":
-            return self.read("hook_halted_state")
-        if not layout.n_coda and any(mechanism is not None for mechanism in mixed):
-            return self.read(f"iter.{layout.n_iterations - 1}.hook_state_out")
-        return self.read(f"blocks.{layout.n_layers - 1}.hook_resid_post")
+        return self.read(self.readout.last_hook)
 
     # The stream itself.
 
@@ -108,7 +107,7 @@ class CachedRun:
             name = "hook_resid_mid" if target.mlp_input else "hook_resid_pre"
             return self.read(f"blocks.{target.layer}.{name}")
         resid = self._last()
-        if self.model.cfg.norm_before_coda and not self.layout.n_coda:
+        if self.readout.before_coda and not self.readout.has_coda:
             norm = self.model.ln_final
             self.freeze("ln_coda", norm)
             # As the model computes it, rounding included.
@@ -129,16 +128,12 @@ class CachedRun:
         if cfg.normalization_type is None:
             return None
         if target.state_out is not None:
-            if self.layout.n_coda:
-                raise LoopedSemanticsError(
-                    "a coda stands between the states and the logits, so no norm reads a state "
-                    "directly; decompose layer=None, or use the lenses of tl_loops.lens"
-                )
-            if cfg.norm_between_iterations:
+            self.readout.refuse_coda()
+            if self.readout.state_is_normed:
                 return None
             state = self.residual(target)
             norm = FrozenNorm.of(model.ln_final, self._scale(state))
-            if not cfg.norm_before_coda:
+            if not self.readout.before_coda:
                 return norm
             if norm.centred:
                 raise LoopedSemanticsError(
@@ -149,8 +144,10 @@ class CachedRun:
             twice = None if norm.gain is None else norm.gain**2
             return FrozenNorm(norm.scale * self._scale(norm(state)), twice, None, False)
         if target.layer == self.layout.n_layers:
+            if self.readout.last_is_normed:
+                return None
             norm = self.freeze("ln_final", model.ln_final)
-            if not cfg.norm_between_iterations and not self.layout.n_coda:
+            if not self.readout.state_is_normed and not self.readout.has_coda:
                 self._check_read(norm, self.residual(target), "ln_final")
             return norm
         if cfg.block_norm in ("post_branch", "post_norm"):
@@ -260,7 +257,7 @@ class CachedRun:
             assert site.norm.scale is not None
             bias = site.norm.bias.expand(*site.norm.scale.shape[:-1], -1)
             return Rows(bias[None], [site.label])
-        if site.kind in ("state_in", "step_embedding"):
+        if site.iteration is not None and site.kind not in _NAMES:
             name = f"iter.{site.iteration}.hook_{site.kind}"
         elif site.block is not None:
             name = f"blocks.{site.block}.hook_{site.kind}_out"

@@ -8,7 +8,7 @@ held at what they were in one run, all of these are linear.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,18 +17,6 @@ from torch import Tensor
 
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import BlockCoordinate, LoopLayout
-
-SiteKind = Literal[
-    "embed",
-    "pos_embed",
-    "initial_state",
-    "state_in",
-    "step_embedding",
-    "injection",
-    "attn",
-    "mlp",
-    "norm_bias",
-]
 
 
 def working(x: Tensor) -> Tensor:
@@ -120,14 +108,16 @@ class Site:
     """A place that writes to the residual stream.
 
     Attributes:
-        kind: What is written.
+        kind: What is written: ``"embed"``, ``"pos_embed"``, ``"initial_state"``, ``"state_in"``,
+            ``"injection"``, ``"attn"``, ``"mlp"``, ``"norm_bias"``, or a hook point between
+            iterations that a mechanism adds (``"step_embedding"``).
         label: Its name in a decomposition, e.g. ``"r3.1_mlp_out"``.
         block: The unrolled block of an attention or MLP output.
         iteration: The iteration of an injection, of a state or of a norm's bias.
         norm: The norm that owns a norm's bias.
     """
 
-    kind: SiteKind
+    kind: str
     label: str
     block: int | None = None
     iteration: int | None = None
@@ -164,12 +154,6 @@ class Inject(NamedTuple):
     prepare: Mix
     site: Site
 
-
-_NOT_A_PATH = (
-    "halting, routing, gates or hyper-connections mix the states of this loop, so what reaches "
-    "this place is no sum along one path: decompose a place before it (state_out=t with "
-    "halting='act'), or patch"
-)
 
 Step = Read | Write | Map | BeginLoop | Inject
 Freeze = Callable[[str, Any], FrozenNorm]
@@ -221,15 +205,9 @@ def path_steps(
 
     Raises:
         ValueError: ``from_iteration`` lies behind the target.
-        LoopedSemanticsError: The model has two stacks.
+        LoopedSemanticsError: A mechanism of the loop makes the stream no sum along one path.
     """
     cfg, blocks = model.cfg, model.physical_blocks()
-    if cfg.stacks is not None:
-        raise LoopedSemanticsError(
-            "this model has two stacks with a state each, so its residual stream is no single sum "
-            "of components; patch iter.{t}.hook_state_in, hook_other_in or hook_state_out, or "
-            "read cache.stack_activation('state_out')"
-        )
     first = from_iteration or 0
     norm_sum = cfg.block_norm in ("post_residual", "post_norm")
     carry, prepare = Mix(), Mix()
@@ -247,7 +225,17 @@ def path_steps(
         if frozen.bias is not None:
             yield Write(Site("norm_bias", f"{label}_norm_bias", iteration=iteration, norm=frozen))
 
-    n_layers, coda_start = layout.n_layers, layout.coda_start
+    readout = cfg.readout.over(layout)
+
+    def enter_coda() -> Iterator[Step]:
+        for step in readout.before_coda:
+            if step.kind == "norm":
+                yield from normed(step.prefix, model.ln_final, "coda", None)
+            else:
+                W = model.coda_in.W
+                yield Map(Mix(working(W).to(device or W.device)))
+
+    coda_start = layout.coda_start
     yield Write(Site("embed", "embed"))
     if cfg.positional_embedding_type == "standard":
         yield Write(Site("pos_embed", "pos_embed"))
@@ -265,20 +253,17 @@ def path_steps(
                 yield BeginLoop(replaced)
                 if replaced:
                     yield Write(Site("initial_state", "initial_state"))
-            mixed = (cfg.router, cfg.hyper_connections, cfg.state_gate_rank)
-            if any(mechanism is not None for mechanism in mixed):
-                raise LoopedSemanticsError(_NOT_A_PATH)
-            if cfg.step_embedding is not None:
-                label_t = f"r{t}_step_embedding"
-                yield Write(Site("step_embedding", label_t, iteration=t))
+            for mechanism in cfg.mechanisms:
+                on_path = mechanism.path(cfg)
+                if on_path.refused is not None:
+                    raise LoopedSemanticsError(on_path.refused)
+                for point in on_path.adds:
+                    yield Write(Site(point, f"r{t}_{point}", iteration=t))
             if cfg.injection is not None:
                 yield Map(carry)
                 yield Inject(prepare, Site("injection", f"r{t}_injection", iteration=t))
-        if index == coda_start and cfg.norm_before_coda:
-            yield from normed("ln_coda", model.ln_final, "coda", None)
-        if index == coda_start and cfg.linear_before_coda:
-            W = model.coda_in.W
-            yield Map(Mix(working(W).to(device or W.device)))
+        if index == coda_start:
+            yield from enter_coda()
         if target.state_out is None and index == target.layer and not target.mlp_input:
             return
         block = blocks[physical]
@@ -294,14 +279,16 @@ def path_steps(
         if norm_sum:
             yield from normed(f"blocks.{index}.ln2_post", block.ln2_post, f"{label}_mlp", t)
         if t is not None and index == layout.iteration_blocks(t)[-1]:
-            # Without a coda the norm behind the last iteration is the final norm itself.
-            is_final = index == n_layers - 1
-            if cfg.norm_between_iterations and (not is_final or target.state_out == t):
-                prefix = "ln_final" if is_final else f"iter.{t}.norm"
+            prefix = readout.iteration_norm(t)
+            # The final norm is not on the path to the end, which it reads.
+            if prefix is not None and (prefix != "ln_final" or target.state_out == t):
                 yield from normed(prefix, model.ln_final, f"r{t}", t)
             if target.state_out == t:
                 return
-            if cfg.halting == "act" and t == layout.n_iterations - 1:
-                raise LoopedSemanticsError(_NOT_A_PATH)
-    if layout.n_coda == 0 and cfg.norm_before_coda:
-        yield from normed("ln_coda", model.ln_final, "coda", None)
+            if t == layout.n_iterations - 1:
+                for mechanism in cfg.mechanisms:
+                    after_loop = mechanism.path_after_loop(cfg)
+                    if after_loop.refused is not None:
+                        raise LoopedSemanticsError(after_loop.refused)
+    if not readout.has_coda:
+        yield from enter_coda()

@@ -98,13 +98,10 @@ class ResidualReadout(ActivationCache):
         layout = self.layout
         rows: list[tuple[str, Tensor]] = []
         normed: set[int] = set()
-        norms_states = self.model.cfg.norm_between_iterations and not layout.n_coda
-        cfg = self.model.cfg
-        # Only then does an iteration read the state before it as it is.
-        plain = cfg.injection is None and cfg.stacks is None
+        readout = run.readout
         for index in range(min(target.layer + 1, layout.n_layers)):
             at, label = layout.coordinate(index), layout.label(index)
-            if norms_states and at.iteration and at.layer == 0 and plain:
+            if readout.is_normed("resid_pre", at.phase, at.iteration, at.layer):
                 normed.add(len(rows))
             rows.append((f"{label}_pre", run.read(f"blocks.{index}.hook_resid_pre")))
             within = index < target.layer
@@ -112,20 +109,24 @@ class ResidualReadout(ActivationCache):
                 rows.append((f"{label}_mid", run.read(f"blocks.{index}.hook_resid_mid")))
             if incl_states and within and at.iteration is not None:
                 if index == layout.iteration_blocks(at.iteration)[-1]:
-                    if norms_states:
+                    if readout.is_normed("state_out"):
                         normed.add(len(rows))
                     state = run.read(f"iter.{at.iteration}.hook_state_out")
                     rows.append((f"r{at.iteration}_state_out", state))
         if target.layer == layout.n_layers:
+            if readout.last_is_normed:
+                normed.add(len(rows))
             rows.append(("final_post", run.residual(target)))
         stack = torch.stack([row for _, row in rows])
         if apply_ln and target.layer == layout.n_layers:
             norm = self.model.ln_final
             lens = freshly_normed(stack, norm)
-            if self.model.cfg.norm_before_coda and not layout.n_coda:
-                # The last row is behind the first of the two norms of this readout.
+            if readout.before_coda and not readout.has_coda:
+                # The last row is after the first of the two norms of this readout.
                 lens[:-1] = freshly_normed(lens[:-1], norm)
-            keep = torch.tensor([i in normed for i in range(len(rows))], device=stack.device)
+            # With a coda the final norm comes again, after its blocks.
+            done = [i in normed and readout.state_is_normed for i in range(len(rows))]
+            keep = torch.tensor(done, device=stack.device)
             stack = torch.where(keep.view(-1, *[1] * (stack.ndim - 1)), stack, lens)
         elif apply_ln:
             reader = run.reader(target)

@@ -156,18 +156,7 @@ class LoopedTransformerConfig(BaseConfig):
     @property
     def readout(self) -> Readout:
         """What ends an iteration, and what stands between the loop and the logits."""
-        mechanisms = self.mechanisms
-        return Readout(
-            between=self.norm_between_iterations,
-            before_coda=self.norm_before_coda,
-            final=self.final_norm,
-            n_coda=self.n_coda,
-            n_iterations=self.n_iterations,
-            injected=self.injection is not None,
-            remixed=any(mechanism.remixes(self) for mechanism in mechanisms),
-            sums_states=any(mechanism.sums_states(self) for mechanism in mechanisms),
-            stacks=self.layout.stacks if self.stacks is not None else None,
-        )
+        return Readout.of(self)
 
     @property
     def carried(self) -> tuple[str, ...]:

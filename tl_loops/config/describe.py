@@ -30,19 +30,21 @@ def data_flow(cfg: Config) -> str:
     if "calls" in said:
         lines.append(said["calls"])
     else:
-        ends = "s = ln_final(x)" if readout.between else "s = x"
+        ends = "s = ln_final(x)" if readout.norm_between_iterations else "s = x"
         inside = [said.get("enter", "x = s"), f"{cfg.n_core} x block"]
         inside += [said["leave"]] if "leave" in said else []
         inside += [ends] + ([said["after"]] if "after" in said else [])
         lines.append(f"core     {cfg.n_iterations} x [ {'; '.join(inside)} ]")
-    if cfg.n_coda or readout.before_coda:
-        entering = f"ln_final({state})" if readout.before_coda else state
+    if cfg.n_coda or readout.norm_before_coda:
+        entering = f"ln_final({state})" if readout.norm_before_coda else state
         entering += f" {said['coda']}" if "coda" in said else ""
         blocks = f"; {cfg.n_coda} x block" if cfg.n_coda else ""
         lines.append(f"coda     x = {entering}{blocks}")
-    read = state if readout.final_is_between else "x"
-    final = f"{read} W_U" if readout.final_is_between or not readout.final else "ln_final(x) W_U"
-    if "calls" in said and not cfg.n_coda and not readout.final:
+    read = state if readout.state_is_normed else "x"
+    final = (
+        f"{read} W_U" if readout.state_is_normed or not readout.final_norm else "ln_final(x) W_U"
+    )
+    if "calls" in said and not cfg.n_coda and not readout.final_norm:
         final = f"{state} W_U"
     lines += [f"readout  logits = {final}", f"block    {_BLOCKS[cfg.block_norm]}"]
     for mechanism in mechanisms:

@@ -10,8 +10,10 @@ from tl_loops.lens.tuned import TunedLens, train_tuned_lens
 from tl_loops.metrics.lenses import (
     adjacent_agreement,
     logit_kurtosis,
-    participation_ratio,
     transport_similarity,
+)
+from tl_loops.metrics.lenses import (
+    singular_value_participation as participation_ratio,
 )
 
 __all__ = [

@@ -70,13 +70,12 @@ class LogitLens:
         self, model: Any, resid: Tensor, point: LensPoint, inputs: LensInputs
     ) -> Float[Tensor, "batch read d_vocab"]:
         """Logits of the residual [batch, read, d_model]."""
-        # Without a coda the norm that ends an iteration is the final norm: it is there already.
-        normed = behind_iteration_norm(model.cfg, point) and not model.cfg.n_coda
-        return unembed(model, resid if normed else model.ln_final(resid))
+        final = model.cfg.readout.final_steps(_is_normed(model, point))
+        return unembed(model, model.ln_final(resid) if final else resid)
 
 
 class CodaLens:
-    """All that the model does behind the loop, applied to a residual as if the loop ended there.
+    """All that the model does after the loop, applied to a residual as if the loop ended there.
 
     Inside the coda what is left of it follows, so that every point there gives the model's logits.
 
@@ -94,7 +93,7 @@ class CodaLens:
             LoopedSemanticsError: The sum of all states leaves the loop, and no single one.
         """
         if any(point.phase == "core" for point in points):
-            refuse_sum_of_states(model.cfg)
+            model.cfg.readout.refuse_sum_of_states()
         for point in points:
             if point.phase == "coda" and point.kind == "resid_mid":
                 raise ValueError(
@@ -110,14 +109,14 @@ class CodaLens:
         self, model: Any, resid: Tensor, point: LensPoint, inputs: LensInputs
     ) -> Float[Tensor, "batch read d_vocab"]:
         """Logits of the residual [batch, pos, d_model]."""
-        cfg, layout = model.cfg, model.layout
-        normed = behind_iteration_norm(cfg, point)
+        layout, readout = model.layout, model.cfg.readout
+        normed = _is_normed(model, point)
         start = layout.coda_start
         if point.phase == "coda":
             assert point.block is not None
             start = point.block + (point.kind == "resid_post")
         else:
-            if cfg.norm_between_iterations and cfg.n_coda and not normed:
+            if readout.end_of_iteration(normed):
                 resid = model.ln_final(resid)  # The norm between iterations is the final norm.
             resid = model.enter_coda(resid)
         if start < layout.n_layers:
@@ -129,7 +128,8 @@ class CodaLens:
                 tokens=inputs.tokens,
             )
         resid = inputs.select(resid)
-        return unembed(model, resid if normed and not cfg.n_coda else model.ln_final(resid))
+        final = readout.final_steps(normed)
+        return unembed(model, model.ln_final(resid) if final else resid)
 
 
 class ExitLens(LogitLens):
@@ -149,8 +149,9 @@ class ExitLens(LogitLens):
                 states leaves the loop.
             ValueError: A point is not the state that leaves an iteration.
         """
-        refuse_sum_of_states(model.cfg)
-        if model.cfg.n_coda or model.cfg.norm_before_coda:
+        readout = model.cfg.readout
+        readout.refuse_sum_of_states()
+        if readout.has_coda or readout.before_coda:
             raise LoopedSemanticsError(
                 "exits read the state directly, but this model has a coda (or a norm in its "
                 "place) between the loop and the logits; use coda_lens"
@@ -161,27 +162,8 @@ class ExitLens(LogitLens):
                     f"the exit lens reads hook_state_out of iterations, not {point.name}; use "
                     "logit_lens inside an iteration"
                 )
-            stacks = model.layout.stacks
-            if model.cfg.stacks is not None and stacks[point.iteration] != model.cfg.slow_stack:
-                raise LoopedSemanticsError(
-                    f"iteration {point.iteration} is a call of stack {stacks[point.iteration]}, "
-                    f"but the state of {model.cfg.slow_stack} is read out; give the names of the "
-                    "exits, e.g. points=['iter.3.hook_state_out'], or use logit_lens"
-                )
-
-
-def refuse_sum_of_states(cfg: Any) -> None:
-    """Refuse to read one state as what leaves the loop, where the sum of all of them does.
-
-    Raises:
-        LoopedSemanticsError: The model has ``halting="act"``.
-    """
-    if cfg.halting == "act":
-        raise LoopedSemanticsError(
-            "with halting='act' the sum of all states leaves the loop, weighted by "
-            "cache['halting', t], so no single state is read out: use logit_lens, or run the model "
-            "with n_iterations=t + 1 for an earlier end"
-        )
+            assert point.iteration is not None
+            readout.refuse_fast_stack(point.iteration)
 
 
 def unembed(model: Any, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
@@ -189,19 +171,7 @@ def unembed(model: Any, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*b
     return apply_softcap(model.unembed(x), model.cfg.output_logits_soft_cap)
 
 
-def behind_iteration_norm(cfg: Any, point: LensPoint) -> bool:
+def _is_normed(model: Any, point: LensPoint) -> bool:
     """Whether the norm between iterations is the last thing that happened to a residual."""
-    if not cfg.norm_between_iterations:
-        return False
-    if point.kind == "state_out":
-        return True
-    if cfg.stacks is not None and point.phase == "core":
-        if point.kind != "state_in":
-            return False  # A call reads the sum of both states.
-        stacks, t = cfg.layout.stacks, point.iteration
-        return stacks[t] in stacks[:t]
-    enters = point.kind == "state_in" or (
-        cfg.injection is None
-        and (point.kind == "injected" or (point.kind == "resid_pre" and point.layer == 0))
-    )
-    return enters and point.phase == "core" and bool(point.iteration)
+    at = point.iteration, point.layer
+    return model.cfg.readout.is_normed(point.kind, point.phase, *at)

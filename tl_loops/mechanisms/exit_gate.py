@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tl_loops.errors import ConfigError
 from tl_loops.layout.names import spec
-from tl_loops.mechanisms.mechanism import Config, Mechanism, Part, Run, Setting
+from tl_loops.mechanisms.mechanism import Config, Mechanism, OnPath, Part, Run, Setting
 from tl_loops.mechanisms.tensors import Tensors, add_parameters, matrix, vector
 
 
@@ -72,6 +72,9 @@ class _ExitGate(Mechanism):
 
     def part(self, run: Run) -> Part:
         return _Read(run)
+
+    def path(self, cfg: Config) -> OnPath:
+        return OnPath()  # it only reads
 
 
 EXIT_GATE = _ExitGate()

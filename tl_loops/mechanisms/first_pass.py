@@ -13,6 +13,7 @@ from tl_loops.mechanisms.mechanism import (
     DECIDES_KEYS,
     Config,
     Mechanism,
+    OnPath,
     Part,
     Run,
     Setting,
@@ -94,6 +95,9 @@ class _FirstPass(Mechanism):
 
     def part(self, run: Run) -> Part:
         return _Place(run)
+
+    def path(self, cfg: Config) -> OnPath:
+        return OnPath()  # it acts inside the attention
 
     def carries(self, cfg: Config) -> str:
         return "keys of iteration 0"

@@ -10,8 +10,10 @@ from tl_loops.errors import ConfigError
 from tl_loops.layout.names import HookSpec, Place, spec
 from tl_loops.mechanisms.mechanism import (
     LEAVES_LOOP,
+    MIXES_STATES,
     Config,
     Mechanism,
+    OnPath,
     Part,
     Run,
     Setting,
@@ -144,6 +146,12 @@ class _Halting(Mechanism):
 
     def part(self, run: Run) -> Part:
         return _Halt(run)
+
+    def path(self, cfg: Config) -> OnPath:
+        return OnPath()  # it sums the states after the loop
+
+    def path_after_loop(self, cfg: Config) -> OnPath:
+        return OnPath(refused=MIXES_STATES) if cfg.halting == "act" else OnPath()
 
     def carries(self, cfg: Config) -> str | None:
         return "halting probabilities" if cfg.halting == "act" else None

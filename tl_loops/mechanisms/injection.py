@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tl_loops.errors import ConfigError
 from tl_loops.layout.names import spec
-from tl_loops.mechanisms.mechanism import Config, Mechanism, Part, Run, Setting
+from tl_loops.mechanisms.mechanism import Config, Mechanism, OnPath, Part, Run, Setting
 from tl_loops.mechanisms.tensors import Tensors, add_parameters, matrix, vector
 from tl_loops.upstream import unshared
 
@@ -148,6 +148,9 @@ class _InjectionMechanism(Mechanism):
 
     def part(self, run: Run) -> Part:
         return _Inject(run)
+
+    def path(self, cfg: Config) -> OnPath:
+        return OnPath()  # decompositions carry it as a linear map
 
 
 INJECTION = _InjectionMechanism()

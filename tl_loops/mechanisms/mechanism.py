@@ -227,8 +227,14 @@ class Mechanism:
     def path(self, cfg: Config) -> OnPath:
         """What it does to the residual stream as an iteration begins, for decompositions.
 
-        A mechanism with a part of its own that does not say so is refused by them.
+        One with a part of its own that does not say it is refused, so that nothing is wrong in
+        silence.
         """
+        silent = type(self).part is Mechanism.part
+        return OnPath() if silent else OnPath(refused=f"{self.name}: {MIXES_STATES}")
+
+    def path_after_loop(self, cfg: Config) -> OnPath:
+        """What it does to the residual stream as it leaves the loop."""
         return OnPath()
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from tl_loops.errors import ConfigError
 from tl_loops.layout.names import spec
 from tl_loops.mechanisms.initial_state import InitialState, state_weights
-from tl_loops.mechanisms.mechanism import Config, Mechanism, Part, Run, Setting
+from tl_loops.mechanisms.mechanism import Config, Mechanism, OnPath, Part, Run, Setting
 from tl_loops.mechanisms.tensors import Tensors
 from tl_loops.upstream import unshared
 
@@ -140,6 +140,13 @@ class _Stacks(Mechanism):
 
     def part(self, run: Run) -> Part:
         return _TwoStates(run)
+
+    def path(self, cfg: Config) -> OnPath:
+        return OnPath(
+            refused="this model has two stacks with a state each, so its residual stream is no "
+            "single sum of components; patch iter.{t}.hook_state_in, hook_other_in or "
+            "hook_state_out, or read cache.stack_activation('state_out')"
+        )
 
 
 STACKS = _Stacks()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tl_loops.errors import ConfigError
 from tl_loops.layout.names import spec
-from tl_loops.mechanisms.mechanism import Config, Mechanism, Part, Run, Setting
+from tl_loops.mechanisms.mechanism import Config, Mechanism, OnPath, Part, Run, Setting
 from tl_loops.mechanisms.tensors import Tensors, add_parameters, matrix, vector
 from tl_loops.upstream import HookPoint
 
@@ -156,6 +156,9 @@ class _TimeConditioning(Mechanism):
 
     def part(self, run: Run) -> Part:
         return _Condition(run)
+
+    def path(self, cfg: Config) -> OnPath:
+        return OnPath()  # it acts inside the branches
 
 
 TIME_CONDITIONING = _TimeConditioning()

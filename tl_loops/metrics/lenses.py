@@ -27,8 +27,13 @@ def transport_similarity(
     return (unit @ unit.T).clamp(-1.0, 1.0)
 
 
-def participation_ratio(matrix: Float[Tensor, "*batch out d_model"]) -> Float[Tensor, "*batch"]:
-    """Effective rank (sum of singular values)² / sum of their squares.
+def singular_value_participation(
+    matrix: Float[Tensor, "*batch out d_model"],
+) -> Float[Tensor, "*batch"]:
+    """Effective rank of a map: (sum of singular values)² / sum of their squares.
+
+    Public as ``tl_loops.lens.participation_ratio``. It weighs the singular values themselves;
+    ``tl_loops.metrics.participation_ratio``, of tokens, weighs their squares and is never larger.
 
     Args:
         matrix: [..., out, d_model].

@@ -123,6 +123,9 @@ def participation_ratio(
 ) -> Float[Tensor, "*batch"]:
     """(sum_j sigma_j^2)^2 / sum_j sigma_j^4: the exponential of the residual entropy of order 2.
 
+    It weighs the squares of the singular values (of tokens); `tl_loops.lens.participation_ratio`,
+    of a lens's map, weighs the singular values themselves.
+
     Args:
         resid: residual stream.
         center: subtract the mean over tokens first; this is the participation ratio of the

@@ -47,16 +47,9 @@ class ExitMode:
             raise ValueError("give one of exit_at, exit_threshold and weighted_exit, not several")
         if not self.early:
             return
-        if cfg.halting == "act":
-            raise LoopedSemanticsError(
-                "with halting='act' the sum of all states leaves the loop, so there is no exit at "
-                "one of them: read cache['state_out', t] and cache['halting', t]"
-            )
-        if cfg.n_coda:
-            raise LoopedSemanticsError(
-                "exits read the state directly, but this model has a coda between the loop and the "
-                "logits; run it with n_iterations=t + 1 for the exit at iteration t"
-            )
+        readout = cfg.readout
+        readout.refuse_sum_of_states()
+        readout.refuse_coda()
         if from_iteration > 0:
             raise LoopedSemanticsError(
                 "an exit needs every iteration; do not combine it with a start inside the loop"
@@ -66,13 +59,8 @@ class ExitMode:
                 f"exit_at={self.at} is out of range: there are {cfg.n_iterations} iterations, "
                 "counted from 0"
             )
-        if self.at is not None and cfg.layout.stacks is not None:
-            stack = cfg.layout.stacks[self.at]
-            if stack != cfg.slow_stack:
-                raise LoopedSemanticsError(
-                    f"iteration {self.at} is a call of stack {stack}, but the state of "
-                    f"{cfg.slow_stack} is read out; take the last iteration of a cycle"
-                )
+        if self.at is not None:
+            readout.refuse_fast_stack(self.at)
         if self.at is None and not cfg.exit_gate:
             raise ValueError("exit_threshold and weighted_exit need a model with an exit gate")
         if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:

@@ -1,4 +1,4 @@
-"""From states to logits: what stands behind the loop, early exits, and what a call returns."""
+"""From states to logits: what follows the loop, early exits, and what a call returns."""
 
 from typing import Any
 
@@ -6,25 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_loops.errors import LoopedSemanticsError
 from tl_loops.mechanisms.coda_input import CodaInput
 from tl_loops.model.exits import ExitMode, exit_probabilities, select_state, threshold_iteration
 from tl_loops.model.hooks import CoordinateHooks
 from tl_loops.nn.norm import Norm
 from tl_loops.upstream import Output, apply_softcap
-
-
-def refuse_coda(n_coda: int) -> None:
-    """Refuse to read a state out as it is where a coda follows.
-
-    Raises:
-        LoopedSemanticsError: There is a coda.
-    """
-    if n_coda:
-        raise LoopedSemanticsError(
-            "a coda stands between the states and the logits of this model: run it with "
-            "n_iterations=t + 1, or use the coda lens of tl_loops.lens"
-        )
 
 
 class LoopedReadout(CoordinateHooks):
@@ -44,8 +30,9 @@ class LoopedReadout(CoordinateHooks):
         Returns:
             What enters the first block of the coda; without a coda, the final norm.
         """
-        state = self.ln_coda(state) if self.cfg.norm_before_coda else state
-        return self.coda_in(state) if self.cfg.linear_before_coda else state
+        for step in self.cfg.readout.before_coda:
+            state = self.ln_coda(state) if step.kind == "norm" else self.coda_in(state)
+        return state
 
     def _unembed(self, x: Tensor) -> Float[Tensor, "batch pos d_vocab"]:
         return apply_softcap(self.unembed(x), self.cfg.output_logits_soft_cap)
@@ -60,9 +47,10 @@ class LoopedReadout(CoordinateHooks):
         Raises:
             LoopedSemanticsError: A coda stands between the states and the logits.
         """
-        refuse_coda(self.cfg.n_coda)
+        readout = self.cfg.readout
+        readout.refuse_coda()
         state = self.enter_coda(state)
-        return self._unembed(state if self.cfg.norm_between_iterations else self.ln_final(state))
+        return self._unembed(self.ln_final(state) if readout.final_steps(normed=True) else state)
 
     def _exit_logits(self, mode: ExitMode, states: list[Tensor], gates: list[Tensor]) -> Tensor:
         if mode.at is not None:

@@ -301,7 +301,7 @@ class PhysicalWeights(TransformerBase):
             ]
         if cfg.tie_word_embeddings:
             left.append("fold_ln for ln_final (the unembedding is the embedding)")
-        elif cfg.readout.before_coda or cfg.readout.between:
+        elif cfg.readout.final_norm_feeds_blocks:
             left.append("fold_ln for ln_final (its output also feeds further blocks)")
         elif cfg.final_norm:
             self.unembed.W_U.mul_(self.ln_final.w[:, None])  # type: ignore[operator]

@@ -74,7 +74,7 @@ def probe_exit_gate(
     resid = torch.stack([cache[name] for name in names])
     if not getattr(cache, "has_batch_dim", True):
         resid = resid.unsqueeze(1)
-    if model.cfg.norm_between_iterations:
+    if model.cfg.readout.norm_between_iterations:
         resid = model.ln_final(resid)
     logits = model.exit_gate(resid).squeeze(-1)
     return logits.reshape(layout.n_iterations, layout.n_core, *logits.shape[1:])

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.model.iterations import Iterations
-from tl_loops.model.readout import refuse_coda
 from tl_loops.model.repeated.config import RepeatedConfig
 from tl_loops.model.repeated.weights import BorrowedWeights
 from tl_loops.nn.loop.hooks import IterationHooks
@@ -256,8 +255,9 @@ class RepeatedTransformer(Iterations, BorrowedWeights):
         Raises:
             LoopedSemanticsError: A coda stands between the states and the logits.
         """
-        refuse_coda(self.cfg.n_coda)
-        normed = state if self.cfg.normalization_type is None else self.ln_final(state)
+        readout = self.cfg.readout
+        readout.refuse_coda()
+        normed = self.ln_final(state) if readout.final_steps() else state
         return apply_softcap(self.unembed(normed), self.cfg.output_logits_soft_cap)
 
     def generate(self, *args: Any, n_iterations: int | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
