@@ -20,7 +20,7 @@ from transformer_lens.utilities import (
 from tl_loops.upstream.bridges import is_bridge
 
 TRUNCATE_TEXT = True
-"""Whether text beyond ``cfg.n_ctx`` is cut where the caller does not say: TransformerLens's rule."""
+"""Whether text beyond ``cfg.n_ctx`` is cut where the caller does not say; TransformerLens cuts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +129,9 @@ def _tokenised(
     if by_itself and not wanted:
         tokens, mask = _without_first(tokens, mask)
     if not tokens.numel():
-        raise ValueError(f"the prompts are empty: got tokens of shape {tuple(tokens.shape)}")
+        raise ValueError(
+            f"the prompts are empty (no tokens): got tokens of shape {tuple(tokens.shape)}"
+        )
     # A text of no tokens among others is a row of padding: its padding ids are what is fed.
     mask = mask | ~mask.any(-1, keepdim=True)
     return tokens, mask
@@ -159,7 +161,9 @@ def _checked_tokens(tokens: Tensor) -> Tensor:
             f"{tokens.dtype} tensor of shape {tuple(tokens.shape)}"
         )
     if not tokens.numel():
-        raise ValueError(f"the prompts are empty: got tokens of shape {tuple(tokens.shape)}")
+        raise ValueError(
+            f"the prompts are empty (no tokens): got tokens of shape {tuple(tokens.shape)}"
+        )
     return (tokens[None] if tokens.ndim == 1 else tokens).long()
 
 
