@@ -38,7 +38,7 @@ class ModelInput:
 
 def model_input(
     model: Any,
-    input: str | Sequence[str] | Tensor,
+    input: Any,  # Checked below, with messages of its own.
     mask: Tensor | None = None,
     *,
     prepend_bos: bool | None = USE_DEFAULT_VALUE,
