@@ -23,7 +23,7 @@ def model_input(*args: Any, **kwargs: Any) -> Any:
     return model_input_of(*args, **kwargs)
 
 
-def tokenizer(side="right", prepends=False, pad="<eos>"):
+def tokenizer(side="right", prepends=False, pad: str | None = "<eos>"):
     """Words that are letters; the padding token is also the end of a text."""
     words = {w: i for i, w in enumerate(["<bos>", "<eos>", "<unk>", *"abcdef"])}
     made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
