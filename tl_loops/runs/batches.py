@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_loops.upstream import number_of_ids
+
 
 def token_prompts(model: Any, prompts: Iterable[Any], at_least: int = 1) -> list[Int[Tensor, "_"]]:
     """Tokenise prompts one by one: nothing is padded and nothing is cut off.
@@ -127,9 +129,7 @@ def _checked(model: Any, number: int, prompt: str | Tensor, at_least: int) -> In
             f"prompt {number} has {n_tokens} tokens, but the context is cfg.n_ctx={cfg.n_ctx}; "
             "shorten it"
         )
-    # Behind the vocabulary there may be more embeddings, and one more id that stands for zeros.
-    n_extra = getattr(cfg, "n_extra_tokens", 0)
-    n_ids = cfg.d_vocab + (n_extra + 1 if n_extra else 0)
+    n_ids = number_of_ids(cfg)
     if not 0 <= int(tokens.min()) <= int(tokens.max()) < n_ids:
         raise ValueError(
             f"prompt {number} holds ids from {int(tokens.min())} to {int(tokens.max())}, expected "

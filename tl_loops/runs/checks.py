@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_loops.upstream import model_input
+
 
 def logits_shape(model: Any, tokens: Tensor) -> tuple[int, int, int]:
     """Shape of the logits of a prompt."""
@@ -20,21 +22,9 @@ def as_tokens(model: Any, tokens: Any) -> Int[Tensor, "batch pos"]:
     """Tokens with a batch axis, from text, one prompt or several.
 
     Raises:
-        ValueError: Neither text nor integer tokens [batch, pos].
+        ValueError: As :func:`tl_loops.upstream.inputs.model_input`.
     """
-    if isinstance(tokens, (str, list)):
-        tokens = model.to_tokens(tokens)
-    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.ndim not in (1, 2):
-        found = (
-            f"a {tokens.dtype} tensor of shape {tuple(tokens.shape)}"
-            if isinstance(tokens, Tensor)
-            else type(tokens).__name__
-        )
-        raise ValueError(f"the prompts must be text or integer tokens [batch, pos], got {found}")
-    if tokens.numel() == 0:
-        raise ValueError(f"the prompts are empty: got tokens of shape {tuple(tokens.shape)}")
-    tokens = tokens[None] if tokens.ndim == 1 else tokens
-    return tokens.to(next(model.parameters()).device)
+    return model_input(model, tokens).tokens
 
 
 def check_batch_size(batch_size: int | None) -> None:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_loops.upstream import get_attention_mask
+from tl_loops.upstream import model_input
 
 # Shapes are checked below, with messages of their own.
 LensInput = str | list[str] | Tensor
@@ -76,29 +76,8 @@ def lens_inputs(
         ValueError: A shape or a position does not fit; a row without a real token; text for a
             model without tokenizer.
     """
-    text = isinstance(input, (str, list))
-    if text and model.tokenizer is None:
-        raise ValueError("this model has no tokenizer: give tokens [batch, pos]")
-    tokens = model.to_tokens(input) if text else input
-    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.ndim not in (1, 2):
-        raise ValueError("input must be text or integer tokens [batch, pos] or [pos]")
-    tokens = tokens[None] if tokens.ndim == 1 else tokens
-    if not tokens.numel():
-        raise ValueError(f"input has no tokens: its shape is {list(tokens.shape)}")
-    tokens = tokens.to(model.embed.W_E.device)
-
-    mask = attention_mask
-    if mask is None and (text or _pads_left(model)):
-        mask = get_attention_mask(model.tokenizer, tokens, bool(model.cfg.default_prepend_bos))
-    if mask is not None:
-        if mask.shape != tokens.shape:
-            raise ValueError(
-                f"attention_mask must be [batch, pos] = {list(tokens.shape)}, "
-                f"got {list(mask.shape)}"
-            )
-        mask = mask.to(tokens.device).bool()
-        if not bool(mask.any(-1).all()):
-            raise ValueError("attention_mask has a row without a real token")
+    fed = model_input(model, input, attention_mask)
+    tokens, mask = fed.tokens, fed.mask
     expected = (*tokens.shape, model.cfg.d_model)
     if initial_state is not None and tuple(initial_state.shape) != expected:
         raise ValueError(
@@ -106,10 +85,6 @@ def lens_inputs(
             f"got {tuple(initial_state.shape)}"
         )
     return LensInputs(tokens, mask, _resolve(positions, tokens, mask), initial_state)
-
-
-def _pads_left(model: Any) -> bool:
-    return model.tokenizer is not None and model.tokenizer.padding_side == "left"
 
 
 def _resolve(positions: Positions, tokens: Tensor, mask: Tensor | None) -> Tensor:

@@ -31,6 +31,7 @@ from tl_loops.upstream.classes import BaseConfig, HookedTransformer, Output, Tra
 from tl_loops.upstream.from_pretrained import install_from_pretrained, uninstall_from_pretrained
 from tl_loops.upstream.guards import install_guards, uninstall_guards
 from tl_loops.upstream.hook_points import has_editing_hooks, has_hooks, unshared
+from tl_loops.upstream.inputs import TRUNCATE_TEXT, ModelInput, model_input, number_of_ids
 from tl_loops.upstream.made_caches import install_made_caches, uninstall_made_caches
 from tl_loops.upstream.root import can_restart, complete_norm, init_root, set_tokenizer
 from tl_loops.upstream.version import HAS_HOOKED_TRANSFORMER, warn_if_untried
@@ -39,6 +40,7 @@ __all__ = [
     "HAS_HOOKED_TRANSFORMER",
     "POST_NORM_ARCHITECTURES",
     "SUPPORTED_ACTIVATIONS",
+    "TRUNCATE_TEXT",
     "USE_DEFAULT_VALUE",
     "ActivationCache",
     "BaseConfig",
@@ -49,6 +51,7 @@ __all__ = [
     "KeyValueCache",
     "KeyValueCacheEntry",
     "LocallyOverridenDefaults",
+    "ModelInput",
     "Output",
     "Slice",
     "TransformerBase",
@@ -65,6 +68,8 @@ __all__ = [
     "install_made_caches",
     "is_bridge",
     "lm_cross_entropy_loss",
+    "model_input",
+    "number_of_ids",
     "sample_logits",
     "set_tokenizer",
     "uninstall_from_pretrained",
