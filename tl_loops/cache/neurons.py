@@ -183,8 +183,7 @@ class NeuronDecomposition(LayerDecomposition):
             parts.append(
                 self._projected_neurons(run, target, outputs, every, apply_ln, from_iteration)
             )
-        own = ("embed", "pos_embed", "initial_state", "state_in", "step_embedding")
-        parts.append(group(lambda site: run.component(site) if site.kind in own else None))
+        parts.append(group(lambda site: run.component(site) if site.is_own else None))
         biases, _ = run.carry(
             target, lambda site: run.bias(site, expand_neurons), "parts", from_iteration
         )

@@ -123,6 +123,11 @@ class Site:
     iteration: int | None = None
     norm: FrozenNorm | None = None
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it is neither of a block nor the bias of a norm."""
+        return self.block is None and self.kind != "norm_bias"
+
 
 class Read(NamedTuple):
     """The attention of a block reads the stream here."""
