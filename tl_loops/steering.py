@@ -10,12 +10,10 @@ from torch import Tensor
 
 from tl_loops.layout.selection import Selection, chosen_values
 from tl_loops.loop_hooks import every_iteration, layout_of, stack_iterations
-from tl_loops.patching.activation import Metric, logits_score
 from tl_loops.runs.activations import find_activation
 from tl_loops.runs.cells import Cell, Edit
-from tl_loops.runs.checks import as_tokens, check_batch_size, check_metric, logits_shape
 from tl_loops.runs.grid import Region, make_grid
-from tl_loops.runs.rerun import BaseRun
+from tl_loops.runs.scoring import Metric, logits_score, start_run
 
 HookList = list[tuple[str, Callable]]
 Direction = Float[Tensor, "*iteration_layer d_model"]
@@ -159,6 +157,7 @@ def steering_effect(
     where: Mapping[str, Selection] | None = None,
     batch_size: int | None = None,
     progress: bool = True,
+    gradients: bool = False,
     **forward_arguments: Any,
 ) -> Float[Tensor, "..."]:
     """The effect of a direction at every place of a grid.
@@ -176,6 +175,7 @@ def steering_effect(
         where: As in :func:`tl_loops.patching.activation_patch`.
         batch_size: As in :func:`tl_loops.patching.activation_patch`.
         progress: Show a progress bar.
+        gradients: As in :func:`tl_loops.patching.activation_patch`.
         **forward_arguments: As in :func:`tl_loops.patching.activation_patch`.
 
     Returns:
@@ -186,10 +186,9 @@ def steering_effect(
         IndexError: A value in ``where`` is out of range.
     """
     layout = layout_of(model)
-    tokens = as_tokens(model, tokens)
-    check_batch_size(batch_size)
+    run = start_run(model, tokens, metric, batch_size, forward_arguments, gradients)
     _check_stream(model, activation)
-    grid = make_grid(model, activation, axes, tokens.shape[1], window, where)
+    grid = make_grid(model, activation, axes, run.n_pos, window, where)
     d_model = model.cfg.d_model
     if tuple(direction.shape) not in ((d_model,), (layout.n_iterations, d_model)):
         raise ValueError(
@@ -206,8 +205,6 @@ def steering_effect(
                 "'iteration' and 'layer', or give one direction [d_model]"
             )
         vectors[name] = direction if direction.ndim == 1 else direction[t]
-    run = BaseRun(model, tokens, arguments=forward_arguments)
-    check_metric(metric, model, logits_shape(model, tokens))
     run.execute(grid.names)
     several = not isinstance(scales, (int, float))
     factors = [float(s) for s in scales] if several else [float(scales)]

@@ -25,7 +25,8 @@ from tl_loops.attribution.gradients import (
 from tl_loops.layout.layout import LoopLayout, Phase, part_label
 from tl_loops.layout.of_model import layout_of
 from tl_loops.runs.activations import check_cache, find_activation, take
-from tl_loops.runs.checks import as_tokens, logits_shape
+from tl_loops.runs.inputs import run_inputs
+from tl_loops.runs.scoring import logits_shape
 
 Kind = Literal["embed", "attn", "head", "query", "key", "value", "mlp", "logits"]
 _EMBED = "hook_embed"
@@ -148,13 +149,13 @@ def edge_attribution(
         raise ValueError(f"method must be 'gradient' or 'integrated_inputs', got {method!r}")
     nodes = path_nodes(method, n_steps)
     check_integrates(model, method)
-    tokens = as_tokens(model, corrupted_tokens)
+    fed = run_inputs(model, corrupted_tokens, forward_arguments)
+    tokens, forward_arguments = fed.tokens, fed.forward_arguments
     senders = _senders(model, layout, heads)
     receivers = _receivers(model, layout, heads, split_qkv)
     written = list(dict.fromkeys(sender.name for sender in senders))
     check_cache(clean_cache, model, written)
-    shape = (tokens.shape[0], tokens.shape[1])
-    clean = {name: _clean(model, clean_cache, name, shape) for name in written}
+    clean = {name: _clean(model, clean_cache, name, fed.shape) for name in written}
     check_differentiable(metric, model, logits_shape(model, tokens))
 
     read = list(dict.fromkeys(receiver.name for receiver in receivers if receiver.name))

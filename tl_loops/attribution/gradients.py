@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_loops.errors import LoopedSemanticsError
-from tl_loops.runs.rerun import FORWARD_ARGUMENTS
+from tl_loops.runs.inputs import FORWARD_ARGUMENTS
 
 Metric = Callable[[Tensor], Any]
 Method = Literal["gradient", "integrated_inputs", "integrated_activation"]

@@ -21,7 +21,13 @@ from tl_loops.metrics.readout import (
     overthinking,
     predicted_tokens,
 )
-from tl_loops.runs.batches import batches, check_batch_size, longest_first, token_prompts
+from tl_loops.runs.batches import (
+    batches,
+    check_batch_size,
+    longest_first,
+    token_prompts,
+    tokens_alone,
+)
 from tl_loops.runs.inputs import LensInputs
 from tl_loops.runs.moments import Moments
 
@@ -186,9 +192,7 @@ def _with_answers(
     joined, n_targets = [], []
     for number, (prompt, answer) in enumerate(zip(tokens, answers, strict=True)):
         if isinstance(answer, str):
-            if model.tokenizer is None:
-                raise ValueError("this model has no tokenizer: pass answers as tokens")
-            answer = model.to_tokens(answer, prepend_bos=False, truncate=False)[0]
+            answer = tokens_alone(model, f"answer {number}", answer, prepend_bos=False)
         behind = torch.as_tensor(answer).reshape(-1).cpu()
         if not behind.numel() or behind.is_floating_point() or behind.dtype == torch.bool:
             raise ValueError(f"answer {number} is {answer!r}, expected text or integer token ids")

@@ -107,7 +107,7 @@ def _tokenised(
         raise ValueError("the prompts are empty: got a list without texts")
     tokenizer = model.tokenizer
     if tokenizer is None:
-        raise ValueError("this model has no tokenizer: give tokens [batch, pos]")
+        raise ValueError("this model has no tokenizer: give tokens instead of text")
     cfg, bridge = model.cfg, is_bridge(model)
     wanted = getattr(cfg, "default_prepend_bos", True) if prepend_bos is None else prepend_bos
     by_itself = getattr(cfg, "tokenizer_prepends_bos", True)

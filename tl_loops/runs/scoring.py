@@ -1,14 +1,51 @@
-"""Prompts as tokens, and checks of batch sizes and metrics, before any forward pass."""
+"""What a patching tool checks before any forward pass, and how a metric scores a cell."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
-from tl_loops.upstream import model_input
+from tl_loops.runs.batches import check_batch_size
+from tl_loops.runs.cells import Score
+from tl_loops.runs.inputs import run_inputs
+from tl_loops.runs.rerun import BaseRun
+
+Metric = Callable[[Tensor], Any]
+
+
+def start_run(
+    model: Any,
+    input: Any,
+    metric: Metric,
+    batch_size: int | None,
+    arguments: Mapping[str, Any],
+    gradients: bool = False,
+) -> BaseRun:
+    """The run that a tool's cells start from, not executed, after the checks that all tools share.
+
+    Args:
+        model: A looped model or a plain HookedTransformer.
+        input: Text, or tokens [batch, pos] or [pos].
+        metric: Maps the logits [batch, pos, d_vocab] of one cell to a scalar.
+        batch_size: Cells in one forward pass; ``None``: chosen.
+        arguments: Forward arguments of every run, some of
+            :data:`tl_loops.runs.inputs.FORWARD_ARGUMENTS`.
+        gradients: Whether the scores carry gradients where they are enabled.
+
+    Raises:
+        ValueError: One of these does not fit.
+    """
+    inputs = run_inputs(model, input, arguments)
+    check_batch_size(batch_size, or_none=True)
+    check_metric(metric, model, logits_shape(model, inputs.tokens))
+    return BaseRun(model, inputs, gradients=gradients)
+
+
+def logits_score(metric: Metric) -> Score:
+    """Scores a cell by a metric on its logits."""
+    return lambda output: metric(output.logits)
 
 
 def logits_shape(model: Any, tokens: Tensor) -> tuple[int, int, int]:
@@ -16,29 +53,6 @@ def logits_shape(model: Any, tokens: Tensor) -> tuple[int, int, int]:
     cfg = model.cfg
     vocabulary = cfg.d_vocab_out if cfg.d_vocab_out > 0 else cfg.d_vocab
     return (tokens.shape[0], tokens.shape[1], vocabulary)
-
-
-def as_tokens(model: Any, tokens: Any) -> Int[Tensor, "batch pos"]:
-    """Tokens with a batch axis, from text, one prompt or several.
-
-    Raises:
-        ValueError: As :func:`tl_loops.upstream.inputs.model_input`.
-    """
-    return model_input(model, tokens).tokens
-
-
-def check_batch_size(batch_size: int | None) -> None:
-    """Refuse a batch size that is not a positive integer or None.
-
-    Raises:
-        ValueError: It is not.
-    """
-    if batch_size is None:
-        return
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(
-            f"batch_size (cells in one forward pass) must be at least 1 or None, got {batch_size!r}"
-        )
 
 
 def check_metric(
