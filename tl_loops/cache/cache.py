@@ -11,6 +11,7 @@ from tl_loops.cache.neurons import NeuronDecomposition
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.names import ITERATION_HOOKS
+from tl_loops.layout.selection import as_index, is_index
 
 
 class LoopedActivationCache(NeuronDecomposition):
@@ -35,7 +36,8 @@ class LoopedActivationCache(NeuronDecomposition):
         self.layout = model.cfg.layout
 
     def __getitem__(self, key: Any) -> Tensor:
-        if isinstance(key, tuple) and len(key) > 1 and isinstance(key[1], int):
+        if isinstance(key, tuple) and len(key) > 1 and is_index(key[1]):
+            key = tuple(as_index("index", part) if is_index(part) else part for part in key)
             if len(key) == 3 and isinstance(key[2], int):
                 name, iteration, layer = key
                 key = self.layout.hook_name(name, iteration=iteration, layer=layer)

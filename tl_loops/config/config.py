@@ -1,7 +1,6 @@
 """The architecture of a looped transformer as data."""
 
 import dataclasses
-import difflib
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,7 @@ from tl_loops.config.checks import check_cycles, check_values
 from tl_loops.config.describe import data_flow
 from tl_loops.config.mechanisms import check_iterations, has_iteration_weights
 from tl_loops.config.weights import physical_tensors
-from tl_loops.errors import ConfigError
+from tl_loops.errors import ConfigError, did_you_mean
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.upstream import BaseConfig
 
@@ -301,9 +300,8 @@ class LoopedTransformerConfig(BaseConfig):
         names = [f.name for f in dataclasses.fields(cls)]
         for key in config_dict:
             if key not in names:
-                near = difflib.get_close_matches(key, names, n=3)
-                hint = f"; did you mean {', '.join(near)}?" if near else ""
-                raise ConfigError(f"unknown config field {key!r}{hint}")
+                hint = did_you_mean(key, names, "see LoopedTransformerConfig")
+                raise ConfigError(f"unknown config field {key!r}: {hint}")
         required = [
             f.name
             for f in dataclasses.fields(cls)

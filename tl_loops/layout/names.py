@@ -1,6 +1,6 @@
 """Every hook point that exists."""
 
-import difflib
+from tl_loops.errors import did_you_mean
 
 ITERATION_HOOKS = (
     "hook_state_in",
@@ -60,6 +60,4 @@ def activation_name(name: str) -> str:
     if name in _BLOCK_NAMES:
         return f"hook_{name}"
     known = [*_BLOCK_NAMES, *_ATTENTION_NAMES, *_MLP_NAMES]
-    near = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
-    raise ValueError(f"unknown activation name {name!r}: {hint}")
+    raise ValueError(f"unknown activation name {name!r}: {did_you_mean(name, known)}")

@@ -1,12 +1,12 @@
 """Hook names by coordinate, wherever TransformerLens takes a hook name."""
 
-import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from tl_loops.cache.cache import LoopedActivationCache
 from tl_loops.config.config import LoopedTransformerConfig
+from tl_loops.errors import did_you_mean
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.upstream import HookPoint, TransformerBase
 
@@ -61,8 +61,7 @@ class CoordinateHooks(TransformerBase):
         known = list(self.hook_dict)
         if canonical != name:
             known = [self.layout.alias(other) for other in known]
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(map(repr, near))}?" if near else "see model.hook_dict"
+        hint = did_you_mean(name, known, "see model.hook_dict")
         raise HookNameError(f"no hook point is called {name!r}: {hint}")
 
     def _canonical(self, name: HookName) -> HookName:

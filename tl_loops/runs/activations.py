@@ -1,6 +1,5 @@
 """What can be patched: named activations, the axes that each has, and the hook points behind it."""
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from tl_loops.errors import LoopedSemanticsError
+from tl_loops.errors import LoopedSemanticsError, did_you_mean
 from tl_loops.layout.names import activation_name
 from tl_loops.layout.of_model import layout_of
 from tl_loops.upstream import is_bridge
@@ -127,8 +126,7 @@ def find_activation(model: Any, name: str) -> Activation:
             rest = activation_name(name)
         except ValueError:
             every = (*_STREAM, *_HEADS, *_PATTERNS, *_ITERATION, *_RUN)
-            near = difflib.get_close_matches(name, every, n=3)
-            hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(every)}"
+            hint = did_you_mean(name, every)
             raise ValueError(f"unknown activation {name!r}: {hint}") from None
         short = rest.rsplit("hook_", 1)[-1] if rest.startswith(("hook_", "attn.", "mlp.")) else rest
         kind = "heads" if short in _HEADS else "pattern" if short in _PATTERNS else "stream"
