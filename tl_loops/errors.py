@@ -24,20 +24,28 @@ class UnknownModelError(ValueError):
     """A model name is neither a known looped model nor a local checkpoint directory."""
 
 
-def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
+def near_names(name: str, known: Iterable[str]) -> list[str]:
+    """Up to three known names that resemble an unknown one; letters' case does not matter."""
+    by_lower = {other.lower(): other for other in known}
+    return [by_lower[n] for n in difflib.get_close_matches(name.lower(), by_lower, 3, 0.5)]
+
+
+def did_you_mean(
+    name: str, known: Iterable[str], otherwise: str | None = None, quoted: bool = False
+) -> str:
     """The end of a message about an unknown name: near matches, or what is known.
 
     Args:
-        name: What was given; letters' case does not matter.
+        name: What was given.
         known: The names that exist.
         otherwise: Said where nothing is near; ``None``: all known names.
+        quoted: Whether the near matches stand in quotes.
 
     Returns:
         ``"did you mean resid_pre, resid_post?"`` or ``"known: resid_pre, ..."``.
     """
     names = list(known)
-    by_lower = {other.lower(): other for other in names}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
+    near = near_names(name, names)
     if near:
-        return f"did you mean {', '.join(by_lower[match] for match in near)}?"
+        return f"did you mean {', '.join(map(repr, near) if quoted else near)}?"
     return f"known: {', '.join(names) or 'none'}" if otherwise is None else otherwise

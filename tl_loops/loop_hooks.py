@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_loops.layout.layout import BlockCoordinate, LoopLayout, Phase
-from tl_loops.layout.names import ITERATION_HOOKS, activation_name
+from tl_loops.layout.names import activation_name, iteration_spec
 from tl_loops.layout.of_model import require_layout
 from tl_loops.layout.selection import Selection, chosen_indices, each_index
 
@@ -62,7 +62,7 @@ def every_iteration(
     """
     layout = layout_of(model)
     chosen = chosen_indices("iteration", layout.n_iterations, iterations)
-    if name.removeprefix("hook_") in _between():
+    if iteration_spec(name) is not None:
         if layer is not None:
             raise ValueError(f"{name!r} sits between iterations and has no layers: leave layer out")
         return [at(model, name, iteration=t) for t in chosen]
@@ -116,7 +116,7 @@ def names_filter(
     kept: set[str] = set()
     for name in names:
         short = name.removeprefix("hook_")
-        if short in _between():
+        if iteration_spec(name) is not None:
             kept.update(every_iteration(model, name, iterations=iterations))
         elif f"hook_{short}" in model.hook_dict:
             kept.add(f"hook_{short}")
@@ -179,7 +179,7 @@ def stack_iterations(
     """
     layout = layout_of(model)
     stacked = torch.stack([cache[n] for n in every_iteration(model, name, layer)])
-    if layer is None and name.removeprefix("hook_") not in _between():
+    if layer is None and iteration_spec(name) is None:
         return stacked.reshape(layout.n_iterations, layout.n_core, *stacked.shape[1:])
     return stacked
 
@@ -195,10 +195,6 @@ def layout_of(model: Any) -> LoopLayout:
 
 def _located(model: Any, function: Callable[..., Any], value: Tensor, hook: Any) -> Any:
     return function(value, hook=hook, at=coordinate_of(model, hook.name))
-
-
-def _between() -> tuple[str, ...]:
-    return tuple(point.removeprefix("hook_") for point in ITERATION_HOOKS)
 
 
 def _known(model: Any, name: str) -> str:

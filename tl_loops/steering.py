@@ -237,8 +237,8 @@ def _add_rows(vector: Tensor, part: slice, n_pos: int, rows: Tensor) -> None:
 
 def _check_stream(model: Any, activation: str) -> None:
     found = find_activation(model, activation)
-    between = found.kind == "iteration" and found.name != "exit_gate"
-    if not between and (found.kind != "stream" or not found.rest.startswith("hook_")):
+    vectors = found.dims == ("batch", "pos", "d_model") and found.rest.startswith("hook_")
+    if not vectors or found.place == "run" or found.name == "state_gate":
         raise ValueError(
             f"activation {activation!r} does not live in the residual stream: use resid_pre, "
             "resid_mid, resid_post, attn_out, mlp_out, state_in, injected or state_out"

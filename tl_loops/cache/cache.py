@@ -10,7 +10,7 @@ from tl_loops.cache.cached_run import SliceLike, as_slice
 from tl_loops.cache.neurons import NeuronDecomposition
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
-from tl_loops.layout.names import ITERATION_HOOKS
+from tl_loops.layout.names import iteration_spec
 from tl_loops.layout.selection import as_index, is_index
 
 
@@ -41,7 +41,7 @@ class LoopedActivationCache(NeuronDecomposition):
             if len(key) == 3 and isinstance(key[2], int):
                 name, iteration, layer = key
                 key = self.layout.hook_name(name, iteration=iteration, layer=layer)
-            elif len(key) == 2 and f"hook_{key[0]}" in ITERATION_HOOKS:
+            elif len(key) == 2 and iteration_spec(key[0]) is not None:
                 key = self.layout.hook_name(key[0], iteration=key[1])
             elif key[1] < 0:
                 # By the layout of the run, which may have had another number of iterations.
@@ -124,7 +124,7 @@ class LoopedActivationCache(NeuronDecomposition):
             KeyError: The cache lacks an entry.
         """
         layout = self.layout
-        between = f"hook_{activation_name}" in ITERATION_HOOKS
+        between = iteration_spec(activation_name) is not None
         if (between or by_iteration) and layer not in (None, -1, layout.n_layers):
             raise ValueError("layer selects blocks; it cannot be combined with iterations")
         if between:

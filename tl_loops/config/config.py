@@ -301,7 +301,7 @@ class LoopedTransformerConfig(BaseConfig):
         for key in config_dict:
             if key not in names:
                 hint = did_you_mean(key, names, "see LoopedTransformerConfig")
-                raise ConfigError(f"unknown config field {key!r}: {hint}")
+                raise ConfigError(f"unknown config field {key!r}; {hint}")
         required = [
             f.name
             for f in dataclasses.fields(cls)

@@ -1,10 +1,9 @@
 """Coordinates, names and choices: where a block stands, and what its hook points are called."""
 
 from tl_loops.layout.layout import PHASES, BlockCoordinate, LoopLayout, Phase
-from tl_loops.layout.names import ITERATION_HOOKS, activation_name
+from tl_loops.layout.names import activation_name
 
 __all__ = [
-    "ITERATION_HOOKS",
     "PHASES",
     "BlockCoordinate",
     "LoopLayout",

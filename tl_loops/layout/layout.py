@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, SupportsIndex, TypeVar
 
-from tl_loops.layout.names import ITERATION_HOOKS, activation_name
+from tl_loops.layout.names import activation_name, iteration_spec
 from tl_loops.layout.selection import one_index
 
 Phase = Literal["prelude", "core", "coda"]
@@ -227,11 +227,11 @@ class LoopLayout:
             ValueError: Unknown activation name or incomplete coordinate.
             IndexError: Coordinate out of range.
         """
-        full = name if name.startswith("hook_") else f"hook_{name}"
-        if layer is None and full in ITERATION_HOOKS:
+        between = iteration_spec(name)
+        if layer is None and between is not None:
             if iteration is None:
                 raise ValueError(f"{name!r} sits between iterations: give iteration=...")
-            return f"iter.{one_index('iteration', iteration, self.n_iterations)}.{full}"
+            return f"iter.{one_index('iteration', iteration, self.n_iterations)}.{between.name}"
         if layer is None:
             raise ValueError(f"{name!r} sits in a block: give layer=...")
         index = self.index(iteration=iteration, layer=layer, phase=phase)

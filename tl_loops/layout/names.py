@@ -1,48 +1,194 @@
-"""Every hook point that exists."""
+"""The one table of hook points: name, place, axes, flag and moment of every one that exists."""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from tl_loops.errors import did_you_mean
 
-ITERATION_HOOKS = (
-    "hook_state_in",
-    "hook_other_in",
-    "hook_condition",
-    "hook_state_gate",
-    "hook_halt_logit",
-    "hook_injected",
-    "hook_state_out",
-    "hook_exit_gate",
-    "hook_step_embedding",
-    "hook_halting",
-    "hook_router_weight",
-    "hook_hyper_read",
-    "hook_hyper_write",
-    "hook_hyper_keep",
+Place = Literal["block", "iteration", "run"]
+Moment = Literal["start", "loop", "before", "after", "coda", "end"]
+
+_STREAM = ("batch", "pos", "d_model")
+_SCALE = ("batch", "pos", "one")
+_Q, _K = ("batch", "pos", "head", "d_head"), ("batch", "pos", "kv_head", "d_head")
+_Q_IN, _K_IN = ("batch", "pos", "head", "d_model"), ("batch", "pos", "kv_head", "d_model")
+_PATTERN = ("batch", "head", "query", "key")
+_MLP = ("batch", "pos", "d_mlp")
+_ONCE = ("batch", "one", "d_model")
+_STREAMS = ("batch", "pos", "stream")
+_BLOCK = re.compile(r"^(?:blocks\.(\d+)|iter\.(\d+))\.(.+)$")
+
+
+@dataclass(frozen=True)
+class HookSpec:
+    """One hook point, wherever it stands.
+
+    Attributes:
+        name: Its name after ``blocks.{i}.`` or ``iter.{t}.``; for the run the whole name.
+        place: In every ``"block"``, at every ``"iteration"``, or once in a ``"run"``.
+        axes: Names of its tensor's axes. ``"one"`` has one entry that holds for all.
+        flag: The config field that must be on for it to fire.
+        first_iteration: The iteration from which on it fires.
+        head_when: Config fields with the values that give it a head axis after the positions.
+        moment: When it fires. Run: at the ``"start"``, entering the ``"loop"``, before the
+            ``"coda"``, at the ``"end"``. Iteration: ``"before"`` or ``"after"`` its blocks.
+        residual: Whether its tensor is the residual stream itself, which a lens can read.
+    """
+
+    name: str
+    place: Place
+    axes: tuple[str, ...]
+    flag: str | None = None
+    first_iteration: int = 0
+    head_when: tuple[tuple[str, Any], ...] = ()
+    moment: Moment = "after"
+    residual: bool = False
+
+    @property
+    def short(self) -> str:
+        """The shorthand: ``"pattern"``, ``"state_out"``; of a hook point in a module, its name."""
+        module, _, short = self.name.rpartition("hook_")
+        return short if module in ("", "attn.", "mlp.") else self.name
+
+    @property
+    def pos_dim(self) -> int | None:
+        """The tensor axis of positions (queries of a pattern); ``None`` if it has none."""
+        for axis in ("pos", "query"):
+            if axis in self.axes:
+                return self.axes.index(axis)
+        return None
+
+    def axes_on(self, cfg: Any) -> tuple[str, ...]:
+        """The axes under a config, which may split a norm's input by heads."""
+        if not any(getattr(cfg, field, None) == value for field, value in self.head_when):
+            return self.axes
+        head = "kv_head" if self.name.startswith("attn.k_norm") else "head"
+        return (*self.axes[:2], head, *self.axes[2:])
+
+
+_SPECS: dict[tuple[Place, str], HookSpec] = {}
+
+
+def declare(*specs: HookSpec) -> None:
+    """Add hook points to the table.
+
+    Raises:
+        ValueError: One of that name and place is there and is different.
+    """
+    for spec in specs:
+        if _SPECS.setdefault((spec.place, spec.name), spec) != spec:
+            raise ValueError(f"hook point {spec.name!r} ({spec.place}) is declared twice")
+
+
+def _norm(name: str, place: Place, axes: tuple[str, ...] = _STREAM, **more: Any) -> None:
+    declare(
+        HookSpec(f"{name}.hook_scale", place, (*axes[:-1], "one"), **more),
+        HookSpec(f"{name}.hook_normalized", place, axes, **more),
+    )
+
+
+# Blocks.
+declare(
+    *(HookSpec(f"hook_resid_{x}", "block", _STREAM, residual=True) for x in ("pre", "mid", "post")),
+    HookSpec("hook_attn_in", "block", _Q_IN, "use_attn_in"),
+    HookSpec("hook_attn_out", "block", _STREAM),
+    HookSpec("hook_mlp_in", "block", _STREAM, "use_hook_mlp_in"),
+    HookSpec("hook_mlp_out", "block", _STREAM),
+    HookSpec("hook_q_input", "block", _Q_IN, "use_split_qkv_input"),
+    HookSpec("hook_k_input", "block", _K_IN, "use_split_qkv_input"),
+    HookSpec("hook_v_input", "block", _K_IN, "use_split_qkv_input"),
+    *(HookSpec(f"attn.hook_{x}", "block", _Q) for x in ("q", "rot_q", "z")),
+    *(HookSpec(f"attn.hook_{x}", "block", _K) for x in ("k", "rot_k", "v")),
+    HookSpec("attn.hook_result", "block", _Q_IN, "use_attn_result"),
+    HookSpec("attn.hook_attn_scores", "block", _PATTERN),
+    HookSpec("attn.hook_pattern", "block", _PATTERN),
+    *(HookSpec(f"mlp.hook_{x}", "block", _MLP) for x in ("pre", "pre_linear", "post", "mid")),
 )
-"""Names (behind ``iter.{t}.``) of the hook points between iterations."""
+_norm("ln1", "block", head_when=(("use_split_qkv_input", True), ("use_attn_in", True)))
+_norm("ln2", "block")
+_norm("ln1_post", "block")
+_norm("ln2_post", "block")
+_norm("attn.q_norm", "block", head_when=(("qk_norm", "head_weight"),))
+_norm("attn.k_norm", "block", head_when=(("qk_norm", "head_weight"),))
 
-
-_ATTENTION_NAMES = ("q", "k", "v", "z", "rot_q", "rot_k", "result", "pattern", "attn_scores")
-
-
-_MLP_NAMES = ("pre", "pre_linear", "post", "mid")
-
-
-_BLOCK_NAMES = (
-    "resid_pre",
-    "resid_mid",
-    "resid_post",
-    "attn_in",
-    "attn_out",
-    "mlp_in",
-    "mlp_out",
-    "q_input",
-    "k_input",
-    "v_input",
+# Iterations.
+declare(
+    HookSpec("hook_state_in", "iteration", _STREAM, moment="before", residual=True),
+    HookSpec("hook_injected", "iteration", _STREAM, moment="before", residual=True),
+    HookSpec("hook_state_out", "iteration", _STREAM, residual=True),
+    HookSpec("hook_exit_gate", "iteration", _SCALE),
 )
+_norm("norm", "iteration")
+
+# The run.
+declare(
+    HookSpec("hook_embed", "run", _STREAM, moment="start", residual=True),
+    HookSpec("hook_pos_embed", "run", _STREAM, moment="start"),
+    HookSpec("hook_injection", "run", _STREAM, moment="loop", residual=True),
+    HookSpec("hook_initial_state", "run", _STREAM, moment="loop", residual=True),
+    HookSpec("unembed.hook_in", "run", _STREAM, moment="end"),
+    HookSpec("unembed.hook_out", "run", ("batch", "pos", "d_vocab"), moment="end"),
+)
+_norm("embed.ln", "run", moment="start")
+_norm("ln_injection", "run", moment="loop")
+_norm("ln_coda", "run", moment="coda")
+_norm("ln_final", "run", moment="end")
+
+# Mechanisms of attention.
+declare(
+    HookSpec("attn.hook_gate", "block", _Q),
+    HookSpec("attn.value_embed.hook_gate", "block", _K[:3]),
+    HookSpec("attn.value_embed.hook_out", "block", _K),
+    HookSpec("attn.first_pass.hook_gate", "block", _Q[:3], first_iteration=1),
+    HookSpec("attn.first_pass.hook_attn_scores", "block", _PATTERN, first_iteration=1),
+    HookSpec("attn.first_pass.hook_pattern", "block", _PATTERN, first_iteration=1),
+)
+# Mechanisms of the loop: two stacks; time; state gate; step embedding; halting; routing; streams.
+declare(
+    HookSpec("hook_other_in", "iteration", _STREAM, moment="before"),
+    HookSpec("hook_slow_initial_state", "run", _STREAM, moment="loop"),
+    HookSpec("hook_condition", "iteration", _ONCE, moment="before"),
+    *(
+        HookSpec(f"modulation.hook_{branch}_{what}", "block", _ONCE)
+        for branch in ("attn", "mlp")
+        for what in ("gate", "scale")
+    ),
+    HookSpec("hook_state_gate", "iteration", _STREAM),
+    HookSpec("hook_halt_logit", "iteration", _SCALE),
+    HookSpec("hook_step_embedding", "iteration", _STREAM, moment="before"),
+    HookSpec("hook_halting", "iteration", _SCALE),
+    HookSpec("hook_halted_state", "run", _STREAM, moment="end"),
+    HookSpec("hook_router_weight", "iteration", _SCALE),
+    HookSpec("hook_router_weights", "run", ("batch", "pos", "depth"), moment="loop"),
+    *(
+        HookSpec(f"hook_hyper_{x}", "iteration", _STREAMS, moment="before")
+        for x in ("read", "write", "keep")
+    ),
+)
+
+
+def hook_specs(place: Place | None = None) -> tuple[HookSpec, ...]:
+    """Every hook point that is declared, or those of one place."""
+    return tuple(spec for spec in _SPECS.values() if place in (None, spec.place))
+
+
+def spec_of(name: str) -> HookSpec | None:
+    """The row of a canonical hook name; ``None`` for hook points of TransformerLens's bridges."""
+    match = _BLOCK.match(name)
+    if match is None:
+        return _SPECS.get(("run", name))
+    return _SPECS.get(("block" if match.group(1) else "iteration", match.group(3)))
+
+
+def iteration_spec(name: str) -> HookSpec | None:
+    """The hook point between iterations of a shorthand or name (``"state_out"``), if there is."""
+    full = name if "hook_" in name else f"hook_{name}"
+    return _SPECS.get(("iteration", full))
 
 
 def activation_name(name: str) -> str:
-    """The part of a hook name behind ``blocks.{i}.`` for a TransformerLens shorthand.
+    """The part of a hook name after ``blocks.{i}.`` for a TransformerLens shorthand.
 
     Args:
         name: A shorthand such as ``"pattern"`` or ``"resid_pre"``, or a name that is already the
@@ -53,11 +199,7 @@ def activation_name(name: str) -> str:
     """
     if "hook_" in name:
         return name
-    if name in _ATTENTION_NAMES:
-        return f"attn.hook_{name}"
-    if name in _MLP_NAMES:
-        return f"mlp.hook_{name}"
-    if name in _BLOCK_NAMES:
-        return f"hook_{name}"
-    known = [*_BLOCK_NAMES, *_ATTENTION_NAMES, *_MLP_NAMES]
+    known = {spec.short: spec.name for spec in hook_specs("block") if "hook_" not in spec.short}
+    if name in known:
+        return known[name]
     raise ValueError(f"unknown activation name {name!r}: {did_you_mean(name, known)}")

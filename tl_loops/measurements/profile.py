@@ -317,7 +317,7 @@ class LoopProfile:
 
     def _of(self, metric: str) -> Moments:
         if metric not in self.moments:
-            hint = did_you_mean(metric, self.metrics)
+            hint = did_you_mean(metric, self.metrics, f"it has {', '.join(self.metrics)}")
             raise ValueError(f"this profile has no metric {metric!r}: {hint}")
         return self.moments[metric]
 

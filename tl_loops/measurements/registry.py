@@ -26,7 +26,7 @@ def find_measurement(name: str) -> Measurement:
     """
     if name in MEASUREMENTS:
         return MEASUREMENTS[name]
-    raise ValueError(f"unknown metric {name!r}: {did_you_mean(name, MEASUREMENTS)}")
+    raise ValueError(f"unknown metric {name!r}: {did_you_mean(name, MEASUREMENTS, quoted=True)}")
 
 
 def _value(

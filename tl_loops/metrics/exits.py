@@ -246,8 +246,8 @@ def exit_iteration(
 def _find(criterion: str) -> ExitCriterion:
     if criterion in EXIT_CRITERIA:
         return EXIT_CRITERIA[criterion]
-    hint = did_you_mean(criterion.replace("_", "-"), EXIT_CRITERIA)
-    raise ValueError(f"unknown exit criterion {criterion!r}: {hint}")
+    hint = did_you_mean(criterion.replace("_", "-"), EXIT_CRITERIA, quoted=True)
+    raise ValueError(f"unknown exit criterion {criterion!r}; {hint}")
 
 
 def _require_iterations(name: str, trajectory: Tensor) -> None:
