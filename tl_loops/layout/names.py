@@ -30,7 +30,8 @@ class HookSpec:
         axes: Names of its tensor's axes. ``"one"`` has one entry that holds for all.
         flag: The config field that must be on for it to fire.
         first_iteration: The iteration from which on it fires.
-        head_when: Config fields with the values that give it a head axis after the positions.
+        head_when: Config fields, the values with which it has a head axis after the positions, and
+            the name of that axis.
         moment: When it fires. Run: at the ``"start"``, entering the ``"loop"``, before the
             ``"coda"``, at the ``"end"``. Iteration: ``"before"`` or ``"after"`` its blocks.
         residual: Whether its tensor is the residual stream itself, which a lens can read.
@@ -41,7 +42,7 @@ class HookSpec:
     axes: tuple[str, ...]
     flag: str | None = None
     first_iteration: int = 0
-    head_when: tuple[tuple[str, Any], ...] = ()
+    head_when: tuple[tuple[str, Any, str], ...] = ()
     moment: Moment = "after"
     residual: bool = False
 
@@ -61,10 +62,10 @@ class HookSpec:
 
     def axes_on(self, cfg: Any) -> tuple[str, ...]:
         """The axes under a config, which may split a norm's input by heads."""
-        if not any(getattr(cfg, field, None) == value for field, value in self.head_when):
-            return self.axes
-        head = "kv_head" if self.name.startswith("attn.k_norm") else "head"
-        return (*self.axes[:2], head, *self.axes[2:])
+        for field, value, head in self.head_when:
+            if getattr(cfg, field, None) == value:
+                return (*self.axes[:2], head, *self.axes[2:])
+        return self.axes
 
 
 _SPECS: dict[tuple[Place, str], HookSpec] = {}
@@ -105,12 +106,14 @@ declare(
     HookSpec("attn.hook_pattern", "block", _PATTERN),
     *(HookSpec(f"mlp.hook_{x}", "block", _MLP) for x in ("pre", "pre_linear", "post", "mid")),
 )
-_norm("ln1", "block", head_when=(("use_split_qkv_input", True), ("use_attn_in", True)))
+# With split inputs it fires for queries, keys and values; a cache keeps the last.
+_LN1_HEADS = (("use_split_qkv_input", True, "kv_head"), ("use_attn_in", True, "head"))
+_norm("ln1", "block", head_when=_LN1_HEADS)
 _norm("ln2", "block")
 _norm("ln1_post", "block")
 _norm("ln2_post", "block")
-_norm("attn.q_norm", "block", head_when=(("qk_norm", "head_weight"),))
-_norm("attn.k_norm", "block", head_when=(("qk_norm", "head_weight"),))
+_norm("attn.q_norm", "block", head_when=(("qk_norm", "head_weight", "head"),))
+_norm("attn.k_norm", "block", head_when=(("qk_norm", "head_weight", "kv_head"),))
 
 # Iterations.
 declare(

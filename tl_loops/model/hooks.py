@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from tl_loops.cache.cache import LoopedActivationCache
-from tl_loops.cache.cached_run import as_slice
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import did_you_mean
 from tl_loops.layout.layout import LoopLayout
@@ -156,7 +155,7 @@ class CoordinateHooks(TransformerBase):
         Hook points that do not fire with the present flags are left out. ``pos_slice`` cuts the
         position axis of each, whatever its other axes are.
         """
-        positions = as_slice(kwargs.pop("pos_slice", None))
+        positions = Slice.unwrap(kwargs.pop("pos_slice", None))
         cache, forward, backward = super().get_caching_hooks(
             self._canonical_filter(names_filter), *args, **kwargs
         )

@@ -60,7 +60,7 @@ def test_position_slices_cut_the_position_axis(name: str, pos_slice) -> None:
     tokens = tiny_tokens(BATCH, N_POS)
     _, whole = model.run_with_cache(tokens)
     _, part = model.run_with_cache(tokens, pos_slice=pos_slice)
-    index = pos_slice if isinstance(pos_slice, int) else slice(*pos_slice)
+    index = [pos_slice] if isinstance(pos_slice, int) else slice(*pos_slice)
     for hook_name in whole.keys():
         dim = spec_of(hook_name).pos_dim
         value = whole[hook_name]
@@ -84,6 +84,8 @@ def test_whatever_is_cached_can_be_patched_or_says_why(name: str) -> None:
         where = {}
         if names[0].startswith("blocks."):
             where = {"block": [int(n.split(".")[1]) for n in names]}
+        elif names[0].startswith("iter."):
+            where = {"iteration": [int(n.split(".")[1]) for n in names]}
         axes = {"blocks": "block", "iter": "iteration"}.get(names[0].split(".")[0])
 
         def metric(logits):
