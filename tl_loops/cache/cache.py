@@ -10,7 +10,8 @@ from tl_loops.cache.cached_run import SliceLike, as_slice
 from tl_loops.cache.neurons import NeuronDecomposition
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
-from tl_loops.layout.names import between_iterations
+from tl_loops.layout.names import iteration_spec
+from tl_loops.layout.selection import as_index, is_index
 
 
 class LoopedActivationCache(NeuronDecomposition):
@@ -35,11 +36,12 @@ class LoopedActivationCache(NeuronDecomposition):
         self.layout = model.cfg.layout
 
     def __getitem__(self, key: Any) -> Tensor:
-        if isinstance(key, tuple) and len(key) > 1 and isinstance(key[1], int):
+        if isinstance(key, tuple) and len(key) > 1 and is_index(key[1]):
+            key = tuple(as_index("index", part) if is_index(part) else part for part in key)
             if len(key) == 3 and isinstance(key[2], int):
                 name, iteration, layer = key
                 key = self.layout.hook_name(name, iteration=iteration, layer=layer)
-            elif len(key) == 2 and between_iterations(key[0]) is not None:
+            elif len(key) == 2 and iteration_spec(key[0]) is not None:
                 key = self.layout.hook_name(key[0], iteration=key[1])
             elif key[1] < 0:
                 # By the layout of the run, which may have had another number of iterations.
@@ -122,7 +124,7 @@ class LoopedActivationCache(NeuronDecomposition):
             KeyError: The cache lacks an entry.
         """
         layout = self.layout
-        between = between_iterations(activation_name) is not None
+        between = iteration_spec(activation_name) is not None
         if (between or by_iteration) and layer not in (None, -1, layout.n_layers):
             raise ValueError("layer selects blocks; it cannot be combined with iterations")
         if between:

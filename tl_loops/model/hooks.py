@@ -1,14 +1,15 @@
 """Hook names by coordinate, wherever TransformerLens takes a hook name."""
 
-import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from tl_loops.cache.cache import LoopedActivationCache
 from tl_loops.config.config import LoopedTransformerConfig
+from tl_loops.errors import did_you_mean
 from tl_loops.layout.layout import LoopLayout
-from tl_loops.upstream import HookPoint, TransformerBase
+from tl_loops.layout.names import spec_of
+from tl_loops.upstream import HookPoint, Slice, TransformerBase
 
 HookName = str | Callable[[str], bool]
 Hooks = list[tuple[HookName, Callable]]
@@ -61,8 +62,7 @@ class CoordinateHooks(TransformerBase):
         known = list(self.hook_dict)
         if canonical != name:
             known = [self.layout.alias(other) for other in known]
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(map(repr, near))}?" if near else "see model.hook_dict"
+        hint = did_you_mean(name, known, "see model.hook_dict", quoted=True)
         raise HookNameError(f"no hook point is called {name!r}: {hint}")
 
     def _canonical(self, name: HookName) -> HookName:
@@ -99,23 +99,21 @@ class CoordinateHooks(TransformerBase):
         Raises:
             HookNameError: The flag that the hook point needs is off; the message names the setter.
         """
-        if ".attn.first_pass." in hook_point_name:
-            index = int(hook_point_name.split(".")[1])
-            if not self.layout.coordinate(index).iteration:
+        spec = spec_of(hook_point_name)
+        if spec is None:
+            return
+        if spec.place == "block" and spec.first_iteration:
+            block = int(hook_point_name.split(".")[1])
+            if (self.layout.coordinate(block).iteration or 0) < spec.first_iteration:
                 raise HookNameError(
-                    f"{hook_point_name} fires from iteration 1 on: iteration 0 is the first pass"
+                    f"{hook_point_name} fires from iteration {spec.first_iteration} on: "
+                    "iteration 0 is the first pass"
                 )
-        for suffixes, flag in (
-            (("attn.hook_result",), "use_attn_result"),
-            (("hook_q_input", "hook_k_input", "hook_v_input"), "use_split_qkv_input"),
-            (("hook_mlp_in",), "use_hook_mlp_in"),
-            (("hook_attn_in",), "use_attn_in"),
-        ):
-            if hook_point_name.endswith(suffixes) and not getattr(self.cfg, flag):
-                raise HookNameError(
-                    f"{hook_point_name} does not fire while cfg.{flag} is False: "
-                    f"call model.set_{flag}(True) first"
-                )
+        if spec.flag is not None and not getattr(self.cfg, spec.flag):
+            raise HookNameError(
+                f"{hook_point_name} does not fire while cfg.{spec.flag} is False: "
+                f"call model.set_{spec.flag}(True) first"
+            )
 
     def add_hook(self, name: HookName, hook: Callable, *args: Any, **kwargs: Any) -> None:
         """Add a hook; as in TransformerLens, with aliases."""
@@ -154,15 +152,17 @@ class CoordinateHooks(TransformerBase):
     def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> tuple:
         """Make hooks that cache; as in TransformerLens, with aliases.
 
-        Hook points that do not fire with the present flags are left out.
+        Hook points that do not fire with the present flags are left out. ``pos_slice`` cuts the
+        position axis of each, whatever its other axes are.
         """
+        positions = Slice.unwrap(kwargs.pop("pos_slice", None))
         cache, forward, backward = super().get_caching_hooks(
             self._canonical_filter(names_filter), *args, **kwargs
         )
         return (
             cache,
-            [h for h in forward if self._fires(h[0])],
-            [h for h in backward if self._fires(h[0])],
+            [(n, _at_positions(n, h, positions)) for n, h in forward if self._fires(n)],
+            [(n, _at_positions(n, h, positions)) for n, h in backward if self._fires(n)],
         )
 
     def _fires(self, name: str) -> bool:
@@ -196,6 +196,19 @@ class CoordinateHooks(TransformerBase):
             if return_cache_object:
                 cache = LoopedActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
         return output, cache
+
+
+def _at_positions(name: str, save: Callable, positions: Slice) -> Callable:
+    """A caching hook that is shown some positions only."""
+    spec = spec_of(name)
+    dim = 1 if spec is None else spec.pos_dim
+    if positions.mode == "identity" or dim is None:
+        return save
+
+    def save_part(value: Any, hook: Any) -> None:
+        save(positions.apply(value, dim=dim), hook)
+
+    return save_part
 
 
 def _no_hook(tensor: Any, hook: Any) -> None:
