@@ -71,7 +71,6 @@ class _FirstPass(Mechanism):
         spec(
             "attn.first_pass.hook_attn_scores", "block", "batch head query key", first_iteration=1
         ),
-        spec("attn.first_pass.hook_pattern", "block", "batch head query key", first_iteration=1),
     )
     with_stacks = False
     own_keys = "later iterations of this model read the first one's keys already, by a trained gate"
