@@ -1,0 +1,202 @@
+"""What a model is fed: text or tokens in, token ids and the mask of real tokens out.
+
+The mask of text comes from the tokenizer call. Ids cannot say it: where the padding token is also
+the end of text, or BOS, a real token has the id of padding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformer_lens.utilities import (
+    USE_DEFAULT_VALUE,
+    get_attention_mask,
+    get_input_with_manually_prepended_bos,
+)
+
+from tl_loops.upstream.bridges import is_bridge
+
+TRUNCATE_TEXT = True
+"""Whether text beyond ``cfg.n_ctx`` is cut where the caller does not say; TransformerLens cuts."""
+
+
+@dataclass(frozen=True, eq=False)
+class ModelInput:
+    """Token ids and which of them are real.
+
+    Attributes:
+        tokens: Token ids, int64 [batch, pos], on the model's device.
+        mask: True at real tokens, False at padding; ``None``: no padding.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"] | None = None
+
+
+def model_input(
+    model: Any,
+    input: str | Sequence[str] | Tensor,
+    mask: Tensor | None = None,
+    *,
+    prepend_bos: bool | None = USE_DEFAULT_VALUE,
+    padding_side: str | None = USE_DEFAULT_VALUE,
+    truncate: bool = TRUNCATE_TEXT,
+) -> ModelInput:
+    """Token ids and mask of text or tokens, checked, for any model of TransformerLens or ours.
+
+    Args:
+        model: Has ``cfg``, ``tokenizer`` and parameters.
+        input: Text, several texts, or integer tokens [pos] or [batch, pos].
+        mask: [batch, pos], or [pos] for one row of tokens: 1 at real tokens, 0 at padding.
+            ``None``: of the tokenizer for text; for tokens no padding, except that leading padding
+            ids count as padding where the tokenizer pads on the left, as in TransformerLens.
+        prepend_bos: Overrides ``cfg.default_prepend_bos``, for text.
+        padding_side: Overrides the tokenizer's, for text.
+        truncate: Whether text beyond ``cfg.n_ctx`` is cut. Tokens are never cut.
+
+    Returns:
+        The tokens, with a mask only where something is padding.
+
+    Raises:
+        ValueError: The input is neither, is empty, has other axes or ids that the model does not
+            have; there is no tokenizer for text; the mask does not fit, or has a row without a
+            real token.
+    """
+    device = next(model.parameters()).device
+    found: Tensor | None = None
+    if isinstance(input, Tensor):
+        tokens = _checked_tokens(input)
+        if mask is None:
+            found = _leading_padding(model, tokens.to(device))
+        elif mask.ndim == 1 and input.ndim == 1:
+            mask = mask[None]
+    else:
+        tokens, found = _tokenised(model, input, prepend_bos, padding_side, truncate)
+    _check_ids(model, tokens)
+    mask = found if mask is None else _checked_mask(mask, tokens)
+    if mask is not None:
+        mask = None if bool(mask.all()) else mask.to(device)
+    return ModelInput(tokens.to(device), mask)
+
+
+def number_of_ids(cfg: Any) -> int:
+    """How many token ids a model can embed: 0 to one below this number."""
+    # After the vocabulary there may be more embeddings, and one more id that stands for zeros.
+    n_extra = getattr(cfg, "n_extra_tokens", 0)
+    return cfg.d_vocab + (n_extra + 1 if n_extra else 0)
+
+
+def _tokenised(
+    model: Any,
+    input: Any,
+    prepend_bos: bool | None,
+    padding_side: str | None,
+    truncate: bool,
+) -> tuple[Tensor, Tensor]:
+    """Tokens as ``model.to_tokens`` gives them, and the tokenizer's mask."""
+    texts = [input] if isinstance(input, str) else list(input) if _is_list(input) else None
+    if texts is None or not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            "the prompts must be text (a string or a list of strings) or integer tokens [batch, "
+            f"pos], got {_kinds(input)}"
+        )
+    if not texts:
+        raise ValueError("the prompts are empty: got a list without texts")
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise ValueError("this model has no tokenizer: give tokens [batch, pos]")
+    cfg, bridge = model.cfg, is_bridge(model)
+    wanted = getattr(cfg, "default_prepend_bos", True) if prepend_bos is None else prepend_bos
+    by_itself = getattr(cfg, "tokenizer_prepends_bos", True)
+    if wanted and not by_itself and not (bridge and _in_pieces(tokenizer, tokenizer.bos_token)):
+        texts = get_input_with_manually_prepended_bos(tokenizer.bos_token, texts)
+    encoded = tokenizer(
+        texts,
+        return_tensors="pt",
+        padding=len(texts) > 1,  # One text has none, and needs no padding token.
+        padding_side=tokenizer.padding_side if padding_side is None else padding_side,
+        truncation=truncate,
+        max_length=cfg.n_ctx if truncate else None,
+        return_attention_mask=True,
+    )
+    tokens, mask = encoded["input_ids"].long(), encoded["attention_mask"].bool()
+    if bridge and getattr(cfg, "tokenizer_appends_eos", False):
+        while tokens.shape[1] > 1 and bool((tokens[:, -1] == tokenizer.eos_token_id).all()):
+            tokens, mask = tokens[:, :-1], mask[:, :-1]
+    if by_itself and not wanted:
+        tokens, mask = _without_first(tokens, mask)
+    if not tokens.numel():
+        raise ValueError(f"the prompts are empty: got tokens of shape {tuple(tokens.shape)}")
+    # A text of no tokens among others is a row of padding: its padding ids are what is fed.
+    mask = mask | ~mask.any(-1, keepdim=True)
+    return tokens, mask
+
+
+def _in_pieces(tokenizer: Any, bos: str | None) -> bool:
+    """Whether BOS is several tokens: a TransformerBridge then leaves it out."""
+    return bos is None or len(tokenizer(bos, add_special_tokens=False)["input_ids"]) != 1
+
+
+def _without_first(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Both without each row's first real token, which is the BOS of the tokenizer."""
+    if not tokens.shape[1]:
+        return tokens, mask
+    keep = torch.ones_like(mask)
+    keep.scatter_(1, mask.int().argmax(-1, keepdim=True), False)
+    shape = (tokens.shape[0], tokens.shape[1] - 1)
+    return tokens[keep].reshape(shape), mask[keep].reshape(shape)
+
+
+def _checked_tokens(tokens: Tensor) -> Tensor:
+    """Tokens [batch, pos] as int64."""
+    number = tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool
+    if number or tokens.ndim not in (1, 2):
+        raise ValueError(
+            "the prompts must be text or integer tokens [batch, pos], got a "
+            f"{tokens.dtype} tensor of shape {tuple(tokens.shape)}"
+        )
+    if not tokens.numel():
+        raise ValueError(f"the prompts are empty: got tokens of shape {tuple(tokens.shape)}")
+    return (tokens[None] if tokens.ndim == 1 else tokens).long()
+
+
+def _leading_padding(model: Any, tokens: Tensor) -> Tensor | None:
+    """The mask that TransformerLens finds for tokens whose tokenizer pads on the left."""
+    tokenizer = model.tokenizer
+    if tokenizer is None or tokenizer.padding_side != "left" or tokenizer.pad_token_id is None:
+        return None
+    return get_attention_mask(tokenizer, tokens, bool(model.cfg.default_prepend_bos)).bool()
+
+
+def _check_ids(model: Any, tokens: Tensor) -> None:
+    low, high = (int(end) for end in tokens.aminmax())
+    n_ids = number_of_ids(model.cfg)
+    if low < 0 or high >= n_ids:
+        raise ValueError(
+            f"the prompts hold ids from {low} to {high}, but the model embeds 0 to {n_ids - 1}"
+        )
+
+
+def _checked_mask(mask: Tensor, tokens: Tensor) -> Tensor:
+    if mask.shape != tokens.shape:
+        raise ValueError(
+            f"attention_mask must be [batch, pos] = {list(tokens.shape)}, got {list(mask.shape)}"
+        )
+    mask = mask.bool()
+    if not bool(mask.any(-1).all()):
+        raise ValueError("attention_mask has a row without a real token")
+    return mask
+
+
+def _is_list(input: Any) -> bool:
+    return isinstance(input, Sequence) and not isinstance(input, bytes)
+
+
+def _kinds(input: Any) -> str:
+    if not _is_list(input):
+        return type(input).__name__
+    kinds = sorted({type(one).__name__ for one in input})
+    return f"a {type(input).__name__} of {', '.join(kinds)}"
