@@ -78,23 +78,23 @@ def _read_through(norm: Any, W: Tensor) -> Tensor:
     return FrozenNorm.of(norm, None, W.device).adjoint(working(W).mT).mT
 
 
-def all_head_labels(model: Any) -> list[str]:
+def all_head_labels(self: Any) -> list[str]:
     """Labels of the heads of all unrolled blocks: ``"p.L0H1"``, ``"r3.L1H4"``, ``"c.L0H2"``."""
-    blocks, heads = range(model.layout.n_layers), range(model.cfg.n_heads)
-    return [label for i in blocks for label in part_labels(model.layout, i, "H", heads)]
+    blocks, heads = range(self.layout.n_layers), range(self.cfg.n_heads)
+    return [label for i in blocks for label in part_labels(self.layout, i, "H", heads)]
 
 
-def tl_parameters(model: Any) -> EffectiveWeights:
+def tl_parameters(self: Any) -> EffectiveWeights:
     """Weight matrices by TransformerLens's names, with the norms next to them folded in.
 
     ``SVDInterpreter`` reads these; its ``layer_index`` is an unrolled block, so that all
     iterations of a layer give the same singular vectors.
     """
-    return EffectiveWeights(model)
+    return EffectiveWeights(self)
 
 
 def accumulated_bias(
-    model: Any, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    self: Any, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
 ) -> Float[Tensor, "d_model"]:
     """What the biases of all attentions and MLPs add to the stream that enters a block.
 
@@ -102,7 +102,7 @@ def accumulated_bias(
     initial state.
 
     Args:
-        model: The looped model.
+        self: The looped model.
         layer: The unrolled block; the unrolled depth means the end.
         mlp_input: Up to the block's MLP.
         include_mlp_biases: Whether ``b_out`` counts.
@@ -112,11 +112,11 @@ def accumulated_bias(
         LoopedSemanticsError: The sum depends on the position, because a norm stands behind
             some bias.
     """
-    cfg, depth = model.cfg, model.layout.n_layers
+    cfg, depth = self.cfg, self.layout.n_layers
     if not 0 <= layer <= depth or (mlp_input and layer == depth):
         raise ValueError(f"layer={layer} (mlp_input={mlp_input}) is out of range: 0 to {depth}")
     biased = {"attn": cfg.attn_bias, "mlp": cfg.mlp_bias and include_mlp_biases}
-    blocks = model.physical_blocks()
+    blocks = self.physical_blocks()
 
     def refuse(*_: Any) -> FrozenNorm:
         raise LoopedSemanticsError(
@@ -135,21 +135,21 @@ def accumulated_bias(
             )
         if cfg.block_norm != "pre":
             refuse()
-        block = blocks[model.layout.physical_name(site.block)]
+        block = blocks[self.layout.physical_name(site.block)]
         bias = block.attn.b_O if site.kind == "attn" else block.mlp.b_out
         return Rows(working(bias)[None], [site.label])
 
-    total = torch.zeros(cfg.d_model, device=model.embed.W_E.device, dtype=cfg.dtype)
-    if not any(biased.values()) and model.ln_final.b is None:
+    total = torch.zeros(cfg.d_model, device=self.embed.W_E.device, dtype=cfg.dtype)
+    if not any(biased.values()) and self.ln_final.b is None:
         return total
     target, anew = Target(layer, mlp_input), cfg.initial_state != "embed"
-    steps = list(path_steps(model, model.layout, target, refuse, anew))
+    steps = list(path_steps(self, self.layout, target, refuse, anew))
     stack = Carrier(rows).run(steps, cfg.injection is not None).stack
     return total if stack is None else stack.sum(0).to(cfg.dtype)
 
 
 def all_composition_scores(
-    model: Any, mode: str, iterations_apart: int = 1
+    self: Any, mode: str, iterations_apart: int = 1
 ) -> Float[Tensor, "apart n_physical n_heads n_physical n_heads"]:
     """How much each head reads of what each earlier head writes, by iterations between them.
 
@@ -169,7 +169,7 @@ def all_composition_scores(
     left out.
 
     Args:
-        model: The looped model.
+        self: The looped model.
         mode: ``"Q"``, ``"K"`` or ``"V"``.
         iterations_apart: Largest number of iterations between the two heads.
 
@@ -183,7 +183,7 @@ def all_composition_scores(
         raise ValueError(f"mode must be 'Q', 'K' or 'V', got {mode!r}")
     if iterations_apart < 0:
         raise ValueError(f"iterations_apart must be at least 0, got {iterations_apart}")
-    return torch.stack([_composition(model, mode, apart) for apart in range(iterations_apart + 1)])
+    return torch.stack([_composition(self, mode, apart) for apart in range(iterations_apart + 1)])
 
 
 def _composition(

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_loops.model.iterations import iterations
-from tl_loops.model.start import key_value_sharing
+from tl_loops.model.start import key_value_sharing, read_text_or_tokens
 from tl_loops.nn.kv_cache import SharedKeyValueCache
 from tl_loops.upstream import (
     USE_DEFAULT_VALUE,
@@ -23,12 +23,11 @@ from tl_loops.upstream import (
     LocallyOverridenDefaults,
     sample_logits,
 )
-from tl_loops.upstream.inputs import model_input
 
 
 @torch.no_grad()
 def generate(
-    model: Any,
+    self: Any,
     input: str | list[str] | Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_model"] = "",
     max_new_tokens: int = 10,
     stop_at_eos: bool = True,
@@ -51,7 +50,7 @@ def generate(
     """Sample tokens until the end-of-sequence token or ``max_new_tokens``.
 
     Args:
-        model: The looped model.
+        self: The looped model.
         input: Text, several texts (padded on the left), tokens, or embeddings.
         max_new_tokens: Number of tokens at most.
         stop_at_eos: Whether a sequence ends with ``eos_token_id``; it is then padded with it.
@@ -83,15 +82,15 @@ def generate(
         )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    stops = _stop_tokens(model, eos_token_id) if stop_at_eos else []
-    model.eval()
+    stops = _stop_tokens(self, eos_token_id) if stop_at_eos else []
+    self.eval()
     with (
-        iterations(model, n_iterations),
-        LocallyOverridenDefaults(model, prepend_bos=prepend_bos, padding_side=padding_side),
+        iterations(self, n_iterations),
+        LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side),
     ):
-        prompt, attention_mask, kind = _prompt(model, input, attention_mask)
+        prompt, attention_mask, kind = _prompt(self, input, attention_mask)
         steps = _decode(
-            model,
+            self,
             prompt,
             attention_mask,
             max_new_tokens,
@@ -110,19 +109,19 @@ def generate(
         sampled = torch.stack(list(steps), dim=1)
         return_type = kind if return_type == "input" else return_type
         if return_type == "embeds":
-            start = prompt if prompt.is_floating_point() else model.embed(prompt)
-            return torch.cat([start, model.embed(sampled)], dim=1)
+            start = prompt if prompt.is_floating_point() else self.embed(prompt)
+            return torch.cat([start, self.embed(sampled)], dim=1)
         tokens = sampled if prompt.is_floating_point() else torch.cat([prompt, sampled], 1)
         if return_type == "tokens":
             return tokens
-        assert model.tokenizer is not None
-        texts = [str(model.tokenizer.decode(row, skip_special_tokens=True)) for row in tokens]
+        assert self.tokenizer is not None
+        texts = [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in tokens]
         return texts[0] if len(texts) == 1 else texts
 
 
 @torch.no_grad()
 def generate_stream(
-    model: Any,
+    self: Any,
     input: str | Int[Tensor, "batch pos"] = "",
     max_new_tokens: int = 10,
     max_tokens_per_yield: int = 25,
@@ -142,7 +141,7 @@ def generate_stream(
     """The tokens that :meth:`generate` gives, in pieces as they are sampled.
 
     Args:
-        model: The looped model.
+        self: The looped model.
         input: Text, or tokens.
         max_new_tokens: As for :meth:`generate`.
         max_tokens_per_yield: A piece is given once it holds as many tokens; the first one
@@ -168,12 +167,12 @@ def generate_stream(
     """
     if isinstance(input, Tensor) and input.is_floating_point():
         raise ValueError("generate_stream gives tokens: give text or tokens, or call generate")
-    stops = _stop_tokens(model, eos_token_id) if stop_at_eos else []
-    model.eval()
-    with LocallyOverridenDefaults(model, prepend_bos=prepend_bos, padding_side=padding_side):
-        prompt, mask, _ = _prompt(model, input, None)
+    stops = _stop_tokens(self, eos_token_id) if stop_at_eos else []
+    self.eval()
+    with LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
+        prompt, mask, _ = _prompt(self, input, None)
     steps = _decode(
-        model,
+        self,
         prompt,
         mask,
         max_new_tokens,
@@ -215,7 +214,7 @@ def _prompt(model: Any, input: Any, attention_mask: Tensor | None) -> tuple[Tens
     device = model.embed.W_E.device
     if isinstance(input, (str, list)):
         side = "left" if isinstance(input, list) and len(input) > 1 else USE_DEFAULT_VALUE
-        read = model_input(model, input, padding_side=side)
+        read = read_text_or_tokens(model, input, side)
         mask = torch.ones_like(read.tokens) if read.mask is None else read.mask.long()
         return read.tokens, mask, "str"
     prompt = input.to(device)
@@ -285,11 +284,11 @@ def _decode(
             step, step_mask = torch.cat([prompt, sampled], 1), mask
 
 
-def make_kv_cache(model: Any, batch: int = 1, kv_sharing: str | None = None) -> KeyValueCache:
+def make_kv_cache(self: Any, batch: int = 1, kv_sharing: str | None = None) -> KeyValueCache:
     """An empty key-value cache for ``past_kv_cache``.
 
     Args:
-        model: The looped model.
+        self: The looped model.
         batch: Number of texts.
         kv_sharing: Which keys and values the iterations share; ``None``: ``cfg.kv_sharing``;
             ``"none"``: each block has its own.
@@ -298,10 +297,10 @@ def make_kv_cache(model: Any, batch: int = 1, kv_sharing: str | None = None) -> 
         ConfigError: ``kv_sharing`` names no sharing, or the model routes its tokens or has two
             stacks.
     """
-    sharing = key_value_sharing(model, kv_sharing, None)
-    device = model.embed.W_E.device
+    sharing = key_value_sharing(self, kv_sharing, None)
+    device = self.embed.W_E.device
     if sharing is None:
-        return KeyValueCache.init_cache(model.cfg, device, batch)
-    cache = SharedKeyValueCache(model.cfg, sharing, device, batch)
-    cache.unroll(model.layout)
+        return KeyValueCache.init_cache(self.cfg, device, batch)
+    cache = SharedKeyValueCache(self.cfg, sharing, device, batch)
+    cache.unroll(self.layout)
     return cache

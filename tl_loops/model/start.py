@@ -17,8 +17,8 @@ from tl_loops.nn.context import make_context
 from tl_loops.nn.kv_cache import SharedKeyValueCache
 from tl_loops.nn.loop.run import StackRun
 from tl_loops.nn.loop.two_stacks import TwoStackRun
-from tl_loops.upstream import KeyValueCache
-from tl_loops.upstream.inputs import model_input
+from tl_loops.upstream import USE_DEFAULT_VALUE, KeyValueCache
+from tl_loops.upstream.inputs import ModelInput, model_input
 
 RETURN_TYPES = ("logits", "loss", "both", None)
 
@@ -229,7 +229,7 @@ def read_tokens(
             tokens = model_input(model, input).tokens
             padding = attention_mask[:, -tokens.shape[1] :]
             return tokens, padding, _with_past(attention_mask, tokens, past)
-    read = model_input(model, input)
+    read = read_text_or_tokens(model, input)
     if attention_mask is None:
         padding = None if read.mask is None else read.mask.int()
         keeps = past is not None or model.cfg.attention_dir != "causal"
@@ -238,6 +238,19 @@ def read_tokens(
     else:
         padding = attention_mask[:, -read.tokens.shape[1] :]
     return read.tokens, padding, _with_past(attention_mask, read.tokens, past)
+
+
+def read_text_or_tokens(
+    model: Any, input: Any, padding_side: str | None = USE_DEFAULT_VALUE
+) -> ModelInput:
+    """Tokens of text or tokens, with the mask that says which are padding.
+
+    Raises:
+        ValueError: Text without a tokenizer, or an input that is neither.
+    """
+    if isinstance(input, (str, list)) and model.tokenizer is None:
+        raise ValueError("text needs a tokenizer; give tokens [batch, pos] instead")
+    return model_input(model, input, padding_side=padding_side)
 
 
 def _with_past(mask: Tensor | None, tokens: Tensor, past: KeyValueCache | None) -> Tensor | None:

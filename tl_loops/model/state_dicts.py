@@ -39,7 +39,7 @@ NOT_SUPPORTED: dict[str, str] = {
         f"{_PROCESSING}call model.load_physical_state_dict, which names what is missing"
     ),
     "load_sample_training_dataset": (
-        "is not supported: TransformerLens knows no sample of this model's training data. Set "
+        "is not supported, as TransformerLens knows no sample of this model's training data: set "
         "model.dataset to rows with a 'text' field, and sample_datapoint() draws from it"
     ),
 }
@@ -65,7 +65,7 @@ def _raising(name: str, sentence: str) -> Callable[..., NoReturn]:
 
 
 def load_and_process_state_dict(
-    model: Any,
+    self: Any,
     state_dict: StateDict,
     fold_ln: bool = True,
     center_writing_weights: bool = True,
@@ -76,7 +76,7 @@ def load_and_process_state_dict(
     """Load weights and process them as ``process_weights_`` does.
 
     Args:
-        model: The looped model.
+        self: The looped model.
         state_dict: ``state_dict()`` or ``physical_state_dict()`` of a model of this
             architecture; of the former, with any number of iterations.
         fold_ln: As for ``process_weights_``.
@@ -91,9 +91,9 @@ def load_and_process_state_dict(
         LoopedSemanticsError: ``refactor_factored_attn_matrices=True``.
     """
     if refactor_factored_attn_matrices:
-        model.refactor_factored_attn_matrices(state_dict)
-    model.load_physical_state_dict(_physical(model, state_dict))
-    model.process_weights_(
+        self.refactor_factored_attn_matrices(state_dict)
+    self.load_physical_state_dict(_physical(self, state_dict))
+    self.process_weights_(
         fold_ln=fold_ln,
         center_writing_weights=center_writing_weights,
         center_unembed=center_unembed,
@@ -131,7 +131,7 @@ def _physical(model: Any, state_dict: StateDict) -> StateDict:
 
 
 def input_to_embed(
-    model: Any,
+    self: Any,
     input: str | list[str] | Int[Tensor, "*batch pos"],
     prepend_bos: bool | None = USE_DEFAULT_VALUE,
     padding_side: str | None = USE_DEFAULT_VALUE,
@@ -143,7 +143,7 @@ def input_to_embed(
     ``model(residual, start_at_layer=0, attention_mask=attention_mask)`` is ``model(input)``.
 
     Args:
-        model: The looped model.
+        self: The looped model.
         input: Text or tokens.
         prepend_bos: Overrides ``cfg.default_prepend_bos`` for text.
         padding_side: Overrides the tokenizer's side for text.
@@ -160,16 +160,16 @@ def input_to_embed(
     if past_kv_cache is not None:
         raise LoopedSemanticsError(
             "input_to_embed would append to the cache's mask, which the forward pass does "
-            "itmodel: call model(tokens, past_kv_cache=...)"
+            "itself: call model(tokens, past_kv_cache=...)"
         )
-    with LocallyOverridenDefaults(model, prepend_bos=prepend_bos, padding_side=padding_side):
-        start = start_run(model, input, attention_mask=attention_mask)
+    with LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
+        start = start_run(self, input, attention_mask=attention_mask)
     assert start.tokens is not None
     return start.resid, start.tokens, None, start.mask
 
 
 def get_residual(
-    model: Any,
+    self: Any,
     embed: Float[Tensor, "batch pos d_model"],
     pos_offset: int,
     prepend_bos: bool | None = USE_DEFAULT_VALUE,
@@ -181,7 +181,7 @@ def get_residual(
     """The first residual stream of an embedding: with learned positions, if there are any.
 
     Args:
-        model: The looped model.
+        self: The looped model.
         embed: What ``hook_embed`` gives.
         pos_offset: Number of tokens in a key-value cache.
         prepend_bos: Not used, as in TransformerLens.
@@ -194,14 +194,14 @@ def get_residual(
         [batch, pos, d_model], and ``None`` if asked for.
     """
     residual = embed
-    if model.cfg.positional_embedding_type == "standard":
+    if self.cfg.positional_embedding_type == "standard":
         if attention_mask is None:
             ends = pos_offset + embed.shape[1]
             positions = torch.arange(pos_offset, ends, device=embed.device)
             positions = positions.expand(embed.shape[:2])
         else:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, pos_offset:]
-        residual = embed + model.hook_pos_embed(model.pos_embed(positions))
+        residual = embed + self.hook_pos_embed(self.pos_embed(positions))
     return (residual, None) if return_shortformer_pos_embed else residual
 
 

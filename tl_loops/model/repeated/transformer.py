@@ -21,6 +21,7 @@ from tl_loops.model.start import (
     check_return_type,
     check_starts,
     check_state,
+    read_text_or_tokens,
 )
 from tl_loops.nn.loop.boundary import IterationHooks
 from tl_loops.nn.unrolling import tied_copy, unroll
@@ -35,7 +36,6 @@ from tl_loops.upstream import (
     init_root,
     unshared,
 )
-from tl_loops.upstream.inputs import model_input
 
 _NORMS = ("ln1", "ln1_post", "ln2", "ln2_post")
 
@@ -135,7 +135,7 @@ class RepeatedTransformer(CoordinateHooks, BorrowedWeights):
             shortformer_pos_embed: Of shortformer models, with a start.
             attention_mask: 1 for tokens, 0 for padding.
             stop_at_layer: Return what enters this block.
-            past_kv_cache: One entry an unrolled block.
+            past_kv_cache: One entry per unrolled block.
             n_iterations: Number of iterations for this call.
             initial_state: Put in the place of what enters the first core block.
             start_at_iteration: Start before this iteration, with its ``hook_state_in`` as input.
@@ -200,7 +200,7 @@ class RepeatedTransformer(CoordinateHooks, BorrowedWeights):
         self, text: str | list[str], past: KeyValueCache | None
     ) -> tuple[Tensor, Tensor | None]:
         """Tokens of text, with the tokenizer's mask where TransformerLens would guess one."""
-        read = model_input(self, text)
+        read = read_text_or_tokens(self, text)
         if past is None and self.tokenizer.padding_side != "left":
             return read.tokens, None
         mask = torch.ones_like(read.tokens) if read.mask is None else read.mask
