@@ -23,7 +23,7 @@ def ours(cls):
     return name.startswith("tl_loops.") and not name.startswith("tl_loops.upstream")
 
 
-@pytest.mark.parametrize("name", modules())
+@pytest.mark.parametrize("name", list(modules()))
 def test_no_class_has_more_than_three_of_our_classes_among_its_ancestors(name):
     module = importlib.import_module(name)
     for cls in vars(module).values():
