@@ -254,18 +254,9 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
                 mode = ExitMode(threshold=self.cfg.exit_threshold)
             sharing = key_value_sharing(self, kv_sharing, past_kv_cache)
             with LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
-                start = start_run(
-                    self,
-                    input,
-                    tokens,
-                    attention_mask,
-                    start_at_layer,
-                    start_at_iteration,
-                    past_kv_cache,
-                    prefix_mask,
-                )
-            stop = stop_at_layer
-            if stop is not None:
+                where = (start_at_layer, start_at_iteration, past_kv_cache, prefix_mask)
+                start = start_run(self, input, tokens, attention_mask, *where)
+            if (stop := stop_at_layer) is not None:
                 stop = block_index(self.cfg.n_layers, stop, "stop_at_layer")
             mode.check(self.cfg, start.first_iteration())
             start.carry(sharing, stop, initial_state, injection, other_state)

@@ -20,8 +20,6 @@ from tl_loops.nn.loop.two_stacks import TwoStackRun
 from tl_loops.upstream import USE_DEFAULT_VALUE, KeyValueCache
 from tl_loops.upstream.inputs import ModelInput, model_input
 
-RETURN_TYPES = ("logits", "loss", "both", None)
-
 
 @dataclass(eq=False)
 class Start:
@@ -289,9 +287,9 @@ def check_return_type(return_type: str | None) -> None:
     """Raise for a ``return_type`` that there is not.
 
     Raises:
-        ValueError: It is none of ``RETURN_TYPES``.
+        ValueError: It is not ``"logits"``, ``"loss"``, ``"both"`` or ``None``.
     """
-    if return_type not in RETURN_TYPES:
+    if return_type not in ("logits", "loss", "both", None):
         raise ValueError(
             f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}"
         )
