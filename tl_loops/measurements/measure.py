@@ -75,7 +75,7 @@ def measure(
         TypeError: Prompts are neither text nor tensors, or both.
         CheckpointError: The checkpoint is damaged or of another run.
     """
-    from tl_loops import __version__
+    from tl_loops.version import __version__
 
     check_batch_size(batch_size)
     tokens = token_prompts(model, prompts)

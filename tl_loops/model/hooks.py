@@ -1,7 +1,7 @@
 """Hook names by coordinate, wherever TransformerLens takes a hook name."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from tl_loops.cache.cache import LoopedActivationCache
@@ -9,6 +9,7 @@ from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import did_you_mean
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.names import spec_of
+from tl_loops.model.iterations import iterations, set_iterations
 from tl_loops.upstream import HookPoint, Slice, TransformerBase
 
 HookName = str | Callable[[str], bool]
@@ -38,9 +39,25 @@ class CoordinateHooks(TransformerBase):
         """Coordinates and names of the unrolled blocks."""
         return self.cfg.layout
 
-    def iterations(self, n_iterations: int) -> AbstractContextManager:
-        """Run a block of code with another number of iterations."""
-        raise NotImplementedError
+    def set_iterations(self, n_iterations: int) -> None:
+        """Change the number of iterations in place; no weight is copied.
+
+        Iterations that remain keep their hooks; those that go lose them.
+
+        Raises:
+            ConfigError: ``n_iterations`` is not an integer of at least 1.
+            LoopedSemanticsError: The model has several loops.
+        """
+        set_iterations(self, n_iterations)
+
+    def iterations(self, n_iterations: int) -> AbstractContextManager[Any]:
+        """Run a block of code with another number of iterations; hooks are restored after it.
+
+        Raises:
+            ConfigError: ``n_iterations`` is not an integer of at least 1.
+            LoopedSemanticsError: The model has several loops.
+        """
+        return iterations(self, n_iterations)
 
     def hook_name(self, name: str) -> str:
         """The canonical name of a hook point.
@@ -137,12 +154,9 @@ class CoordinateHooks(TransformerBase):
         with super().hooks(forward, backward, reset_hooks_end, clear_contexts):
             yield self
 
-    def _for_call(self, n_iterations: int | None) -> AbstractContextManager:
-        return nullcontext() if n_iterations is None else self.iterations(n_iterations)
-
     def run_with_hooks(self, *args: Any, n_iterations: int | None = None, **kwargs: Any) -> Any:
         """Run with temporary hooks; names are those of the layout with ``n_iterations``."""
-        with self._for_call(n_iterations):
+        with iterations(self, n_iterations):
             return super().run_with_hooks(*args, **kwargs)
 
     def add_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> dict:
@@ -164,6 +178,21 @@ class CoordinateHooks(TransformerBase):
             [(n, _at_positions(n, h, positions)) for n, h in forward if self._fires(n)],
             [(n, _at_positions(n, h, positions)) for n, h in backward if self._fires(n)],
         )
+
+    def list_hooks(self, name_filter: Any = None, *args: Any, **kwargs: Any) -> dict[str, list]:
+        """Attached hooks by canonical name; as in TransformerLens, with aliases.
+
+        Raises:
+            HookNameError: A name matches no hook point.
+        """
+        return super().list_hooks(self._canonical_names(name_filter), *args, **kwargs)
+
+    def _canonical_names(self, name_filter: Any) -> Any:
+        if isinstance(name_filter, str):
+            return self.hook_name(name_filter)
+        if name_filter is None or callable(name_filter):
+            return name_filter
+        return [self.hook_name(name) for name in name_filter]
 
     def _fires(self, name: str) -> bool:
         try:
@@ -189,7 +218,7 @@ class CoordinateHooks(TransformerBase):
         Raises:
             HookNameError: ``names_filter`` names no hook point.
         """
-        with self._for_call(n_iterations):
+        with iterations(self, n_iterations):
             output, cache = super().run_with_cache(
                 *args, return_cache_object=False, remove_batch_dim=remove_batch_dim, **kwargs
             )
