@@ -26,8 +26,7 @@ from tl_loops.model.looped import LoopedTransformer
 from tl_loops.model.registration import register, unregister
 from tl_loops.model.repeated.loop import loop
 from tl_loops.upstream import HookedTransformer, warn_if_untried
-
-__version__ = "0.1.0"
+from tl_loops.version import __version__ as __version__
 
 __all__ = [
     "BlockCoordinate",

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tl_loops import __version__
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.loading.catalogue import catalogue
 from tl_loops.measurements.registry import MEASUREMENTS
 from tl_loops.tasks.prompts import PromptText, read_prompts
+from tl_loops.version import __version__
 
 USER_ERRORS = (ValueError, OSError, ImportError, LoopedSemanticsError)
 """What bad input raises; anything else is a fault of the program and keeps its traceback."""

@@ -1,4 +1,4 @@
-"""The exceptions that tl_loops raises on purpose."""
+"""The exceptions that tl_loops raises on purpose, and the names that a message suggests."""
 
 import difflib
 from collections.abc import Iterable
@@ -16,33 +16,36 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be loaded exactly; the message names file, key, expected and found."""
 
 
+class NoLoopError(TypeError, ValueError):
+    """What was asked for needs a loop, and the model has none."""
+
+
 class UnknownModelError(ValueError):
     """A model name is neither a known looped model nor a local checkpoint directory."""
 
 
+def near_names(name: str, known: Iterable[str]) -> list[str]:
+    """Up to three known names that resemble an unknown one; letters' case does not matter."""
+    by_lower = {other.lower(): other for other in known}
+    return [by_lower[n] for n in difflib.get_close_matches(name.lower(), by_lower, 3, 0.5)]
+
+
 def did_you_mean(
-    name: str,
-    known: Iterable[str],
-    otherwise: str | None = None,
-    *,
-    quoted: bool = False,
-    cutoff: float = 0.6,
+    name: str, known: Iterable[str], otherwise: str | None = None, quoted: bool = False
 ) -> str:
-    """What a message says after a name that is not known.
+    """The end of a message about an unknown name: near matches, or what is known.
 
     Args:
         name: What was given.
-        known: The names that there are.
-        otherwise: What to say where none is near; ``None``: all names.
-        quoted: Whether the names are shown in quotes.
-        cutoff: How near a name must be, from 0 to 1.
+        known: The names that exist.
+        otherwise: Said where nothing is near; ``None``: all known names.
+        quoted: Whether the near matches stand in quotes.
 
     Returns:
-        ``"did you mean a, b?"``, or ``otherwise``, or ``"known: a, b"``.
+        ``"did you mean resid_pre, resid_post?"`` or ``"known: resid_pre, ..."``.
     """
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=cutoff)
-    show = repr if quoted else str
+    near = near_names(name, names)
     if near:
-        return f"did you mean {', '.join(map(show, near))}?"
-    return f"known: {', '.join(names)}" if otherwise is None else otherwise
+        return f"did you mean {', '.join(map(repr, near) if quoted else near)}?"
+    return f"known: {', '.join(names) or 'none'}" if otherwise is None else otherwise

@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_loops.layout.layout import BlockCoordinate, LoopLayout, Phase
-from tl_loops.layout.names import activation_name, between_iterations
+from tl_loops.layout.names import activation_name, iteration_spec
+from tl_loops.layout.of_model import require_layout
+from tl_loops.layout.selection import Selection, chosen_indices, each_index
 
-Selection = int | Sequence[int]
 HookFunction = Callable[..., Any]
 
 
@@ -60,12 +61,12 @@ def every_iteration(
         IndexError: A layer or an iteration is out of range.
     """
     layout = layout_of(model)
-    chosen = _chosen(iterations, layout.n_iterations)
-    if between_iterations(name) is not None:
+    chosen = chosen_indices("iteration", layout.n_iterations, iterations)
+    if iteration_spec(name) is not None:
         if layer is not None:
             raise ValueError(f"{name!r} sits between iterations and has no layers: leave layer out")
         return [at(model, name, iteration=t) for t in chosen]
-    layers = _chosen(layer, layout.n_core)
+    layers = chosen_indices("layer of the core", layout.n_core, layer)
     return [at(model, name, iteration=t, layer=i) for t in chosen for i in layers]
 
 
@@ -115,7 +116,7 @@ def names_filter(
     kept: set[str] = set()
     for name in names:
         short = name.removeprefix("hook_")
-        if between_iterations(name) is not None:
+        if iteration_spec(name) is not None:
             kept.update(every_iteration(model, name, iterations=iterations))
         elif f"hook_{short}" in model.hook_dict:
             kept.add(f"hook_{short}")
@@ -178,7 +179,7 @@ def stack_iterations(
     """
     layout = layout_of(model)
     stacked = torch.stack([cache[n] for n in every_iteration(model, name, layer)])
-    if layer is None and between_iterations(name) is None:
+    if layer is None and iteration_spec(name) is None:
         return stacked.reshape(layout.n_iterations, layout.n_core, *stacked.shape[1:])
     return stacked
 
@@ -187,14 +188,9 @@ def layout_of(model: Any) -> LoopLayout:
     """The layout of a looped model.
 
     Raises:
-        ValueError: The model has no loop.
+        NoLoopError: The model has no loop.
     """
-    layout = getattr(model, "layout", None)
-    if layout is None:
-        raise ValueError(
-            f"{type(model).__name__} has no loop; use transformer_lens.utils.get_act_name for names"
-        )
-    return layout
+    return require_layout(model)
 
 
 def _located(model: Any, function: Callable[..., Any], value: Tensor, hook: Any) -> Any:
@@ -205,12 +201,6 @@ def _known(model: Any, name: str) -> str:
     if name not in model.hook_dict:
         raise ValueError(f"this model has no hook point {name!r}")
     return name
-
-
-def _chosen(selection: Selection | None, size: int) -> list[int]:
-    if selection is None:
-        return list(range(size))
-    return [selection] if isinstance(selection, int) else list(selection)
 
 
 def _blocks(
@@ -232,14 +222,23 @@ def _blocks(
         if phase not in sizes:
             raise ValueError(f"phases are 'prelude', 'core' and 'coda', got {phase!r}")
     kept: list[int] = []
-    for layer in _chosen(layers, max(sizes[phase] for phase in phases)):
-        places = [phase for phase in phases if -sizes[phase] <= layer < sizes[phase]]
-        if not places:
-            raise IndexError(f"no phase of {', '.join(phases)} has a layer {layer}")
-        for phase in places:
-            if phase == "core":
-                for t in _chosen(iterations, layout.n_iterations):
-                    kept.append(layout.index(iteration=t, layer=layer))
-            else:
-                kept.append(layout.index(phase=phase, layer=layer))
+    for phase, layer in _layers(layers, {phase: sizes[phase] for phase in phases}):
+        if phase == "core":
+            for t in chosen_indices("iteration", layout.n_iterations, iterations):
+                kept.append(layout.index(iteration=t, layer=layer))
+        else:
+            kept.append(layout.index(phase=phase, layer=layer))
     return kept
+
+
+def _layers(layers: Selection | None, sizes: dict[str, int]) -> list[tuple[str, int]]:
+    """The layers that a selection names, in every phase that has them."""
+    if layers is None or isinstance(layers, slice):
+        return [(p, i) for p, size in sizes.items() for i in chosen_indices("layer", size, layers)]
+    found = []
+    for layer in each_index("layer", layers):
+        phases = [phase for phase, size in sizes.items() if -size <= layer < size]
+        if not phases:
+            raise IndexError(f"no phase of {', '.join(sizes)} has a layer {layer}")
+        found += [(phase, layer) for phase in phases]
+    return found

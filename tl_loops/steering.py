@@ -8,11 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_loops.layout.selection import Selection, chosen_values
-from tl_loops.loop_hooks import every_iteration, layout_of, stack_iterations
+from tl_loops.layout.of_model import require_layout
+from tl_loops.layout.selection import Selection, distinct_indices, each_index
+from tl_loops.loop_hooks import every_iteration, stack_iterations
 from tl_loops.runs.activations import find_activation
 from tl_loops.runs.cells import Cell, Edit
 from tl_loops.runs.grid import Region, make_grid
+from tl_loops.runs.inputs import real_positions
 from tl_loops.runs.scoring import Metric, logits_score, start_run
 
 HookList = list[tuple[str, Callable]]
@@ -111,11 +113,12 @@ def difference_directions(
 
     Args:
         model: A looped model.
-        positive: Cache of the prompts that show a property.
+        positive: Cache of the prompts that show a property. Padding, by its ``mask``, is left out.
         negative: Cache of those that do not; another batch size is allowed.
         activation: As in :func:`steer`.
         layer: Layer of the core; ``None``: all. Not for points between iterations.
-        pos: Positions that enter the mean; ``None``: all.
+        pos: Which of each prompt's tokens enter the mean, padding not counted; -1: its last;
+            ``None``: all.
         normalize: Scale each direction to length 1.
 
     Returns:
@@ -125,6 +128,7 @@ def difference_directions(
     Raises:
         ValueError: The activation has no stream axis.
         KeyError: A cache does not hold it.
+        IndexError: A prompt has no such token.
 
     Source: 2312.06681, section 3 (difference of means).
     """
@@ -135,9 +139,9 @@ def difference_directions(
         if not getattr(cache, "has_batch_dim", True):
             stacked = stacked.unsqueeze(-3)
         stacked = stacked.to(torch.float64 if stacked.dtype == torch.float64 else torch.float32)
-        n_pos = stacked.shape[-2]
-        chosen = list(chosen_values("pos", n_pos, pos))
-        means.append(stacked[..., chosen, :].mean((-3, -2)))
+        batch, n_pos = stacked.shape[-3:-1]
+        chosen = real_positions(cache, batch, n_pos, pos).to(stacked.device)
+        means.append(stacked[..., chosen, :].mean(-2))
     direction = means[0] - means[1]
     if normalize:
         direction = torch.nn.functional.normalize(direction, dim=-1)
@@ -185,7 +189,7 @@ def steering_effect(
         ValueError: As :func:`tl_loops.patching.activation_patch`, or a direction that does not fit.
         IndexError: A value in ``where`` is out of range.
     """
-    layout = layout_of(model)
+    layout = require_layout(model)
     run = start_run(model, tokens, metric, batch_size, forward_arguments, gradients)
     _check_stream(model, activation)
     grid = make_grid(model, activation, axes, run.n_pos, window, where)
@@ -233,8 +237,8 @@ def _add_rows(vector: Tensor, part: slice, n_pos: int, rows: Tensor) -> None:
 
 def _check_stream(model: Any, activation: str) -> None:
     found = find_activation(model, activation)
-    between = found.kind == "iteration" and found.name != "exit_gate"
-    if not between and (found.kind != "stream" or not found.rest.startswith("hook_")):
+    vectors = found.dims == ("batch", "pos", "d_model") and found.rest.startswith("hook_")
+    if not vectors or found.place == "run" or found.name == "state_gate":
         raise ValueError(
             f"activation {activation!r} does not live in the residual stream: use resid_pre, "
             "resid_mid, resid_post, attn_out, mlp_out, state_in, injected or state_out"
@@ -249,9 +253,9 @@ def _placed(
     layers: Selection | None,
 ) -> list[tuple[str, Tensor]]:
     """Hook names with the direction that belongs to each."""
-    layout = layout_of(model)
+    layout = require_layout(model)
     _check_stream(model, activation)
-    ts = chosen_values("iteration", layout.n_iterations, iterations)
+    ts = distinct_indices("iteration", layout.n_iterations, iterations)
     names = every_iteration(model, activation, layers, ts)
     n_layers = len(names) // len(ts)
     shapes = [(), (len(ts),), (len(ts), n_layers)]
@@ -270,7 +274,7 @@ def _placed(
 def _index(positions: Selection | None) -> Any:
     if positions is None:
         return slice(None)
-    return [positions] if isinstance(positions, int) else list(positions)
+    return positions if isinstance(positions, slice) else list(each_index("position", positions))
 
 
 def _add(vector: Tensor, positions: Any, value: Tensor, hook: Any) -> Tensor:

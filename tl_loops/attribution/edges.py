@@ -23,7 +23,7 @@ from tl_loops.attribution.gradients import (
     run_metric,
 )
 from tl_loops.layout.layout import LoopLayout, Phase, part_label
-from tl_loops.layout.of_model import layout_of
+from tl_loops.layout.of_model import require_layout
 from tl_loops.runs.activations import check_cache, find_activation, take
 from tl_loops.runs.inputs import run_inputs
 from tl_loops.runs.scoring import logits_shape
@@ -140,9 +140,7 @@ def edge_attribution(
     Source: edge attribution patching, 2310.10348, section 2; with integrated gradients 2403.17806.
     """
     check_arguments(forward_arguments)
-    layout = layout_of(model)
-    if layout is None:
-        raise TypeError(f"{type(model).__name__} has no loop layout; expected a looped model")
+    layout = require_layout(model)
     if split_qkv and not heads:
         raise ValueError("split_qkv tells apart what a head reads: also pass heads=True")
     if method not in ("gradient", "integrated_inputs"):

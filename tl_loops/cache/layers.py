@@ -1,7 +1,6 @@
 """The residual stream of a cached run as a sum over components, per iteration and layer."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,9 +10,7 @@ from tl_loops.cache.carry import INJECTION_ROWS, Rows
 from tl_loops.cache.path import FrozenNorm, Site, Target
 from tl_loops.cache.places import Labelled, ResidualReadout, Stack
 from tl_loops.errors import LoopedSemanticsError
-
-Selection = int | slice | Sequence[int] | None
-"""An index, a slice, several indices, or everything."""
+from tl_loops.layout.selection import Selection, chosen_indices
 
 MAX_ELEMENTS = 2**29
 """Largest stack that is made without being asked for by blocks: 2 GiB in float32."""
@@ -41,13 +38,13 @@ class LayerDecomposition(ResidualReadout):
     (neuron 7).
     """
 
-    def _selected(self, layers: Selection, iterations: Selection) -> set[int] | None:
+    def _selected(self, layers: Selection | None, iterations: Selection | None) -> set[int] | None:
         if layers is None and iterations is None:
             return None
         layout = self.layout
-        chosen = set(indices(layers, layout.n_layers, "block"))
+        chosen = set(chosen_indices("block", layout.n_layers, layers))
         if iterations is not None:
-            passes = indices(iterations, layout.n_iterations, "iteration")
+            passes = chosen_indices("iteration", layout.n_iterations, iterations)
             chosen &= {
                 layout.index(iteration=t, layer=layer)
                 for t in passes
@@ -80,8 +77,8 @@ class LayerDecomposition(ResidualReadout):
         injection: str | None = None,
         state_out: int | None = None,
         from_iteration: int | None = None,
-        layers: Selection = None,
-        iterations: Selection = None,
+        layers: Selection | None = None,
+        iterations: Selection | None = None,
         incl_remainder: bool = False,
     ) -> Stack | Labelled:
         """The residual stream at a place as the sum of what each layer wrote to it.
@@ -153,8 +150,8 @@ class LayerDecomposition(ResidualReadout):
         mlp_input: bool = False,
         state_out: int | None = None,
         from_iteration: int | None = None,
-        layers: Selection = None,
-        iterations: Selection = None,
+        layers: Selection | None = None,
+        iterations: Selection | None = None,
     ) -> Stack | Labelled:
         """What every attention head before a place contributes to the residual stream there.
 
@@ -239,20 +236,3 @@ class LayerDecomposition(ResidualReadout):
 def in_selection(selected: set[int] | None, block: int | None) -> bool:
     """Whether a block belongs to a selection; ``None`` selects all."""
     return selected is None or block in selected
-
-
-def indices(selection: Selection, size: int, what: str) -> list[int]:
-    """The indices that a selection names, counted from 0.
-
-    Raises:
-        IndexError: There is no such index.
-    """
-    if selection is None:
-        return list(range(size))
-    if isinstance(selection, slice):
-        return list(range(size))[selection]
-    chosen = [selection] if isinstance(selection, int) else list(selection)
-    for index in chosen:
-        if not -size <= index < size:
-            raise IndexError(f"no {what} {index}: there are {size}, counted from 0")
-    return [index % size for index in chosen]

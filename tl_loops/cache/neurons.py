@@ -9,9 +9,10 @@ from torch import Tensor
 
 from tl_loops.cache.cached_run import CachedRun, SliceLike, as_slice
 from tl_loops.cache.carry import Rows
-from tl_loops.cache.layers import LayerDecomposition, Selection, in_selection, indices
+from tl_loops.cache.layers import LayerDecomposition, in_selection
 from tl_loops.cache.path import Site, Target, working
 from tl_loops.cache.places import Labelled, affine
+from tl_loops.layout.selection import Selection, one_index
 from tl_loops.upstream import Slice
 
 
@@ -31,8 +32,8 @@ class NeuronDecomposition(LayerDecomposition):
         *,
         state_out: int | None = None,
         from_iteration: int | None = None,
-        layers: Selection = None,
-        iterations: Selection = None,
+        layers: Selection | None = None,
+        iterations: Selection | None = None,
     ) -> Float[Tensor, "component ..."] | Labelled:
         """What every neuron before a place contributes to the residual stream there.
 
@@ -225,7 +226,7 @@ class NeuronDecomposition(LayerDecomposition):
             KeyError: The cache lacks an activation that is needed.
         """
         run = self._run(pos_slice)
-        index = indices(layer, self.layout.n_layers, "block")[0]
+        index = one_index("block", layer, self.layout.n_layers)
         site = Site("mlp", "", index)
         neurons = as_slice(neuron_slice)
         if project_output_onto is None:

@@ -221,9 +221,8 @@ class LoopedTransformerConfig(BaseConfig):
         names = [f.name for f in dataclasses.fields(cls)]
         for key in config_dict:
             if key not in names:
-                raise ConfigError(
-                    f"unknown config field {key!r}; {did_you_mean(key, names, 'see its docstring')}"
-                )
+                hint = did_you_mean(key, names, "see LoopedTransformerConfig")
+                raise ConfigError(f"unknown config field {key!r}; {hint}")
         required = [
             f.name
             for f in dataclasses.fields(cls)

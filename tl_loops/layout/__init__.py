@@ -1,12 +1,11 @@
 """Coordinates, names and choices: where a block stands, and what its hook points are called."""
 
 from tl_loops.layout.layout import PHASES, BlockCoordinate, LoopLayout, Phase
-from tl_loops.layout.names import HookSpec, activation_name
+from tl_loops.layout.names import activation_name
 
 __all__ = [
     "PHASES",
     "BlockCoordinate",
-    "HookSpec",
     "LoopLayout",
     "Phase",
     "activation_name",

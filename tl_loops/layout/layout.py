@@ -3,9 +3,10 @@
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, SupportsIndex, TypeVar
 
-from tl_loops.layout.names import activation_name, between_iterations
+from tl_loops.layout.names import activation_name, iteration_spec
+from tl_loops.layout.selection import one_index
 
 Phase = Literal["prelude", "core", "coda"]
 PHASES: tuple[Phase, ...] = ("prelude", "core", "coda")
@@ -92,7 +93,7 @@ class LoopLayout:
         """Index of the first block behind the core."""
         return self.n_prelude + self.n_iterations * self.n_core
 
-    def iteration_blocks(self, iteration: int) -> range:
+    def iteration_blocks(self, iteration: SupportsIndex) -> range:
         """Indices of the unrolled blocks of one iteration; negative counts from the last.
 
         Raises:
@@ -101,7 +102,7 @@ class LoopLayout:
         first = self.index(iteration=iteration)
         return range(first, first + self.n_core)
 
-    def pass_blocks(self, iteration: int) -> list[int]:
+    def pass_blocks(self, iteration: SupportsIndex) -> list[int]:
         """Indices of the unrolled blocks on the way through one iteration: prelude, it, coda.
 
         Raises:
@@ -135,7 +136,11 @@ class LoopLayout:
         return f"({self.n_prelude}, {loop}, {self.n_coda})" + ("_I" if injected else "")
 
     def index(
-        self, *, iteration: int | None = None, layer: int = 0, phase: str | None = None
+        self,
+        *,
+        iteration: SupportsIndex | None = None,
+        layer: SupportsIndex = 0,
+        phase: str | None = None,
     ) -> int:
         """Index of the unrolled block at a coordinate.
 
@@ -155,23 +160,23 @@ class LoopLayout:
         if phase not in PHASES:
             raise ValueError(f"phase must be one of {', '.join(PHASES)}, got {phase!r}")
         size = self.n_core if phase == "core" else getattr(self, f"n_{phase}")
-        layer = _in_range(layer, size, f"layer of the {phase}")
+        layer = one_index(f"layer of the {phase}", layer, size)
         if phase == "core":
             if iteration is None:
                 raise ValueError("a core block needs iteration=...")
-            iteration = _in_range(iteration, self.n_iterations, "iteration")
+            iteration = one_index("iteration", iteration, self.n_iterations)
             return self.n_prelude + iteration * self.n_core + layer
         if iteration is not None:
             raise ValueError(f"the {phase} has no iterations, got iteration={iteration}")
         return layer if phase == "prelude" else self.coda_start + layer
 
-    def coordinate(self, index: int) -> BlockCoordinate:
+    def coordinate(self, index: SupportsIndex) -> BlockCoordinate:
         """Coordinate of an unrolled block; negative indices count from the last block.
 
         Raises:
             IndexError: There is no such block.
         """
-        index = _in_range(index, self.n_layers, "block")
+        index = one_index("block", index, self.n_layers)
         if index < self.n_prelude:
             return BlockCoordinate("prelude", None, index)
         if index >= self.coda_start:
@@ -201,8 +206,8 @@ class LoopLayout:
         self,
         name: str,
         *,
-        iteration: int | None = None,
-        layer: int | None = None,
+        iteration: SupportsIndex | None = None,
+        layer: SupportsIndex | None = None,
         phase: str | None = None,
     ) -> str:
         """Canonical hook name of an activation at a coordinate.
@@ -222,11 +227,11 @@ class LoopLayout:
             ValueError: Unknown activation name or incomplete coordinate.
             IndexError: Coordinate out of range.
         """
-        full = between_iterations(name)
-        if layer is None and full is not None:
+        between = iteration_spec(name)
+        if layer is None and between is not None:
             if iteration is None:
                 raise ValueError(f"{name!r} sits between iterations: give iteration=...")
-            return f"iter.{_in_range(iteration, self.n_iterations, 'iteration')}.{full}"
+            return f"iter.{one_index('iteration', iteration, self.n_iterations)}.{between.name}"
         if layer is None:
             raise ValueError(f"{name!r} sits in a block: give layer=...")
         index = self.index(iteration=iteration, layer=layer, phase=phase)
@@ -240,21 +245,21 @@ class LoopLayout:
         Raises:
             IndexError: The alias names a layer or an iteration that does not exist.
         """
-        match = _ALIAS.match(name)
+        match, where = _ALIAS.match(name), f" in hook name {name!r}"
         if match is None:
             at_iteration = _ITERATION.match(name)
             if at_iteration is not None:
-                _in_range(int(at_iteration.group(1)), self.n_iterations, "iteration", name)
+                one_index("iteration", int(at_iteration.group(1)), self.n_iterations, where)
             return name
         outer, outer_layer, iteration, layer, rest = match.groups()
         if outer is not None:
             size = self.n_prelude if outer == "prelude" else self.n_coda
             first = 0 if outer == "prelude" else self.coda_start
-            block = first + _in_range(int(outer_layer), size, f"layer of the {outer}", name)
+            block = first + one_index(f"layer of the {outer}", int(outer_layer), size, where)
         else:
-            t = _in_range(int(iteration), self.n_iterations, "iteration", name)
+            t = one_index("iteration", int(iteration), self.n_iterations, where)
             block = self.n_prelude + t * self.n_core
-            block += _in_range(int(layer), self.n_core, "layer of the core", name)
+            block += one_index("layer of the core", int(layer), self.n_core, where)
         return f"blocks.{block}.{rest}"
 
     def alias(self, name: str) -> str:
@@ -310,13 +315,6 @@ class LoopLayout:
         return LoopLayout(
             self.n_prelude, self.n_core, self.n_coda, n_iterations, stacks, self.shared_stacks
         )
-
-
-def _in_range(value: int, size: int, what: str, name: str | None = None) -> int:
-    if not -size <= value < size:
-        where = f" in hook name {name!r}" if name is not None else ""
-        raise IndexError(f"no {what} {value}{where}: there are {size}, counted from 0")
-    return value % size if size else value
 
 
 def part_labels(layout: LoopLayout, block: int, part: str, numbers: Iterable[int]) -> list[str]:

@@ -1,152 +1,167 @@
-"""Every hook point that exists: its name, where it stands, its axes, and what turns it on.
-
-The table has the points of every looped model; mechanisms declare theirs (:func:`declare`).
-Patching, lenses, position slices and the documentation read it.
-"""
+"""The one table of hook points: name, place, axes, flag and moment of every one that exists."""
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tl_loops.errors import did_you_mean
 
 Place = Literal["block", "iteration", "run"]
+Moment = Literal["start", "loop", "before", "after", "coda", "end"]
+
+_STREAM = ("batch", "pos", "d_model")
+_SCALE = ("batch", "pos", "one")
+_Q, _K = ("batch", "pos", "head", "d_head"), ("batch", "pos", "kv_head", "d_head")
+_Q_IN, _K_IN = ("batch", "pos", "head", "d_model"), ("batch", "pos", "kv_head", "d_model")
+_PATTERN = ("batch", "head", "query", "key")
+_MLP = ("batch", "pos", "d_mlp")
+_BLOCK = re.compile(r"^(?:blocks\.(\d+)|iter\.(\d+))\.(.+)$")
 
 
 @dataclass(frozen=True)
 class HookSpec:
-    """One kind of hook point.
+    """One hook point, wherever it stands.
 
     Attributes:
-        name: What follows ``blocks.{i}.`` or ``iter.{t}.``; of points of the run the whole name.
-        place: In every ``"block"``, at every ``"iteration"``, or once a ``"run"``.
-        axes: Names of its axes. ``"pos"`` is the position of a token, of a pattern ``"query"`` and
-            ``"key"``; ``"head"`` and ``"kv_head"`` count heads.
-        flag: The config flag without which it does not fire; ``None``: it always does.
-        from_iteration: The first iteration at which it fires.
+        name: Its name after ``blocks.{i}.`` or ``iter.{t}.``; for the run the whole name.
+        place: In every ``"block"``, at every ``"iteration"``, or once in a ``"run"``.
+        axes: Names of its tensor's axes. ``"one"`` has one entry that holds for all.
+        flag: The config field that must be on for it to fire.
+        first_iteration: The iteration from which on it fires.
+        head_when: Config fields, the values with which it has a head axis after the positions, and
+            the name of that axis.
+        moment: When it fires. Run: at the ``"start"``, entering the ``"loop"``, before the
+            ``"coda"``, at the ``"end"``. Iteration: ``"before"`` or ``"after"`` its blocks.
+        residual: Whether its tensor is the residual stream itself, which a lens can read.
     """
 
     name: str
     place: Place
     axes: tuple[str, ...]
     flag: str | None = None
-    from_iteration: int = 0
+    first_iteration: int = 0
+    head_when: tuple[tuple[str, Any, str], ...] = ()
+    moment: Moment = "after"
+    residual: bool = False
 
     @property
     def short(self) -> str:
-        """TransformerLens's shorthand: ``"pattern"``, ``"resid_pre"``, ``"state_out"``."""
-        outer, _, last = self.name.rpartition("hook_")
-        return last if outer in ("", "attn.", "mlp.") else self.name
+        """The shorthand: ``"pattern"``, ``"state_out"``; of a hook point in a module, its name."""
+        module, _, short = self.name.rpartition("hook_")
+        return short if module in ("", "attn.", "mlp.") else self.name
 
     @property
     def pos_dim(self) -> int | None:
-        """The axis of positions (of a pattern the queries'); ``None``: it has none."""
-        return next((i for i, axis in enumerate(self.axes) if axis in ("pos", "query")), None)
+        """The tensor axis of positions (queries of a pattern); ``None`` if it has none."""
+        for axis in ("pos", "query"):
+            if axis in self.axes:
+                return self.axes.index(axis)
+        return None
 
-    @property
-    def head_dim(self) -> int | None:
-        """The axis of heads; ``None``: it has none."""
-        return next((i for i, axis in enumerate(self.axes) if axis in ("head", "kv_head")), None)
-
-    @property
-    def is_pattern(self) -> bool:
-        """Whether it relates queries to keys."""
-        return "key" in self.axes
+    def axes_on(self, cfg: Any) -> tuple[str, ...]:
+        """The axes under a config, which may split a norm's input by heads."""
+        for field, value, head in self.head_when:
+            if getattr(cfg, field, None) == value:
+                return (*self.axes[:2], head, *self.axes[2:])
+        return self.axes
 
 
-def spec(name: str, place: Place, axes: str, flag: str | None = None, **more: int) -> HookSpec:
-    """A :class:`HookSpec` with its axes as words."""
+_SPECS: dict[tuple[Place, str], HookSpec] = {}
+
+
+def declare(*specs: HookSpec) -> None:
+    """Add hook points to the table.
+
+    Raises:
+        ValueError: One of that name and place is there and is different.
+    """
+    for spec in specs:
+        if _SPECS.setdefault((spec.place, spec.name), spec) != spec:
+            raise ValueError(f"hook point {spec.name!r} ({spec.place}) is declared twice")
+
+
+def spec(name: str, place: Place, axes: str, flag: str | None = None, **more: Any) -> HookSpec:
+    """A row of the table, with its axes as words."""
     return HookSpec(name, place, tuple(axes.split()), flag, **more)
 
 
-_STREAM = "batch pos d_model"
-_HEADS = "batch pos head d_head"
-_KV_HEADS = "batch pos kv_head d_head"
-_PATTERN = "batch head query key"
+def norm_specs(
+    name: str, place: Place, axes: tuple[str, ...] = _STREAM, **more: Any
+) -> tuple[HookSpec, HookSpec]:
+    """The rows of a norm's two hook points."""
+    return (
+        HookSpec(f"{name}.hook_scale", place, (*axes[:-1], "one"), **more),
+        HookSpec(f"{name}.hook_normalized", place, axes, **more),
+    )
 
-_BLOCK = [
-    *(spec(f"hook_{name}", "block", _STREAM) for name in ("resid_pre", "resid_mid", "resid_post")),
-    *(spec(f"hook_{name}", "block", _STREAM) for name in ("attn_out", "mlp_out")),
-    spec("hook_attn_in", "block", "batch pos head d_model", "use_attn_in"),
-    spec("hook_q_input", "block", "batch pos head d_model", "use_split_qkv_input"),
-    spec("hook_k_input", "block", "batch pos kv_head d_model", "use_split_qkv_input"),
-    spec("hook_v_input", "block", "batch pos kv_head d_model", "use_split_qkv_input"),
-    spec("hook_mlp_in", "block", _STREAM, "use_hook_mlp_in"),
-    *(spec(f"attn.hook_{name}", "block", _HEADS) for name in ("q", "z", "rot_q")),
-    *(spec(f"attn.hook_{name}", "block", _KV_HEADS) for name in ("k", "v", "rot_k")),
-    *(spec(f"attn.hook_{name}", "block", _PATTERN) for name in ("attn_scores", "pattern")),
-    spec("attn.hook_result", "block", "batch pos head d_model", "use_attn_result"),
-    *(
-        spec(f"mlp.hook_{name}", "block", "batch pos d_mlp")
-        for name in ("pre", "pre_linear", "post", "mid")
-    ),
-]
-_NORMS = [
-    spec(f"{norm}.hook_{part}", "block", f"batch pos {width}")
-    for norm in ("ln1", "ln1_post", "ln2", "ln2_post", "attn.q_norm", "attn.k_norm")
-    for part, width in (("scale", "one"), ("normalized", "d_model"))
-]
-_ITERATION = [
-    spec(f"hook_{name}", "iteration", _STREAM) for name in ("state_in", "injected", "state_out")
-] + [
-    spec(f"norm.hook_{part}", "iteration", f"batch pos {width}")
-    for part, width in (("scale", "one"), ("normalized", "d_model"))
-]
-_RUN = [
-    spec("hook_embed", "run", _STREAM),
-    spec("hook_pos_embed", "run", _STREAM),
-    spec("unembed.hook_in", "run", _STREAM),
-    spec("unembed.hook_out", "run", "batch pos d_vocab"),
-] + [
-    spec(f"{norm}.hook_{part}", "run", f"batch pos {width}")
-    for norm in ("ln_final", "ln_coda", "ln_injection", "embed.ln")
-    for part, width in (("scale", "one"), ("normalized", "d_model"))
-]
 
-HOOKS: dict[tuple[Place, str], HookSpec] = {
-    (row.place, row.name): row for row in [*_BLOCK, *_NORMS, *_ITERATION, *_RUN]
-}
-"""The table, by place and name."""
+def _norm(name: str, place: Place, **more: Any) -> None:
+    declare(*norm_specs(name, place, **more))
 
-_PLACES: tuple[tuple[Place, re.Pattern[str]], ...] = (
-    ("block", re.compile(r"^blocks\.\d+\.(.+)$")),
-    ("iteration", re.compile(r"^iter\.\d+\.(.+)$")),
+
+# Blocks.
+declare(
+    *(HookSpec(f"hook_resid_{x}", "block", _STREAM, residual=True) for x in ("pre", "mid", "post")),
+    HookSpec("hook_attn_in", "block", _Q_IN, "use_attn_in"),
+    HookSpec("hook_attn_out", "block", _STREAM),
+    HookSpec("hook_mlp_in", "block", _STREAM, "use_hook_mlp_in"),
+    HookSpec("hook_mlp_out", "block", _STREAM),
+    HookSpec("hook_q_input", "block", _Q_IN, "use_split_qkv_input"),
+    HookSpec("hook_k_input", "block", _K_IN, "use_split_qkv_input"),
+    HookSpec("hook_v_input", "block", _K_IN, "use_split_qkv_input"),
+    *(HookSpec(f"attn.hook_{x}", "block", _Q) for x in ("q", "rot_q", "z")),
+    *(HookSpec(f"attn.hook_{x}", "block", _K) for x in ("k", "rot_k", "v")),
+    HookSpec("attn.hook_result", "block", _Q_IN, "use_attn_result"),
+    HookSpec("attn.hook_attn_scores", "block", _PATTERN),
+    HookSpec("attn.hook_pattern", "block", _PATTERN),
+    *(HookSpec(f"mlp.hook_{x}", "block", _MLP) for x in ("pre", "pre_linear", "post", "mid")),
 )
+# With split inputs it fires for queries, keys and values; a cache keeps the last.
+_LN1_HEADS = (("use_split_qkv_input", True, "kv_head"), ("use_attn_in", True, "head"))
+_norm("ln1", "block", head_when=_LN1_HEADS)
+_norm("ln2", "block")
+_norm("ln1_post", "block")
+_norm("ln2_post", "block")
+_norm("attn.q_norm", "block", head_when=(("qk_norm", "head_weight", "head"),))
+_norm("attn.k_norm", "block", head_when=(("qk_norm", "head_weight", "kv_head"),))
+
+# Iterations.
+declare(
+    HookSpec("hook_state_in", "iteration", _STREAM, moment="before", residual=True),
+    HookSpec("hook_injected", "iteration", _STREAM, moment="before", residual=True),
+    HookSpec("hook_state_out", "iteration", _STREAM, residual=True),
+)
+_norm("norm", "iteration")
+
+# The run.
+declare(
+    HookSpec("hook_embed", "run", _STREAM, moment="start", residual=True),
+    HookSpec("hook_pos_embed", "run", _STREAM, moment="start"),
+    HookSpec("unembed.hook_in", "run", _STREAM, moment="end"),
+    HookSpec("unembed.hook_out", "run", ("batch", "pos", "d_vocab"), moment="end"),
+)
+_norm("embed.ln", "run", moment="start")
+_norm("ln_coda", "run", moment="coda")
+_norm("ln_final", "run", moment="end")
 
 
-def declare(rows: Iterable[HookSpec]) -> None:
-    """Add the hook points of a mechanism to the table.
-
-    Raises:
-        ValueError: The table has another row of that name.
-    """
-    for row in rows:
-        if HOOKS.setdefault((row.place, row.name), row) != row:
-            raise ValueError(f"the hook point {row.name!r} is declared twice, as different things")
+def hook_specs(place: Place | None = None) -> tuple[HookSpec, ...]:
+    """Every hook point that is declared, or those of one place."""
+    return tuple(spec for spec in _SPECS.values() if place in (None, spec.place))
 
 
-def find_hook(name: str) -> HookSpec | None:
-    """The row of a canonical hook name such as ``"blocks.14.attn.hook_pattern"``, if it has one."""
-    for place, pattern in _PLACES:
-        match = pattern.match(name)
-        if match is not None:
-            return HOOKS.get((place, match.group(1)))
-    return HOOKS.get(("run", name))
+def spec_of(name: str) -> HookSpec | None:
+    """The row of a canonical hook name; ``None`` for hook points of TransformerLens's bridges."""
+    match = _BLOCK.match(name)
+    if match is None:
+        return _SPECS.get(("run", name))
+    return _SPECS.get(("block" if match.group(1) else "iteration", match.group(3)))
 
 
-def between_iterations(name: str) -> str | None:
-    """The full name (``"hook_state_out"``) of a point between iterations, from it or its shorthand.
-
-    ``None`` where there is no such point.
-    """
-    full = name if name.startswith("hook_") else f"hook_{name}"
-    return full if ("iteration", full) in HOOKS else None
-
-
-def known_names(place: Place) -> list[str]:
-    """The shorthands of all points at a place."""
-    return [row.short for (where, _), row in HOOKS.items() if where == place]
+def iteration_spec(name: str) -> HookSpec | None:
+    """The hook point between iterations of a shorthand or name (``"state_out"``), if there is."""
+    full = name if "hook_" in name else f"hook_{name}"
+    return _SPECS.get(("iteration", full))
 
 
 def activation_name(name: str) -> str:
@@ -161,8 +176,7 @@ def activation_name(name: str) -> str:
     """
     if "hook_" in name:
         return name
-    shorthands = {row.short: full for (place, full), row in HOOKS.items() if place == "block"}
-    if name in shorthands:
-        return shorthands[name]
-    known = [short for short in shorthands if "hook_" not in short]
+    known = {spec.short: spec.name for spec in hook_specs("block") if "hook_" not in spec.short}
+    if name in known:
+        return known[name]
     raise ValueError(f"unknown activation name {name!r}: {did_you_mean(name, known)}")

@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from tl_loops.errors import NoLoopError
 from tl_loops.layout.layout import LoopLayout
 
 
@@ -15,11 +16,11 @@ def require_layout(model: Any) -> LoopLayout:
     """The layout of a looped model.
 
     Raises:
-        TypeError: The model has none.
+        NoLoopError: The model has none.
     """
-    layout = getattr(model, "layout", None)
+    layout = layout_of(model)
     if not isinstance(layout, LoopLayout):
-        raise TypeError(
+        raise NoLoopError(
             f"{type(model).__name__} has no loop layout; expected a looped model, for example "
             "from tl_loops.LoopedTransformer.from_pretrained"
         )
@@ -27,5 +28,12 @@ def require_layout(model: Any) -> LoopLayout:
 
 
 def with_iterations(model: Any, n_iterations: int | None) -> AbstractContextManager:
-    """A block of code with another number of iterations; ``None``: with the model's own."""
-    return nullcontext() if n_iterations is None else model.iterations(n_iterations)
+    """A block of code with another number of iterations; ``None``: with the model's own.
+
+    Raises:
+        NoLoopError: A number is given, and the model has no loop.
+    """
+    if n_iterations is None:
+        return nullcontext()
+    require_layout(model)
+    return model.iterations(n_iterations)

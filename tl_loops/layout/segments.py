@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from itertools import pairwise
 from string import ascii_uppercase
-from typing import NoReturn
+from typing import NoReturn, SupportsIndex
 
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import BlockCoordinate, LoopLayout
+from tl_loops.layout.selection import one_index
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class SegmentedLayout(LoopLayout):
         """``"loop"``: one stream goes through all loops."""
         return "loop"
 
-    def pass_blocks(self, iteration: int) -> NoReturn:
+    def pass_blocks(self, iteration: SupportsIndex) -> NoReturn:
         """Refused: iterations of different loops stand at different depths.
 
         Raises:
@@ -150,13 +151,17 @@ class SegmentedLayout(LoopLayout):
         parts = ", ".join([str(self.n_prelude), *middle, str(self.n_coda)])
         return f"({parts})" + ("_I" if injected else "")
 
-    def iteration_blocks(self, iteration: int) -> range:
+    def iteration_blocks(self, iteration: SupportsIndex) -> range:
         """Indices of the unrolled blocks of one iteration; negative counts from the last."""
-        t = self._at(iteration, self.n_iterations, "iteration")
+        t = one_index("iteration", iteration, self.n_iterations)
         return range(self._firsts[t], self._firsts[t] + self._lengths[t])
 
     def index(
-        self, *, iteration: int | None = None, layer: int = 0, phase: str | None = None
+        self,
+        *,
+        iteration: SupportsIndex | None = None,
+        layer: SupportsIndex = 0,
+        phase: str | None = None,
     ) -> int:
         """Index of the unrolled block at a coordinate; see :meth:`LoopLayout.index`."""
         if phase in ("prelude", "coda") or iteration is None or phase not in (None, "core"):
@@ -164,11 +169,11 @@ class SegmentedLayout(LoopLayout):
                 raise ValueError("index() needs iteration=... or phase='prelude' or 'coda'")
             return super().index(iteration=iteration, layer=layer, phase=phase)
         blocks = self.iteration_blocks(iteration)
-        return blocks[self._at(layer, len(blocks), f"layer of iteration {iteration}")]
+        return blocks[one_index(f"layer of iteration {iteration}", layer, len(blocks))]
 
-    def coordinate(self, index: int) -> BlockCoordinate:
+    def coordinate(self, index: SupportsIndex) -> BlockCoordinate:
         """Coordinate of an unrolled block; negative indices count from the last block."""
-        index = self._at(index, self.n_layers, "block")
+        index = one_index("block", index, self.n_layers)
         if index < self.n_prelude:
             return BlockCoordinate("prelude", None, index)
         if index >= self.coda_start:
@@ -195,9 +200,3 @@ class SegmentedLayout(LoopLayout):
             f"{self.notation(injected=False)} has several loops, so one number of iterations does "
             "not say which: call tl_loops.loop(model, loops=...) again, which copies no weight"
         )
-
-    @staticmethod
-    def _at(value: int, size: int, what: str) -> int:
-        if not -size <= value < size:
-            raise IndexError(f"no {what} {value}: there are {size}, counted from 0")
-        return value % size

@@ -1,31 +1,109 @@
-"""Choosing iterations, layers, positions and heads."""
+"""The one way to choose iterations, layers, positions and heads."""
 
+import operator
 from collections.abc import Sequence
+from typing import Any, SupportsIndex
 
-Selection = int | Sequence[int]
+Selection = SupportsIndex | slice | Sequence[SupportsIndex]
+"""One index, a slice, or several indices; of any integer type, negative ones from the end."""
 
 
-def chosen_values(axis: str, size: int, selection: Selection | None) -> tuple[int, ...]:
-    """The index values along an axis, counted from 0.
+def is_index(value: Any) -> bool:
+    """Whether a value is one index: an integer of any type (numpy, 0-d tensor), but no bool."""
+    try:
+        as_index("index", value)
+    except TypeError:
+        return False
+    return True
+
+
+def as_index(what: str, value: Any) -> int:
+    """One integer of any integer type.
+
+    Args:
+        what: What it counts, for the message.
+        value: An int, a numpy integer, an integer tensor without axes, ...
 
     Raises:
-        ValueError: The selection is empty or names a value twice.
-        IndexError: A value is out of range.
+        TypeError: It is not an integer, or it is a bool.
+    """
+    # A tensor of one element with axes would pass for an index, a bool tensor for 0 or 1.
+    is_array = getattr(value, "ndim", 0) != 0
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    if not is_array and not is_bool:
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{what} must be an integer, got {value!r}")
+
+
+def one_index(what: str, value: Any, size: int, where: str = "") -> int:
+    """One index along an axis, counted from 0.
+
+    Args:
+        what: What the axis counts, for the message.
+        value: The index; negative counts from the last.
+        size: Length of the axis.
+        where: Words that say where the index was given, for the message.
+
+    Raises:
+        TypeError: It is not an integer.
+        IndexError: It is out of range.
+    """
+    index = as_index(what, value)
+    if not -size <= index < size:
+        raise IndexError(f"there is no {what} {index}{where}: there are {size}, counted from 0")
+    return index % size
+
+
+def chosen_indices(what: str, size: int, selection: Any) -> tuple[int, ...]:
+    """The indices that a selection names along an axis, counted from 0, in its order.
+
+    Args:
+        what: What the axis counts, for the message.
+        size: Length of the axis.
+        selection: One index, a slice, several indices (also an array or a tensor of them), or
+            ``None`` for all.
+
+    Raises:
+        TypeError: It names something that is not an integer.
+        IndexError: An index is out of range.
     """
     if selection is None:
         return tuple(range(size))
-    chosen = [selection] if isinstance(selection, int) else list(selection)
-    if not chosen:
+    if isinstance(selection, slice):
+        return tuple(range(size)[selection])
+    return tuple(one_index(what, value, size) for value in each_index(what, selection))
+
+
+def each_index(what: str, selection: Any) -> tuple[int, ...]:
+    """One or several indices as they were given, negative ones included.
+
+    Raises:
+        TypeError: It names something that is not an integer.
+    """
+    # An array or a tensor without axes has an iterator that raises: its axes tell.
+    several = hasattr(selection, "__iter__") and getattr(selection, "ndim", 1) > 0
+    return tuple(as_index(what, value) for value in (selection if several else [selection]))
+
+
+def distinct_indices(what: str, size: int, selection: Any) -> tuple[int, ...]:
+    """As :func:`chosen_indices`, for at least one index and each at most once.
+
+    Raises:
+        TypeError: It names something that is not an integer.
+        ValueError: The selection is empty or names an index twice.
+        IndexError: An index is out of range.
+    """
+    chosen = chosen_indices(what, size, selection)
+    if not chosen and selection is not None:
         raise ValueError(
-            f"the selection of {axis} is empty: give at least one value, or leave it out"
+            f"the selection of {what} is empty: give at least one value, or leave it out"
         )
-    for value in chosen:
-        if not -size <= value < size:
-            raise IndexError(f"there is no {axis} {value}: there are {size}, counted from 0")
-    positive = [value % size for value in chosen]
-    if len(set(positive)) != len(positive):
-        raise ValueError(f"the selection of {axis} names a value twice: {chosen}")
-    return tuple(positive)
+    if len(set(chosen)) != len(chosen):
+        raise ValueError(f"the selection of {what} names a value twice: {list(chosen)}")
+    return chosen
 
 
 def contiguous_parts(values: Sequence[int]) -> tuple[slice, ...]:

@@ -1,11 +1,11 @@
 """The names that load, and what each stands for."""
 
-import difflib
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from tl_loops.config.config import LoopedTransformerConfig
+from tl_loops.errors import near_names as near_names_of
 from tl_loops.families.base import Family, KnownModel
 from tl_loops.families.registry import FAMILIES
 from tl_loops.loading.files import CONFIG_FILE, read_json
@@ -65,8 +65,7 @@ def near_names(name: str) -> list[str]:
     for entry in catalogue():
         for known in (entry.name, *entry.known.aliases):
             shown[known.lower()] = known
-    matches = difflib.get_close_matches(name.lower(), shown, n=3)
-    return [shown[match] for match in matches]
+    return [shown[near] for near in near_names_of(name, shown)]
 
 
 def packaged_directory(name: str) -> Path:

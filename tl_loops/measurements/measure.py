@@ -2,13 +2,12 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.of_model import layout_of, with_iterations
 from tl_loops.measurements import (
     DEFAULT_METRICS,
     MEASUREMENTS,
@@ -76,13 +75,13 @@ def measure(
         TypeError: Prompts are neither text nor tensors, or both.
         CheckpointError: The checkpoint is damaged or of another run.
     """
-    from tl_loops import __version__
+    from tl_loops.version import __version__
 
     check_batch_size(batch_size)
     tokens = token_prompts(model, prompts)
     lengths = [prompt.shape[0] for prompt in tokens]
-    with _with_iterations(model, n_iterations):
-        layout, cfg = _layout(model), model.cfg
+    with with_iterations(model, n_iterations):
+        layout, cfg = layout_of(model), model.cfg
         chosen = _plan(model, metrics, min(lengths))
         plan = StreamPlan.make(chosen, layout, cfg.n_layers, cfg.attention_dir == "causal")
         identity = RunIdentity(
@@ -138,25 +137,13 @@ def available_metrics(model: Any, n_iterations: int | None = None) -> tuple[str,
     Raises:
         ValueError: ``n_iterations`` for a feedforward model.
     """
-    with _with_iterations(model, n_iterations):
-        cfg, layout = model.cfg, _layout(model)
+    with with_iterations(model, n_iterations):
+        cfg, layout = model.cfg, layout_of(model)
         return tuple(
             name
             for name, measurement in MEASUREMENTS.items()
             if why_not(measurement, {}, cfg, layout, cfg.n_layers) is None
         )
-
-
-def _layout(model: Any) -> LoopLayout | None:
-    return getattr(model, "layout", None)
-
-
-def _with_iterations(model: Any, n_iterations: int | None) -> AbstractContextManager:
-    if n_iterations is None:
-        return nullcontext()
-    if _layout(model) is None:
-        raise ValueError(f"n_iterations={n_iterations}, but {model.cfg.model_name} has no loop")
-    return model.iterations(n_iterations)
 
 
 def _plan(model: Any, metrics: Metrics, shortest: int) -> list[PlannedMetric]:
@@ -167,7 +154,7 @@ def _plan(model: Any, metrics: Metrics, shortest: int) -> list[PlannedMetric]:
     given = metrics if isinstance(metrics, Mapping) else {name: {} for name in metrics}
     if not given:
         raise ValueError("metrics is empty: give names, or 'all'")
-    cfg, layout = model.cfg, _layout(model)
+    cfg, layout = model.cfg, layout_of(model)
     chosen = []
     for name, options in given.items():
         measurement = find_measurement(name)

@@ -1,6 +1,5 @@
 """One measurement: what it needs of a run, which blocks get a value, which options it takes."""
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.errors import did_you_mean
 from tl_loops.layout.layout import LoopLayout
 
 Activation = Literal["pattern", "resid_post", "state_out", "exit_gate"]
@@ -149,9 +149,7 @@ def resolve_options(
     """
     for option in given:
         if option not in measurement.options:
-            near = difflib.get_close_matches(option, measurement.options, n=3)
-            known = ", ".join(measurement.options) or "none"
-            hint = f"did you mean {', '.join(near)}?" if near else f"its options: {known}"
+            hint = did_you_mean(option, measurement.options)
             raise ValueError(f"metric {name!r} has no option {option!r}: {hint}")
     options = {**measurement.options, **given}
     if not given:

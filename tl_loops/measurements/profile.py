@@ -1,6 +1,5 @@
 """Depth profiles: mean, deviation and count of each metric at each unrolled block."""
 
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -10,6 +9,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from tl_loops.errors import did_you_mean
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.measurements.table import COLUMNS, Grouping, grouped, table_rows
 from tl_loops.metrics import stages
@@ -317,10 +317,8 @@ class LoopProfile:
 
     def _of(self, metric: str) -> Moments:
         if metric not in self.moments:
-            near = difflib.get_close_matches(metric, self.metrics, n=3, cutoff=0.5)
-            hint = f"did you mean {', '.join(near)}?" if near else "it has"
-            known = "" if near else " " + ", ".join(self.metrics)
-            raise ValueError(f"this profile has no metric {metric!r}: {hint}{known}")
+            hint = did_you_mean(metric, self.metrics, f"it has {', '.join(self.metrics)}")
+            raise ValueError(f"this profile has no metric {metric!r}: {hint}")
         return self.moments[metric]
 
     def _looped(self, what: str) -> LoopLayout:

@@ -1,11 +1,11 @@
 """The registry: every measurement by name."""
 
-import difflib
 import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from tl_loops.errors import did_you_mean
 from tl_loops.measurements import reductions
 from tl_loops.measurements.measurement import Activation, Bounds, Measurement, Place, own_options
 from tl_loops.metrics import attention, dynamics, exits, massive, pairwise, residual
@@ -26,10 +26,7 @@ def find_measurement(name: str) -> Measurement:
     """
     if name in MEASUREMENTS:
         return MEASUREMENTS[name]
-    near = difflib.get_close_matches(name, MEASUREMENTS, n=3, cutoff=0.5)
-    known = ", ".join(MEASUREMENTS)
-    hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"known: {known}"
-    raise ValueError(f"unknown metric {name!r}: {hint}")
+    raise ValueError(f"unknown metric {name!r}: {did_you_mean(name, MEASUREMENTS, quoted=True)}")
 
 
 def _value(

@@ -48,6 +48,6 @@ of the weights, too.
 """
 
 for _mechanism in MECHANISMS:
-    declare(_mechanism.points)
+    declare(*_mechanism.points)
 
 __all__ = ["MECHANISMS", "Mechanism"]

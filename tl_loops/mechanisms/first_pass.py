@@ -67,9 +67,10 @@ class _FirstPass(Mechanism):
         ),
     )
     points = (
-        spec("attn.first_pass.hook_gate", "block", "batch pos head", from_iteration=1),
-        spec("attn.first_pass.hook_attn_scores", "block", "batch head query key", from_iteration=1),
-        spec("attn.first_pass.hook_pattern", "block", "batch head query key", from_iteration=1),
+        spec("attn.first_pass.hook_gate", "block", "batch pos head", first_iteration=1),
+        spec(
+            "attn.first_pass.hook_attn_scores", "block", "batch head query key", first_iteration=1
+        ),
     )
     with_stacks = False
     own_keys = "later iterations of this model read the first one's keys already, by a trained gate"

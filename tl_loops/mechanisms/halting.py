@@ -105,7 +105,7 @@ class _Halting(Mechanism):
         ),
     )
     points = (
-        spec("hook_halted_state", "run", "batch pos d_model"),
+        spec("hook_halted_state", "run", "batch pos d_model", moment="end"),
         spec("hook_halting", "iteration", "batch pos one"),
     )
 

@@ -131,7 +131,7 @@ class _HyperConnections(Mechanism):
         ),
     )
     points = tuple(
-        spec(f"hook_hyper_{name}", "iteration", "batch pos stream")
+        spec(f"hook_hyper_{name}", "iteration", "batch pos stream", moment="before")
         for name in ("read", "write", "keep")
     )
     with_stacks = False

@@ -138,7 +138,7 @@ class _InitialState(Mechanism):
             of_the_weights=False,
         ),
     )
-    points = (spec("hook_initial_state", "run", "batch pos d_model"),)
+    points = (spec("hook_initial_state", "run", "batch pos d_model", moment="loop", residual=True),)
 
     def active(self, cfg: Config) -> bool:
         return True

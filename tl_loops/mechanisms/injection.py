@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_loops.errors import ConfigError
-from tl_loops.layout.names import spec
+from tl_loops.layout.names import HookSpec, Place, norm_specs, spec
 from tl_loops.mechanisms.mechanism import Config, Mechanism, OnPath, Part, Run, Setting
 from tl_loops.mechanisms.tensors import Tensors, add_parameters, matrix, vector
 from tl_loops.upstream import unshared
@@ -110,7 +110,10 @@ class _InjectionMechanism(Mechanism):
             "e (Parcae).",
         ),
     )
-    points = (spec("hook_injection", "run", "batch pos d_model"),)
+    points = (
+        spec("hook_injection", "run", "batch pos d_model", moment="loop", residual=True),
+        *norm_specs("ln_injection", "run", moment="loop"),
+    )
 
     def active(self, cfg: Config) -> bool:
         return cfg.injection is not None
@@ -127,6 +130,9 @@ class _InjectionMechanism(Mechanism):
             "gated_diagonal": "x = s·exp(-Δ·exp(A)) + Δ·(e Bᵀ)",
         }[cfg.injection]
         return {"enter": enter, **({"e": "ln_injection(x)"} if cfg.norm_injection else {})}
+
+    def points_of(self, cfg: Config, place: Place) -> tuple[HookSpec, ...]:
+        return self.points[:1] if place == "run" else ()  # the norm has its own
 
     def norms(self, cfg: Config) -> tuple[str, ...]:
         return ("ln_injection",) if cfg.norm_injection else ()

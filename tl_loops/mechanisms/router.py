@@ -185,7 +185,7 @@ class _Router(Mechanism):
         ),
     )
     points = (
-        spec("hook_router_weights", "run", "batch pos depth"),
+        spec("hook_router_weights", "run", "batch pos depth", moment="loop"),
         spec("hook_router_weight", "iteration", "batch pos one"),
     )
     with_stacks = False

@@ -82,8 +82,8 @@ class _Stacks(Mechanism):
         ),
     )
     points = (
-        spec("hook_slow_initial_state", "run", "batch pos d_model"),
-        spec("hook_other_in", "iteration", "batch pos d_model"),
+        spec("hook_slow_initial_state", "run", "batch pos d_model", moment="loop"),
+        spec("hook_other_in", "iteration", "batch pos d_model", moment="before"),
     )
     own_keys = "iterations of two stacks run other layers"
 

@@ -82,7 +82,7 @@ class _StepEmbedding(Mechanism):
             choices=(None, "sinusoidal", "position_and_step", "learned"),
         ),
     )
-    points = (spec("hook_step_embedding", "iteration", "batch pos d_model"),)
+    points = (spec("hook_step_embedding", "iteration", "batch pos d_model", moment="before"),)
     with_stacks = False
 
     def check(self, cfg: Config) -> None:

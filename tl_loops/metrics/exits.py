@@ -5,7 +5,6 @@ iteration has run, and the question is at which one the rule would have stopped.
 from 0, so a rule that stops after n passes exits at iteration n - 1.
 """
 
-import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_loops.errors import did_you_mean
 from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.metrics.readout import kl_divergence
 
@@ -246,11 +246,8 @@ def exit_iteration(
 def _find(criterion: str) -> ExitCriterion:
     if criterion in EXIT_CRITERIA:
         return EXIT_CRITERIA[criterion]
-    near = difflib.get_close_matches(criterion.lower().replace("_", "-"), EXIT_CRITERIA, cutoff=0.4)
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    raise ValueError(
-        f"unknown exit criterion {criterion!r}; {hint}known: {', '.join(EXIT_CRITERIA)}"
-    )
+    hint = did_you_mean(criterion.replace("_", "-"), EXIT_CRITERIA, quoted=True)
+    raise ValueError(f"unknown exit criterion {criterion!r}; {hint}")
 
 
 def _require_iterations(name: str, trajectory: Tensor) -> None:

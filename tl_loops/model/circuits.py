@@ -10,10 +10,9 @@ from torch import Tensor
 from tl_loops.cache.carry import Carrier, Rows
 from tl_loops.cache.path import FrozenNorm, Inject, Read, Site, Target, path_steps, working
 from tl_loops.cache.places import freshly_normed
-from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import LoopedSemanticsError
-from tl_loops.layout.layout import LoopLayout, part_labels
-from tl_loops.upstream import FactoredMatrix, TransformerBase, composition_scores
+from tl_loops.layout.layout import part_labels
+from tl_loops.upstream import FactoredMatrix, composition_scores
 
 
 class EffectiveWeights(Mapping[str, Tensor]):
@@ -79,189 +78,187 @@ def _read_through(norm: Any, W: Tensor) -> Tensor:
     return FrozenNorm.of(norm, None, W.device).adjoint(working(W).mT).mT
 
 
-class Circuits(TransformerBase):
-    """Weight-only analyses of a looped model."""
+def all_head_labels(self: Any) -> list[str]:
+    """Labels of the heads of all unrolled blocks: ``"p.L0H1"``, ``"r3.L1H4"``, ``"c.L0H2"``."""
+    blocks, heads = range(self.layout.n_layers), range(self.cfg.n_heads)
+    return [label for i in blocks for label in part_labels(self.layout, i, "H", heads)]
 
-    cfg: LoopedTransformerConfig
-    layout: LoopLayout
 
-    def all_head_labels(self) -> list[str]:
-        """Labels of the heads of all unrolled blocks: ``"p.L0H1"``, ``"r3.L1H4"``, ``"c.L0H2"``."""
-        blocks, heads = range(self.layout.n_layers), range(self.cfg.n_heads)
-        return [label for i in blocks for label in part_labels(self.layout, i, "H", heads)]
+def tl_parameters(self: Any) -> EffectiveWeights:
+    """Weight matrices by TransformerLens's names, with the norms next to them folded in.
 
-    def tl_parameters(self) -> EffectiveWeights:
-        """Weight matrices by TransformerLens's names, with the norms next to them folded in.
+    ``SVDInterpreter`` reads these; its ``layer_index`` is an unrolled block, so that all
+    iterations of a layer give the same singular vectors.
+    """
+    return EffectiveWeights(self)
 
-        ``SVDInterpreter`` reads these; its ``layer_index`` is an unrolled block, so that all
-        iterations of a layer give the same singular vectors.
-        """
-        return EffectiveWeights(self)
 
-    def accumulated_bias(
-        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
-    ) -> Float[Tensor, "d_model"]:
-        """What the biases of all attentions and MLPs add to the stream that enters a block.
+def accumulated_bias(
+    self: Any, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+) -> Float[Tensor, "d_model"]:
+    """What the biases of all attentions and MLPs add to the stream that enters a block.
 
-        Biases of the prelude go through the injections, by the architecture's own rule for the
-        initial state.
+    Biases of the prelude go through the injections, by the architecture's own rule for the
+    initial state.
 
-        Args:
-            layer: The unrolled block; the unrolled depth means the end.
-            mlp_input: Up to the block's MLP.
-            include_mlp_biases: Whether ``b_out`` counts.
+    Args:
+        self: The looped model.
+        layer: The unrolled block; the unrolled depth means the end.
+        mlp_input: Up to the block's MLP.
+        include_mlp_biases: Whether ``b_out`` counts.
 
-        Raises:
-            ValueError: ``layer`` is out of range.
-            LoopedSemanticsError: The sum depends on the position, because a norm stands behind
-                some bias.
-        """
-        cfg, depth = self.cfg, self.layout.n_layers
-        if not 0 <= layer <= depth or (mlp_input and layer == depth):
-            raise ValueError(f"layer={layer} (mlp_input={mlp_input}) is out of range: 0 to {depth}")
-        biased = {"attn": cfg.attn_bias, "mlp": cfg.mlp_bias and include_mlp_biases}
-        blocks = self.physical_blocks()  # type: ignore[operator]
+    Raises:
+        ValueError: ``layer`` is out of range.
+        LoopedSemanticsError: The sum depends on the position, because a norm stands behind
+            some bias.
+    """
+    cfg, depth = self.cfg, self.layout.n_layers
+    if not 0 <= layer <= depth or (mlp_input and layer == depth):
+        raise ValueError(f"layer={layer} (mlp_input={mlp_input}) is out of range: 0 to {depth}")
+    biased = {"attn": cfg.attn_bias, "mlp": cfg.mlp_bias and include_mlp_biases}
+    blocks = self.physical_blocks()
 
-        def refuse(*_: Any) -> FrozenNorm:
-            raise LoopedSemanticsError(
-                "a norm stands between a bias and this place, so what the biases add depends on "
-                "the position: take the row 'bias' of cache.get_full_resid_decomposition(layer, "
-                "return_labels=True)"
-            )
-
-        def rows(site: Site) -> Rows | None:
-            if site.block is None or not biased[site.kind]:
-                return None
-            if cfg.time_conditioning:
-                raise LoopedSemanticsError(
-                    "what a branch of this model writes is gated by the iteration, its biases "
-                    "too: read cache.decompose_resid instead"
-                )
-            if cfg.block_norm != "pre":
-                refuse()
-            block = blocks[self.layout.physical_name(site.block)]
-            bias = block.attn.b_O if site.kind == "attn" else block.mlp.b_out
-            return Rows(working(bias)[None], [site.label])
-
-        total = torch.zeros(cfg.d_model, device=self.embed.W_E.device, dtype=cfg.dtype)
-        if not any(biased.values()) and self.ln_final.b is None:
-            return total
-        target, anew = Target(layer, mlp_input), cfg.initial_state != "embed"
-        steps = list(path_steps(self, self.layout, target, refuse, anew))
-        stack = Carrier(rows).run(steps, cfg.injection is not None).stack
-        return total if stack is None else stack.sum(0).to(cfg.dtype)
-
-    def all_composition_scores(  # type: ignore[override]
-        self, mode: str, iterations_apart: int = 1
-    ) -> Float[Tensor, "apart n_physical n_heads n_physical n_heads"]:
-        """How much each head reads of what each earlier head writes, by iterations between them.
-
-        ``scores[a, l1, h1, l2, h2]`` is ‖OV₁ M C₂‖ / (‖OV₁ M‖ ‖C₂‖), where C₂ is the later head's
-        QK, QKᵀ or OV circuit and M is what the residual stream goes through on the direct path
-        from one to the other: gains of norms, and the injection's map of the state. The norms'
-        scales are factors and drop out. Gains of the norms next to a head belong to its circuits.
-        Physical layers come in the order prelude, core, coda. Axis 0:
-
-        - 0: both in one iteration (or both in the prelude, or both in the coda);
-        - a: the later head a iterations on;
-        - prelude to core: from the injection a iterations ago, or without one from the prelude to
-          iteration a; to the coda: likewise, to the end of the last iteration;
-        - core to coda: from the iteration a before the last.
-
-        Pairs with no such path are 0. As in TransformerLens, the rotation of queries and keys is
-        left out.
-
-        Args:
-            mode: ``"Q"``, ``"K"`` or ``"V"``.
-            iterations_apart: Largest number of iterations between the two heads.
-
-        Raises:
-            ValueError: Another mode, or a negative number.
-
-        Source: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits,
-        "Composition of heads".
-        """
-        if mode not in ("Q", "K", "V"):
-            raise ValueError(f"mode must be 'Q', 'K' or 'V', got {mode!r}")
-        if iterations_apart < 0:
-            raise ValueError(f"iterations_apart must be at least 0, got {iterations_apart}")
-        return torch.stack(
-            [self._composition(mode, apart) for apart in range(iterations_apart + 1)]
+    def refuse(*_: Any) -> FrozenNorm:
+        raise LoopedSemanticsError(
+            "a norm stands between a bias and this place, so what the biases add depends on "
+            "the position: take the row 'bias' of cache.get_full_resid_decomposition(layer, "
+            "return_labels=True)"
         )
 
-    def _composition(
-        self, mode: str, apart: int
-    ) -> Float[Tensor, "n_physical n_heads n_physical n_heads"]:
-        """Composition from the first to the last of ``apart + 1`` iterations."""
-        cfg, layout = self.cfg, self.layout.with_iterations(apart + 1)
-        names, heads = layout.physical_names(), cfg.n_heads
-        physical: dict[str, Any] = self.physical_blocks()  # type: ignore[operator]
-        device = self.embed.W_E.device
-        scores = torch.zeros(len(names), heads, len(names), heads, device=device)
-        writers: list[int] = []
-
-        def block(index: int) -> Any:
-            return physical[layout.physical_name(index)]
-
-        def rows(site: Site) -> Rows | None:
-            if site.kind != "attn":
-                return None
-            assert site.block is not None
-            at = layout.coordinate(site.block)
-            if (at.iteration or 0) > 0 or (apart and at.phase == "coda"):
-                return None
-            writers.append(names.index(layout.physical_name(site.block)))
-            inside = cfg.block_norm in ("sandwich", "post_branch")
-            attn = block(site.block).attn
-            W_O = (
-                effective_weight(block(site.block), "attn", "W_O") if inside else working(attn.W_O)
+    def rows(site: Site) -> Rows | None:
+        if site.block is None or not biased[site.kind]:
+            return None
+        if cfg.time_conditioning:
+            raise LoopedSemanticsError(
+                "what a branch of this model writes is gated by the iteration, its biases "
+                "too: read cache.decompose_resid instead"
             )
-            return Rows(W_O.flatten(0, 1), [site.label] * (heads * cfg.d_head))
+        if cfg.block_norm != "pre":
+            refuse()
+        block = blocks[self.layout.physical_name(site.block)]
+        bias = block.attn.b_O if site.kind == "attn" else block.mlp.b_out
+        return Rows(working(bias)[None], [site.label])
 
-        carrier = Carrier(rows)
-        anew = cfg.injection is not None or cfg.initial_state != "embed"
+    total = torch.zeros(cfg.d_model, device=self.embed.W_E.device, dtype=cfg.dtype)
+    if not any(biased.values()) and self.ln_final.b is None:
+        return total
+    target, anew = Target(layer, mlp_input), cfg.initial_state != "embed"
+    steps = list(path_steps(self, self.layout, target, refuse, anew))
+    stack = Carrier(rows).run(steps, cfg.injection is not None).stack
+    return total if stack is None else stack.sum(0).to(cfg.dtype)
 
-        def without_scale(prefix: str, norm: Any) -> FrozenNorm:
-            return FrozenNorm.of(norm, None, device)
 
-        for step in path_steps(self, layout, Target(layout.n_layers), without_scale, anew):
-            if isinstance(step, Inject) and step.site.iteration:
-                continue
-            if isinstance(step, Read) and carrier.stack is not None:
-                at = layout.coordinate(step.block)
-                last = at.phase == "coda" or at.iteration == apart
-                if last or (apart == 0 and at.phase == "prelude"):
-                    reader = names.index(layout.physical_name(step.block))
-                    written = carrier.stack.unflatten(0, (len(writers), heads, cfg.d_head))
-                    read_by = [physical[names[w]] for w in writers]
-                    W_V = torch.stack([effective_weight(b, "attn", "W_V") for b in read_by])
-                    found = composition_scores(
-                        FactoredMatrix(W_V, written), self._circuit(mode, block(step.block))
-                    )
-                    scores[writers, :, reader] = found.nan_to_num().to(scores)
-            else:
-                carrier.take(step)
-        return scores
+def all_composition_scores(
+    self: Any, mode: str, iterations_apart: int = 1
+) -> Float[Tensor, "apart n_physical n_heads n_physical n_heads"]:
+    """How much each head reads of what each earlier head writes, by iterations between them.
 
-    def _circuit(self, mode: str, block: Any) -> FactoredMatrix:
-        """A block's QK, QKᵀ or OV circuit, with the gains that belong to it."""
-        W_O = effective_weight(block, "attn", "W_O")
-        if mode == "V":
-            return FactoredMatrix(effective_weight(block, "attn", "W_V"), W_O)
-        queries = self._behind_qk_norm(block.attn, "q_norm", "W_Q", block)
-        keys = self._behind_qk_norm(block.attn, "k_norm", "W_K", block)
-        circuit = FactoredMatrix(queries, keys.mT)
-        return circuit if mode == "Q" else circuit.T
+    ``scores[a, l1, h1, l2, h2]`` is ‖OV₁ M C₂‖ / (‖OV₁ M‖ ‖C₂‖), where C₂ is the later head's
+    QK, QKᵀ or OV circuit and M is what the residual stream goes through on the direct path
+    from one to the other: gains of norms, and the injection's map of the state. The norms'
+    scales are factors and drop out. Gains of the norms next to a head belong to its circuits.
+    Physical layers come in the order prelude, core, coda. Axis 0:
 
-    def _behind_qk_norm(self, attn: Any, norm: str, weight: str, block: Any) -> Tensor:
-        W = effective_weight(block, "attn", weight)
-        if self.cfg.qk_norm == "head_weight":
-            gain = getattr(attn, norm).w
-            return W if gain is None else W * working(gain)
-        if self.cfg.qk_norm != "full":
-            return W
-        # The norm is over all (distinct) heads of a position together.
-        copies = attn.groups if weight == "W_K" else 1
-        flat = W[::copies].movedim(0, 1).flatten(1)
-        flat = FrozenNorm.of(getattr(attn, norm), None, flat.device)(flat)
-        return flat.unflatten(1, (-1, W.shape[-1])).movedim(1, 0).repeat_interleave(copies, dim=0)
+    - 0: both in one iteration (or both in the prelude, or both in the coda);
+    - a: the later head a iterations on;
+    - prelude to core: from the injection a iterations ago, or without one from the prelude to
+      iteration a; to the coda: likewise, to the end of the last iteration;
+    - core to coda: from the iteration a before the last.
+
+    Pairs with no such path are 0. As in TransformerLens, the rotation of queries and keys is
+    left out.
+
+    Args:
+        self: The looped model.
+        mode: ``"Q"``, ``"K"`` or ``"V"``.
+        iterations_apart: Largest number of iterations between the two heads.
+
+    Raises:
+        ValueError: Another mode, or a negative number.
+
+    Source: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits,
+    "Composition of heads".
+    """
+    if mode not in ("Q", "K", "V"):
+        raise ValueError(f"mode must be 'Q', 'K' or 'V', got {mode!r}")
+    if iterations_apart < 0:
+        raise ValueError(f"iterations_apart must be at least 0, got {iterations_apart}")
+    return torch.stack([_composition(self, mode, apart) for apart in range(iterations_apart + 1)])
+
+
+def _composition(
+    model: Any, mode: str, apart: int
+) -> Float[Tensor, "n_physical n_heads n_physical n_heads"]:
+    """Composition from the first to the last of ``apart + 1`` iterations."""
+    cfg, layout = model.cfg, model.layout.with_iterations(apart + 1)
+    names, heads = layout.physical_names(), cfg.n_heads
+    physical: dict[str, Any] = model.physical_blocks()
+    device = model.embed.W_E.device
+    scores = torch.zeros(len(names), heads, len(names), heads, device=device)
+    writers: list[int] = []
+
+    def block(index: int) -> Any:
+        return physical[layout.physical_name(index)]
+
+    def rows(site: Site) -> Rows | None:
+        if site.kind != "attn":
+            return None
+        assert site.block is not None
+        at = layout.coordinate(site.block)
+        if (at.iteration or 0) > 0 or (apart and at.phase == "coda"):
+            return None
+        writers.append(names.index(layout.physical_name(site.block)))
+        inside = cfg.block_norm in ("sandwich", "post_branch")
+        attn = block(site.block).attn
+        W_O = effective_weight(block(site.block), "attn", "W_O") if inside else working(attn.W_O)
+        return Rows(W_O.flatten(0, 1), [site.label] * (heads * cfg.d_head))
+
+    carrier = Carrier(rows)
+    anew = cfg.injection is not None or cfg.initial_state != "embed"
+
+    def without_scale(prefix: str, norm: Any) -> FrozenNorm:
+        return FrozenNorm.of(norm, None, device)
+
+    for step in path_steps(model, layout, Target(layout.n_layers), without_scale, anew):
+        if isinstance(step, Inject) and step.site.iteration:
+            continue
+        if isinstance(step, Read) and carrier.stack is not None:
+            at = layout.coordinate(step.block)
+            last = at.phase == "coda" or at.iteration == apart
+            if last or (apart == 0 and at.phase == "prelude"):
+                reader = names.index(layout.physical_name(step.block))
+                written = carrier.stack.unflatten(0, (len(writers), heads, cfg.d_head))
+                read_by = [physical[names[w]] for w in writers]
+                W_V = torch.stack([effective_weight(b, "attn", "W_V") for b in read_by])
+                found = composition_scores(
+                    FactoredMatrix(W_V, written), _circuit(model, mode, block(step.block))
+                )
+                scores[writers, :, reader] = found.nan_to_num().to(scores)
+        else:
+            carrier.take(step)
+    return scores
+
+
+def _circuit(model: Any, mode: str, block: Any) -> FactoredMatrix:
+    """A block's QK, QKᵀ or OV circuit, with the gains that belong to it."""
+    W_O = effective_weight(block, "attn", "W_O")
+    if mode == "V":
+        return FactoredMatrix(effective_weight(block, "attn", "W_V"), W_O)
+    queries = _behind_qk_norm(model, block.attn, "q_norm", "W_Q", block)
+    keys = _behind_qk_norm(model, block.attn, "k_norm", "W_K", block)
+    circuit = FactoredMatrix(queries, keys.mT)
+    return circuit if mode == "Q" else circuit.T
+
+
+def _behind_qk_norm(model: Any, attn: Any, norm: str, weight: str, block: Any) -> Tensor:
+    W = effective_weight(block, "attn", weight)
+    if model.cfg.qk_norm == "head_weight":
+        gain = getattr(attn, norm).w
+        return W if gain is None else W * working(gain)
+    if model.cfg.qk_norm != "full":
+        return W
+    # The norm is over all (distinct) heads of a position together.
+    copies = attn.groups if weight == "W_K" else 1
+    flat = W[::copies].movedim(0, 1).flatten(1)
+    flat = FrozenNorm.of(getattr(attn, norm), None, flat.device)(flat)
+    return flat.unflatten(1, (-1, W.shape[-1])).movedim(1, 0).repeat_interleave(copies, dim=0)

@@ -1,14 +1,20 @@
 """Hook names by coordinate, wherever TransformerLens takes a hook name."""
 
-import difflib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+
+from torch import Tensor
 
 from tl_loops.cache.cache import LoopedActivationCache
 from tl_loops.config.config import LoopedTransformerConfig
+from tl_loops.errors import did_you_mean
 from tl_loops.layout.layout import LoopLayout
-from tl_loops.upstream import HookPoint, TransformerBase
+from tl_loops.layout.names import spec_of
+from tl_loops.model.iterations import iterations, set_iterations
+from tl_loops.model.start import real_tokens
+from tl_loops.upstream import HookPoint, Slice, TransformerBase
 
 HookName = str | Callable[[str], bool]
 Hooks = list[tuple[HookName, Callable]]
@@ -37,9 +43,25 @@ class CoordinateHooks(TransformerBase):
         """Coordinates and names of the unrolled blocks."""
         return self.cfg.layout
 
-    def iterations(self, n_iterations: int) -> AbstractContextManager:
-        """Run a block of code with another number of iterations."""
-        raise NotImplementedError
+    def set_iterations(self, n_iterations: int) -> None:
+        """Change the number of iterations in place; no weight is copied.
+
+        Iterations that remain keep their hooks; those that go lose them.
+
+        Raises:
+            ConfigError: ``n_iterations`` is not an integer of at least 1.
+            LoopedSemanticsError: The model has several loops.
+        """
+        set_iterations(self, n_iterations)
+
+    def iterations(self, n_iterations: int) -> AbstractContextManager[Any]:
+        """Run a block of code with another number of iterations; hooks are restored after it.
+
+        Raises:
+            ConfigError: ``n_iterations`` is not an integer of at least 1.
+            LoopedSemanticsError: The model has several loops.
+        """
+        return iterations(self, n_iterations)
 
     def hook_name(self, name: str) -> str:
         """The canonical name of a hook point.
@@ -61,8 +83,7 @@ class CoordinateHooks(TransformerBase):
         known = list(self.hook_dict)
         if canonical != name:
             known = [self.layout.alias(other) for other in known]
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(map(repr, near))}?" if near else "see model.hook_dict"
+        hint = did_you_mean(name, known, "see model.hook_dict", quoted=True)
         raise HookNameError(f"no hook point is called {name!r}: {hint}")
 
     def _canonical(self, name: HookName) -> HookName:
@@ -99,23 +120,21 @@ class CoordinateHooks(TransformerBase):
         Raises:
             HookNameError: The flag that the hook point needs is off; the message names the setter.
         """
-        if ".attn.first_pass." in hook_point_name:
-            index = int(hook_point_name.split(".")[1])
-            if not self.layout.coordinate(index).iteration:
+        spec = spec_of(hook_point_name)
+        if spec is None:
+            return
+        if spec.place == "block" and spec.first_iteration:
+            block = int(hook_point_name.split(".")[1])
+            if (self.layout.coordinate(block).iteration or 0) < spec.first_iteration:
                 raise HookNameError(
-                    f"{hook_point_name} fires from iteration 1 on: iteration 0 is the first pass"
+                    f"{hook_point_name} fires from iteration {spec.first_iteration} on: "
+                    "iteration 0 is the first pass"
                 )
-        for suffixes, flag in (
-            (("attn.hook_result",), "use_attn_result"),
-            (("hook_q_input", "hook_k_input", "hook_v_input"), "use_split_qkv_input"),
-            (("hook_mlp_in",), "use_hook_mlp_in"),
-            (("hook_attn_in",), "use_attn_in"),
-        ):
-            if hook_point_name.endswith(suffixes) and not getattr(self.cfg, flag):
-                raise HookNameError(
-                    f"{hook_point_name} does not fire while cfg.{flag} is False: "
-                    f"call model.set_{flag}(True) first"
-                )
+        if spec.flag is not None and not getattr(self.cfg, spec.flag):
+            raise HookNameError(
+                f"{hook_point_name} does not fire while cfg.{spec.flag} is False: "
+                f"call model.set_{spec.flag}(True) first"
+            )
 
     def add_hook(self, name: HookName, hook: Callable, *args: Any, **kwargs: Any) -> None:
         """Add a hook; as in TransformerLens, with aliases."""
@@ -139,12 +158,9 @@ class CoordinateHooks(TransformerBase):
         with super().hooks(forward, backward, reset_hooks_end, clear_contexts):
             yield self
 
-    def _for_call(self, n_iterations: int | None) -> AbstractContextManager:
-        return nullcontext() if n_iterations is None else self.iterations(n_iterations)
-
     def run_with_hooks(self, *args: Any, n_iterations: int | None = None, **kwargs: Any) -> Any:
         """Run with temporary hooks; names are those of the layout with ``n_iterations``."""
-        with self._for_call(n_iterations):
+        with iterations(self, n_iterations):
             return super().run_with_hooks(*args, **kwargs)
 
     def add_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> dict:
@@ -154,16 +170,33 @@ class CoordinateHooks(TransformerBase):
     def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> tuple:
         """Make hooks that cache; as in TransformerLens, with aliases.
 
-        Hook points that do not fire with the present flags are left out.
+        Hook points that do not fire with the present flags are left out. ``pos_slice`` cuts the
+        position axis of each, whatever its other axes are.
         """
+        positions = Slice.unwrap(kwargs.pop("pos_slice", None))
         cache, forward, backward = super().get_caching_hooks(
             self._canonical_filter(names_filter), *args, **kwargs
         )
         return (
             cache,
-            [h for h in forward if self._fires(h[0])],
-            [h for h in backward if self._fires(h[0])],
+            [(n, _at_positions(n, h, positions)) for n, h in forward if self._fires(n)],
+            [(n, _at_positions(n, h, positions)) for n, h in backward if self._fires(n)],
         )
+
+    def list_hooks(self, name_filter: Any = None, *args: Any, **kwargs: Any) -> dict[str, list]:
+        """Attached hooks by canonical name; as in TransformerLens, with aliases.
+
+        Raises:
+            HookNameError: A name matches no hook point.
+        """
+        return super().list_hooks(self._canonical_names(name_filter), *args, **kwargs)
+
+    def _canonical_names(self, name_filter: Any) -> Any:
+        if isinstance(name_filter, str):
+            return self.hook_name(name_filter)
+        if name_filter is None or callable(name_filter):
+            return name_filter
+        return [self.hook_name(name) for name in name_filter]
 
     def _fires(self, name: str) -> bool:
         try:
@@ -189,13 +222,45 @@ class CoordinateHooks(TransformerBase):
         Raises:
             HookNameError: ``names_filter`` names no hook point.
         """
-        with self._for_call(n_iterations):
+        with iterations(self, n_iterations):
             output, cache = super().run_with_cache(
                 *args, return_cache_object=False, remove_batch_dim=remove_batch_dim, **kwargs
             )
             if return_cache_object:
-                cache = LoopedActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+                mask = self._mask_of_run(args, kwargs)
+                mask = mask[0] if mask is not None and remove_batch_dim else mask
+                cache = LoopedActivationCache(cache, self, not remove_batch_dim, mask)
         return output, cache
+
+    def _mask_of_run(self, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+        """Which tokens of a run are real, as a cache of it keeps them; ``None``: all."""
+        signature = inspect.signature(self.forward)
+        names = [name for name in kwargs if name in signature.parameters]
+        given = signature.bind(*args, **{name: kwargs[name] for name in names}).arguments
+        starts = (given.get("start_at_layer"), given.get("start_at_iteration"))
+        mask = real_tokens(
+            self,
+            given["input"],
+            given.get("attention_mask"),
+            given.get("prepend_bos"),
+            given.get("padding_side"),
+            from_tokens=starts == (None, None),
+        )
+        positions = Slice.unwrap(kwargs.get("pos_slice"))
+        return mask if mask is None else positions.apply(mask, dim=1)
+
+
+def _at_positions(name: str, save: Callable, positions: Slice) -> Callable:
+    """A caching hook that is shown some positions only."""
+    spec = spec_of(name)
+    dim = 1 if spec is None else spec.pos_dim
+    if positions.mode == "identity" or dim is None:
+        return save
+
+    def save_part(value: Any, hook: Any) -> None:
+        save(positions.apply(value, dim=dim), hook)
+
+    return save_part
 
 
 def _no_hook(tensor: Any, hook: Any) -> None:

@@ -1,65 +1,57 @@
 """Changing how often a loop runs: blocks and hook points come and go, weights stay."""
 
-from collections.abc import Callable, Iterable, Iterator
+import copy
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from tl_loops.model.hooks import CoordinateHooks
-from tl_loops.nn.loop.hooks import IterationHooks
 from tl_loops.nn.unrolling import unroll
 
 
-class Iterations(CoordinateHooks):
-    """A model whose blocks are unrolled from physical ones, as often as its config says."""
+def set_iterations(model: Any, n_iterations: int) -> None:
+    """Change the number of iterations of a model in place; see ``model.set_iterations``.
 
-    blocks: nn.ModuleList
-    iter: nn.ModuleList
-    physical_blocks: Callable[[], dict[str, Any]]
+    All that can fail is made first, by a config of its own; the model changes last.
+    """
+    if n_iterations == model.cfg.n_iterations:
+        return
+    old, blocks, physical = model.layout, list(model.blocks), model.physical_blocks()
+    cfg = copy.copy(model.cfg)
+    cfg.set_iterations(n_iterations)
+    kept = [
+        [blocks[i] for i in old.iteration_blocks(t)]
+        for t in range(min(old.n_iterations, n_iterations))
+    ]
+    layout = cfg.layout
+    unrolled = unroll(layout, physical, reuse=kept)
+    core = unrolled[layout.core_start : layout.coda_start]
+    new_blocks = nn.ModuleList([*blocks[: old.core_start], *core, *blocks[old.coda_start :]])
+    new_iter = nn.ModuleList(model.iteration_hooks(cfg, model.iter))
+    _assign(model, n_iterations, new_blocks, new_iter)
 
-    def _iteration_hooks(self, old: Iterable[nn.Module]) -> list[IterationHooks]:
-        """Hook points for the present iterations; those of ``old`` are kept where they fit."""
-        raise NotImplementedError
 
-    def set_iterations(self, n_iterations: int) -> None:
-        """Change the number of iterations in place; no weight is copied.
+@contextmanager
+def iterations(model: Any, n_iterations: int | None) -> Iterator[Any]:
+    """Run a block of code with another number of iterations; ``None``: with the present one.
 
-        Iterations that remain keep their hooks; those that go lose them.
+    This is the one way in which a call takes ``n_iterations``. Blocks and hook points of before
+    come back after it, with their hooks.
+    """
+    if n_iterations is None:
+        yield model
+        return
+    before, blocks, hooks = model.cfg.n_iterations, model.blocks, model.iter
+    set_iterations(model, n_iterations)
+    try:
+        yield model
+    finally:
+        if model.cfg.n_iterations != before or model.blocks is not blocks:
+            _assign(model, before, blocks, hooks)
 
-        Raises:
-            ConfigError: ``n_iterations`` is not an integer of at least 1.
-            LoopedSemanticsError: The model has several loops.
-        """
-        if n_iterations == self.cfg.n_iterations:
-            return
-        old, blocks, physical = self.layout, list(self.blocks), self.physical_blocks()
-        self.cfg.set_iterations(n_iterations)
-        kept = [
-            [blocks[i] for i in old.iteration_blocks(t)]
-            for t in range(min(old.n_iterations, n_iterations))
-        ]
-        layout = self.layout
-        unrolled = unroll(layout, physical, reuse=kept)
-        core = unrolled[layout.core_start : layout.coda_start]
-        self.blocks = nn.ModuleList([*blocks[: old.core_start], *core, *blocks[old.coda_start :]])
-        self.iter = nn.ModuleList(self._iteration_hooks(self.iter))
-        self.setup()
 
-    @contextmanager
-    def iterations(self, n_iterations: int) -> Iterator[Any]:
-        """Run a block of code with another number of iterations; hooks are restored behind it.
-
-        Raises:
-            ConfigError: ``n_iterations`` is not an integer of at least 1.
-            LoopedSemanticsError: The model has several loops.
-        """
-        before, blocks, hooks = self.cfg.n_iterations, self.blocks, self.iter
-        self.set_iterations(n_iterations)
-        try:
-            yield self
-        finally:
-            if self.cfg.n_iterations != before or self.blocks is not blocks:
-                self.cfg.set_iterations(before)
-                self.blocks, self.iter = blocks, hooks
-                self.setup()
+def _assign(model: Any, n_iterations: int, blocks: nn.ModuleList, hooks: nn.ModuleList) -> None:
+    model.cfg.set_iterations(n_iterations)
+    model.blocks, model.iter = blocks, hooks
+    model.setup()

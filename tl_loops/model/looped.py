@@ -6,16 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import ConfigError, LoopedSemanticsError
 from tl_loops.loading import open as loading
 from tl_loops.loading.tokenizer import load_tokenizer
-from tl_loops.model.circuits import Circuits
-from tl_loops.model.generation import Generation
-from tl_loops.model.iterations import Iterations
-from tl_loops.model.state_dicts import InheritedMethods
+from tl_loops.model import generation, readout, state_dicts
+from tl_loops.model.exits import ExitMode
+from tl_loops.model.hooks import CoordinateHooks
+from tl_loops.model.iterations import iterations
+from tl_loops.model.start import block_index, check_return_type, key_value_sharing, start_run
+from tl_loops.model.state_dicts import without_unsupported
 from tl_loops.model.weights import PhysicalWeights, Weights, owners
 from tl_loops.nn.embedding import Embed, PosEmbed, Unembed
 from tl_loops.nn.initialise import initialise
@@ -23,10 +26,18 @@ from tl_loops.nn.loop.hooks import IterationHooks
 from tl_loops.nn.norm import Norm
 from tl_loops.nn.rotary import RotaryTable
 from tl_loops.nn.unrolling import iteration_hooks, physical_blocks, tied_copy, unroll
-from tl_loops.upstream import HookPoint, init_root, set_tokenizer
+from tl_loops.upstream import (
+    USE_DEFAULT_VALUE,
+    HookPoint,
+    KeyValueCache,
+    LocallyOverridenDefaults,
+    init_root,
+    set_tokenizer,
+)
 
 
-class LoopedTransformer(Iterations, Generation, InheritedMethods, Circuits, PhysicalWeights):
+@without_unsupported
+class LoopedTransformer(CoordinateHooks, PhysicalWeights):
     """A looped transformer as a HookedTransformer whose every pass has hook points of its own.
 
     Block ``blocks.{i}`` is layer ``l`` at iteration ``t`` with ``i = n_prelude + t * n_core + l``;
@@ -51,7 +62,11 @@ class LoopedTransformer(Iterations, Generation, InheritedMethods, Circuits, Phys
     """
 
     iter: nn.ModuleList
+    blocks: Any
     ln_final: Norm
+    ln_coda: Norm
+    coda_in: nn.Module
+    _rotary: RotaryTable | None
 
     def __init__(
         self,
@@ -98,7 +113,7 @@ class LoopedTransformer(Iterations, Generation, InheritedMethods, Circuits, Phys
             waiting |= {name: getattr(self, name) for name in owners(cfg) if hasattr(self, name)}
             self._assign(weights, waiting)
 
-        self.blocks = nn.ModuleList(unroll(cfg.layout, physical))  # type: ignore[assignment]
+        self.blocks = nn.ModuleList(unroll(cfg.layout, physical))
         self.iter = nn.ModuleList(iteration_hooks(cfg, self.ln_final))
         if cfg.norm_before_coda:
             self.ln_coda = tied_copy(self.ln_final)
@@ -118,11 +133,11 @@ class LoopedTransformer(Iterations, Generation, InheritedMethods, Circuits, Phys
             generator = torch.Generator().manual_seed(self.cfg.seed)
         initialise(self.physical_named_parameters(), self.cfg.initializer_range, generator)
 
-    # Iterations.
-
-    def _iteration_hooks(self, old: Iterable[nn.Module]) -> list[IterationHooks]:
-        """Hook points for the present iterations; those of ``old`` are kept where they fit."""
-        new = iteration_hooks(self.cfg, self.ln_final)
+    def iteration_hooks(
+        self, cfg: LoopedTransformerConfig, old: Iterable[nn.Module]
+    ) -> list[IterationHooks]:
+        """Hook points for the iterations of ``cfg``; those of ``old`` are kept where they fit."""
+        new = iteration_hooks(cfg, self.ln_final)
         # Only the hook points move over: an iteration that was the last has no norm of its own
         # where the final norm ends it, and gets one when others follow.
         for hooks, previous in zip(new, old, strict=False):
@@ -131,10 +146,115 @@ class LoopedTransformer(Iterations, Generation, InheritedMethods, Circuits, Phys
                     setattr(hooks, name, child)
         return new
 
+    # Running.
+
+    def forward(
+        self,
+        input: str | list[str] | Int[Tensor, "*batch pos"] | Float[Tensor, "batch pos d_model"],
+        return_type: str | None = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = USE_DEFAULT_VALUE,
+        padding_side: str | None = USE_DEFAULT_VALUE,
+        start_at_layer: int | None = None,
+        tokens: Int[Tensor, "batch pos"] | None = None,
+        shortformer_pos_embed: None = None,
+        attention_mask: Int[Tensor, "batch key"] | Bool[Tensor, "batch key"] | None = None,
+        stop_at_layer: int | None = None,
+        past_kv_cache: KeyValueCache | None = None,
+        *,
+        n_iterations: int | None = None,
+        initial_state: Float[Tensor, "..."] | None = None,
+        injection: Float[Tensor, "..."] | None = None,
+        start_at_iteration: int | None = None,
+        exit_at: int | None = None,
+        exit_threshold: float | None = None,
+        weighted_exit: bool = False,
+        other_state: Float[Tensor, "..."] | None = None,
+        prefix_mask: Int[Tensor, "..."] | Bool[Tensor, "..."] | None = None,
+        kv_sharing: str | None = None,
+    ) -> Any:
+        """Run the model.
+
+        The arguments up to ``past_kv_cache`` are TransformerLens's, on unrolled block indices.
+
+        Args:
+            input: Text, tokens, or (with a start) the residual stream.
+            return_type: ``"logits"``, ``"loss"``, ``"both"`` or ``None``.
+            loss_per_token: Whether the loss keeps its position axis.
+            prepend_bos: Overrides ``cfg.default_prepend_bos`` for text.
+            padding_side: Overrides the tokenizer's side for text.
+            start_at_layer: Start before this block, with its ``resid_pre`` (after the injection)
+                as input. 0 means: after the embedding.
+            tokens: Tokens for the loss, and for value embeddings where the model has them, when the
+                input is not tokens.
+            shortformer_pos_embed: Accepted for TransformerLens's generation loop; must be ``None``.
+            attention_mask: 1 for tokens, 0 for padding, over cached and new tokens.
+            stop_at_layer: Return what enters this block; with the unrolled depth, what leaves the
+                last one. ``model(model(x, stop_at_layer=i), start_at_layer=i, ...)`` is
+                ``model(x)``.
+            past_kv_cache: One entry per unrolled block.
+            n_iterations: Number of iterations for this call.
+            initial_state: [batch, pos, d_model], the state before iteration 0; ``None``: the
+                architecture's rule.
+            injection: [batch, pos, d_model], the prelude output e (``cache["hook_injection"]``),
+                needed when a start skips the prelude and later iterations inject it.
+            start_at_iteration: Start before this iteration, with its ``hook_state_in`` as input.
+            exit_at: Logits of the state after this iteration (models without a coda).
+            exit_threshold: Per position, logits of the first iteration whose cumulative exit
+                probability reaches this; default ``cfg.exit_threshold``.
+            weighted_exit: Logits of all iterations weighted by their exit probabilities.
+            other_state: [batch, pos, d_model], with two stacks and a start inside the loop: the
+                state of the stack that the first iteration does not call
+                (``cache["iter.{t}.hook_other_in"]``).
+            prefix_mask: 1 where new tokens see each other in both directions, else 0 (models with
+                ``cfg.prefix_mask``). Not after a filled key-value cache: a prefix is one call.
+            kv_sharing: Which keys and values the iterations share, see
+                :class:`tl_loops.KVSharing`; ``None``: as the cache was made, else
+                ``cfg.kv_sharing``; ``"none"``: not. With ``past_kv_cache`` it must be the cache's.
+
+        Returns:
+            Logits [batch, pos, d_vocab], the loss, both, nothing, or with ``stop_at_layer`` the
+            residual stream [batch, pos, d_model].
+
+        Raises:
+            ValueError: Arguments of the wrong shape, out of range, or that contradict each other.
+            LoopedSemanticsError: The exit asked for has no meaning on this model.
+        """
+        with iterations(self, n_iterations):
+            check_return_type(return_type)
+            mode = ExitMode(exit_at, exit_threshold, weighted_exit)
+            if not mode.early:
+                mode = ExitMode(threshold=self.cfg.exit_threshold)
+            sharing = key_value_sharing(self, kv_sharing, past_kv_cache)
+            with LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
+                where = (start_at_layer, start_at_iteration, past_kv_cache, prefix_mask)
+                start = start_run(self, input, tokens, attention_mask, *where)
+            if (stop := stop_at_layer) is not None:
+                stop = block_index(self.cfg.n_layers, stop, "stop_at_layer")
+            mode.check(self.cfg, start.first_iteration())
+            start.carry(sharing, stop, initial_state, injection, other_state)
+            start.run.keep_states = mode.early and stop is None
+            trajectory = start.go(stop)
+            if stop is not None:
+                return trajectory.resid
+            logits = readout.logits_of(self, mode, trajectory, return_type is not None)
+            return readout.output(
+                self, return_type, logits, start.tokens, start.mask, loss_per_token
+            )
+
+    generate: Any = generation.generate
+    generate_stream: Any = generation.generate_stream
+    enter_coda: Any = readout.enter_coda
+    state_logits: Any = readout.state_logits
+    make_kv_cache: Any = generation.make_kv_cache
+    input_to_embed: Any = state_dicts.input_to_embed
+    get_residual: Any = state_dicts.get_residual
+    load_and_process_state_dict: Any = state_dicts.load_and_process_state_dict
+
     # Loading and saving.
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         model_name: str | Path,
         fold_ln: bool = True,
@@ -233,7 +353,7 @@ class LoopedTransformer(Iterations, Generation, InheritedMethods, Circuits, Phys
         return model
 
     @classmethod
-    def from_pretrained_no_processing(  # type: ignore[override]
+    def from_pretrained_no_processing(
         cls, model_name: str | Path, **kwargs: Any
     ) -> "LoopedTransformer":
         """:meth:`from_pretrained` without folding and centring: the weights as they are stored."""

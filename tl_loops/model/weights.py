@@ -12,6 +12,7 @@ from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.mechanisms import MECHANISMS
+from tl_loops.model import circuits
 from tl_loops.upstream import TransformerBase
 
 Weights = Iterable[tuple[str, Tensor]]
@@ -149,6 +150,13 @@ class PhysicalWeights(TransformerBase):
     def move_model_modules_to_device(self) -> None:
         """Move everything to ``cfg.device``; tied weights stay on one device."""
         nn.Module.to(self, self.cfg.device)
+
+    # Analyses of the weights alone.
+
+    all_head_labels: Any = circuits.all_head_labels
+    tl_parameters: Any = circuits.tl_parameters
+    accumulated_bias: Any = circuits.accumulated_bias
+    all_composition_scores: Any = circuits.all_composition_scores
 
     # Stacks over physical layers.
 

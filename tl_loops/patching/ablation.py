@@ -16,7 +16,7 @@ from tl_loops.patching.activation import patch_grid
 from tl_loops.runs.activations import check_cache, take
 from tl_loops.runs.cells import Cell, Edit
 from tl_loops.runs.grid import Grid, make_grid
-from tl_loops.runs.inputs import run_inputs
+from tl_loops.runs.inputs import real_positions, run_inputs
 from tl_loops.runs.rerun import BaseRun
 from tl_loops.runs.scoring import Metric, logits_score, start_run
 
@@ -52,7 +52,8 @@ def ablate(
             cells.
         reference: Cache of the reference prompts, for ``"mean"`` and ``"resample"``.
         mean_over: Whether the mean is over prompts, or over prompts and positions (which also lets
-            reference prompts have another length; not for patterns).
+            reference prompts have another length; not for patterns). Padding, by the cache's
+            ``mask``, enters neither.
         seed: Of the draw of ``"resample"``.
         batch_size: As in :func:`tl_loops.patching.activation_patch`.
         progress: Show a progress bar.
@@ -112,10 +113,17 @@ def _means(model: Any, grid: Grid, reference: Any, n_pos: int, mean_over: str) -
         value = reference[name]
         length = n_pos if mean_over == "batch" else value.shape[activation.pos_dim]
         value = take(reference, activation, name, (value.shape[0], length), heads)
+        real = real_positions(reference, value.shape[0], length).to(value.device)
         if mean_over == "batch":
-            values[name] = value.float().mean(0, keepdim=True)
+            # Where no prompt has a token all rows are padding: their mean.
+            weights = torch.where(real.any(0), real, True)
+            shape = [1] * value.ndim
+            shape[0], shape[activation.pos_dim] = weights.shape
+            weights = weights.reshape(shape)
+            total = torch.where(weights, value.float(), 0.0).sum(0, keepdim=True)
+            values[name] = total / weights.sum(0, keepdim=True)
         else:
-            mean = value.float().mean((0, 1), keepdim=True)
+            mean = value.float()[real].mean(0)[None, None]
             values[name] = mean.expand(1, n_pos, *mean.shape[2:])
     return values
 
@@ -180,13 +188,13 @@ def find_massive_sites(
 
     Source: 2402.17762, section 2.
     """
-    run = BaseRun(model, run_inputs(model, tokens, forward_arguments))
+    inputs = run_inputs(model, tokens, forward_arguments)
+    run = BaseRun(model, inputs)
     layout, n_layers = layout_of(model), model.cfg.n_layers
-    real = None if run.mask is None else run.mask.bool()
     present: dict[str, dict[tuple[int, ...], float]] = {}
 
     def look(name: str, resid: Tensor) -> None:
-        found = massive_activations(resid, magnitude, ratio, real)
+        found = massive_activations(resid, magnitude, ratio, inputs.mask)
         where = map(tuple, found.index.tolist())
         present[name] = dict(zip(where, found.value.tolist(), strict=True))
 

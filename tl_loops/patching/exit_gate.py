@@ -11,7 +11,7 @@ from torch import Tensor
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.of_model import layout_of
-from tl_loops.layout.selection import Selection, chosen_values
+from tl_loops.layout.selection import Selection, distinct_indices
 from tl_loops.patching.activation import patch_grid, take_all
 from tl_loops.runs.activations import check_cache
 from tl_loops.runs.batches import check_batch_size
@@ -157,7 +157,7 @@ def force_exit(
         IndexError: There is no such iteration.
     """
     layout = _gated(model)
-    (stop,) = chosen_values("iteration", layout.n_iterations, iteration)
+    (stop,) = distinct_indices("iteration", layout.n_iterations, iteration)
     index: Any = slice(None) if positions is None else positions
     return [
         (name, partial(_force, index, FORCED if t == stop else -FORCED))

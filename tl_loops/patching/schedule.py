@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
-from tl_loops.layout.of_model import layout_of
-from tl_loops.layout.selection import chosen_values
+from tl_loops.layout.of_model import require_layout
+from tl_loops.layout.selection import distinct_indices
 
 HookList = list[tuple[str, Callable]]
 
@@ -54,7 +54,7 @@ def run_schedule(
         IndexError: The schedule names an iteration that does not exist.
         LoopedSemanticsError: Iterations call different stacks, so that places are not exchangeable.
     """
-    layout = _loop_of(model)
+    layout = require_layout(model)
     if layout.stacks is not None:
         raise LoopedSemanticsError(
             "iterations of this model call different stacks, so that they cannot change places; "
@@ -63,7 +63,7 @@ def run_schedule(
     if len(schedule) == 0:
         raise ValueError("the schedule is empty: it needs at least one iteration")
     for t in schedule:
-        chosen_values("iteration", layout.n_iterations, t)
+        distinct_indices("iteration", layout.n_iterations, t)
     order = [t % layout.n_iterations for t in schedule]
     placed = [pair for name, hook in fwd_hooks for pair in _place(layout, order, name, hook)]
     with model.iterations(len(order)):
@@ -80,8 +80,8 @@ def skip_schedule(model: Any, iterations: int | Sequence[int]) -> list[int]:
         IndexError: There is no such iteration.
         ValueError: Nothing would be left.
     """
-    n = _loop_of(model).n_iterations
-    left_out = chosen_values("iteration", n, iterations)
+    n = require_layout(model).n_iterations
+    left_out = distinct_indices("iteration", n, iterations)
     kept = [t for t in range(n) if t not in left_out]
     if not kept:
         raise ValueError("all iterations would be skipped: leave at least one")
@@ -97,8 +97,8 @@ def repeat_schedule(model: Any, iteration: int, times: int = 2) -> list[int]:
     """
     if times < 1:
         raise ValueError(f"times must be at least 1, got {times}; skip_schedule leaves it out")
-    n = _loop_of(model).n_iterations
-    (repeated,) = chosen_values("iteration", n, iteration)
+    n = require_layout(model).n_iterations
+    (repeated,) = distinct_indices("iteration", n, iteration)
     return [t for t in range(n) for _ in range(times if t == repeated else 1)]
 
 
@@ -108,8 +108,8 @@ def swap_schedule(model: Any, a: int, b: int) -> list[int]:
     Raises:
         IndexError: There is no such iteration.
     """
-    order = list(range(_loop_of(model).n_iterations))
-    first, second = (chosen_values("iteration", len(order), t)[0] for t in (a, b))
+    order = list(range(require_layout(model).n_iterations))
+    first, second = (distinct_indices("iteration", len(order), t)[0] for t in (a, b))
     order[first], order[second] = order[second], order[first]
     return order
 
@@ -130,7 +130,7 @@ def skip_hooks(model: Any, iterations: int | Sequence[int]) -> HookList:
         IndexError: There is no such iteration.
     """
     hooks: HookList = []
-    for t in chosen_values("iteration", _loop_of(model).n_iterations, iterations):
+    for t in distinct_indices("iteration", require_layout(model).n_iterations, iterations):
         kept: dict[str, Tensor] = {}
         hooks.append((f"iter.{t}.hook_state_in", partial(_keep, kept)))
         hooks.append((f"iter.{t}.hook_state_out", partial(_give_back, kept)))
@@ -157,10 +157,10 @@ def swap_hooks(model: Any, cache: Any, a: int, b: int, what: str = "state") -> H
         IndexError: There is no such iteration.
         ValueError: The cache lacks a state.
     """
-    layout = _loop_of(model)
+    layout = require_layout(model)
     if what not in ("state", "update"):
         raise ValueError(f"what must be 'state' or 'update', got {what!r}")
-    first, second = (chosen_values("iteration", layout.n_iterations, t)[0] for t in (a, b))
+    first, second = (distinct_indices("iteration", layout.n_iterations, t)[0] for t in (a, b))
     points = ("hook_state_out",) if what == "state" else ("hook_state_in", "hook_state_out")
     for t in (first, second):
         for point in points:
@@ -180,13 +180,6 @@ def swap_hooks(model: Any, cache: Any, a: int, b: int, what: str = "state") -> H
             hooks.append((f"iter.{here}.hook_state_in", partial(_keep, kept)))
             hooks.append((f"iter.{here}.hook_state_out", partial(_give_back, kept, update=update)))
     return hooks
-
-
-def _loop_of(model: Any) -> LoopLayout:
-    layout = layout_of(model)
-    if layout is None:
-        raise ValueError("a model without a loop has no iterations")
-    return layout
 
 
 def _place(layout: LoopLayout, order: list[int], name: str, hook: Callable) -> HookList:

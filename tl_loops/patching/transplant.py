@@ -6,8 +6,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_loops.layout.of_model import layout_of
-from tl_loops.layout.selection import Selection, chosen_values, contiguous_parts
+from tl_loops.layout.of_model import require_layout
+from tl_loops.layout.selection import Selection, contiguous_parts, distinct_indices
 from tl_loops.patching.activation import replace
 from tl_loops.runs.activations import find_activation, take
 from tl_loops.runs.cells import Cell
@@ -55,9 +55,7 @@ def transplant_states(
             a metric that returns no scalar.
         IndexError: An iteration or a position is out of range.
     """
-    layout = layout_of(model)
-    if layout is None:
-        raise ValueError("a model without a loop has no states between iterations")
+    layout = require_layout(model)
     if activation not in ("state_in", "injected", "state_out"):
         raise ValueError(
             f"activation must be 'state_in', 'injected' or 'state_out', got {activation!r}"
@@ -65,9 +63,9 @@ def transplant_states(
     run = start_run(model, corrupted_tokens, metric, batch_size, forward_arguments, gradients)
     found = find_activation(model, activation)
     n_sources = _cached_iterations(clean_cache, found.rest)
-    source = chosen_values("source iteration", n_sources, sources)
-    target = chosen_values("target iteration", layout.n_iterations, targets)
-    parts = contiguous_parts(chosen_values("pos", run.n_pos, pos))
+    source = distinct_indices("source iteration", n_sources, sources)
+    target = distinct_indices("target iteration", layout.n_iterations, targets)
+    parts = contiguous_parts(distinct_indices("pos", run.n_pos, pos))
     missing = [t for t in source if found.hook_name(t) not in clean_cache.keys()]
     if missing:
         raise ValueError(

@@ -10,9 +10,8 @@ from torch import Tensor
 from tl_loops.drawing.depth import block_values
 from tl_loops.drawing.views import CircuitsView, Component, ViewPart
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.selection import Selection, chosen_indices, one_index
 from tl_loops.plots.subject import subject_of
-
-Indices = int | Sequence[int] | None
 
 
 def attention_view(
@@ -51,9 +50,9 @@ def attention_heads(
     source: Any,
     tokens: Any,
     *,
-    iterations: Indices = None,
-    layers: Indices = None,
-    heads: Indices = None,
+    iterations: Selection | None = None,
+    layers: Selection | None = None,
+    heads: Selection | None = None,
     row: int = 0,
     layout: LoopLayout | None = None,
     title: str | None = None,
@@ -90,12 +89,12 @@ def attention_heads(
     patterns, layout = _patterns(source, layout, row)
     n_heads = patterns.shape[1]
     words = token_texts(source, tokens)
-    chosen = chosen_indices("head", heads, n_heads)
+    chosen = chosen_indices("head", n_heads, heads)
     parts, notes = [], []
-    for t in chosen_indices("iteration", iterations, layout.n_iterations):
+    for t in chosen_indices("iteration", layout.n_iterations, iterations):
         blocks = [
             layout.index(iteration=t, layer=layer)
-            for layer in chosen_indices("core layer", layers, layout.n_core)
+            for layer in chosen_indices("core layer", layout.n_core, layers)
         ]
         shown = patterns[blocks][:, chosen].flatten(0, 1)
         names = [f"{layout.label(block)}H{head}" for block in blocks for head in chosen]
@@ -113,7 +112,7 @@ def attention_patterns(
     *,
     layer: int = 0,
     head: int = 0,
-    iterations: Indices = None,
+    iterations: Selection | None = None,
     row: int = 0,
     layout: LoopLayout | None = None,
     title: str | None = None,
@@ -145,9 +144,9 @@ def attention_patterns(
     """
     patterns, layout = _patterns(source, layout, row)
     words = token_texts(source, tokens)
-    (head,) = chosen_indices("head", head, patterns.shape[1])
+    head = one_index("head", head, patterns.shape[1])
     parts, notes = [], []
-    for t in chosen_indices("iteration", iterations, layout.n_iterations):
+    for t in chosen_indices("iteration", layout.n_iterations, iterations):
         block = layout.index(iteration=t, layer=layer)
         name = f"{layout.label(block)}H{head}"
         shown = patterns[block, head : head + 1]
@@ -219,21 +218,6 @@ def _patterns(
             f"{layout.n_layers} blocks"
         )
     return source, layout
-
-
-def chosen_indices(what: str, selection: Indices, size: int) -> list[int]:
-    """The indices of a selection, counted from 0.
-
-    Raises:
-        IndexError: One does not exist; the message calls it ``what``.
-    """
-    if selection is None:
-        return list(range(size))
-    chosen = [selection] if isinstance(selection, int) else list(selection)
-    for value in chosen:
-        if not -size <= value < size:
-            raise IndexError(f"there is no {what} {value}: there are {size}, counted from 0")
-    return [value % size for value in chosen]
 
 
 def _part(

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from tl_loops.drawing.figure import as_array
 from tl_loops.drawing.views import CircuitsView, ViewPart, as_text
+from tl_loops.layout.selection import Selection, chosen_indices
 from tl_loops.lens.result import LensResult
 from tl_loops.metrics.readout import token_rank
-from tl_loops.plots.attention import Indices, chosen_indices, prompt_text, token_texts
+from tl_loops.plots.attention import prompt_text, token_texts
 from tl_loops.plots.subject import subject_of
 
 _BLUE, _ORANGE = "#1f6fb4", "#d1642b"
@@ -94,7 +95,7 @@ def token_log_probs(
     tokens: Any,
     model: Any,
     *,
-    iterations: Indices = None,
+    iterations: Selection | None = None,
     row: int = 0,
     top_k: int = 10,
     title: str | None = None,
@@ -138,7 +139,7 @@ def token_log_probs(
         raise ValueError(f"top_k={top_k}, expected 1 to {size}")
     # What follows the last token is not known; the first is predicted by nothing.
     targets = ids[1:]
-    chosen = chosen_indices("iteration", iterations, logits.shape[0])
+    chosen = chosen_indices("iteration", logits.shape[0], iterations)
     parts, notes = [], []
     for t in chosen if len(targets) else ():
         read = logits[t, :-1, :size].detach().float().cpu()

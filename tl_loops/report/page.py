@@ -207,7 +207,7 @@ def _model_section(model: Any, n_prompts: int, what: str) -> Section:
 
 
 def _render(model: Any, sections: Sequence[Section]) -> str:
-    from tl_loops import __version__
+    from tl_loops.version import __version__
 
     folder = resources.files("tl_loops.report") / "templates"
     source = (folder / "report.html").read_text("utf-8")

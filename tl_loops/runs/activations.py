@@ -1,6 +1,5 @@
 """What can be patched: named activations, the axes that each has, and the hook points behind it."""
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,39 +7,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from tl_loops.errors import LoopedSemanticsError
-from tl_loops.layout.names import activation_name
+from tl_loops.errors import LoopedSemanticsError, did_you_mean
+from tl_loops.layout.names import Place, activation_name, hook_specs, spec_of
 from tl_loops.layout.of_model import layout_of
 from tl_loops.upstream import is_bridge
 
 Kind = Literal["stream", "heads", "pattern", "iteration", "run"]
-
-_STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_in", "pre", "post")
-_HEADS = (
-    "q",
-    "k",
-    "v",
-    "z",
-    "rot_q",
-    "rot_k",
-    "result",
-    "attn_in",
-    "q_input",
-    "k_input",
-    "v_input",
-)
-_KEY_VALUE = ("k", "v", "rot_k", "k_input", "v_input")
-_PATTERNS = ("pattern", "attn_scores")
-_ITERATION = ("state_in", "other_in", "injected", "state_out", "exit_gate")
-_RUN = ("embed", "pos_embed", "injection", "initial_state", "slow_initial_state")
-_FLAGS = {
-    "result": "use_attn_result",
-    "q_input": "use_split_qkv_input",
-    "k_input": "use_split_qkv_input",
-    "v_input": "use_split_qkv_input",
-    "attn_in": "use_attn_in",
-    "mlp_in": "use_hook_mlp_in",
-}
 
 _DEPTH = ("iteration", "layer", "block")
 _AXES: dict[Kind, tuple[str, ...]] = {
@@ -60,15 +32,26 @@ class Activation:
 
     Attributes:
         name: Shorthand, such as ``"resid_pre"``, ``"pattern"`` or ``"state_out"``.
-        kind: ``"stream"`` [batch, pos, ...], ``"heads"`` [batch, pos, head, ...], ``"pattern"``
-            [batch, head, dest, src], ``"iteration"`` (between iterations) and ``"run"`` (once a
-            run), both [batch, pos, ...].
+        place: In every block, at every iteration, or once in a run.
         rest: The hook name without its block or iteration.
+        dims: Names of the tensor's axes, as in :class:`tl_loops.layout.names.HookSpec`.
     """
 
     name: str
-    kind: Kind
+    place: Place
     rest: str
+    dims: tuple[str, ...]
+
+    @property
+    def kind(self) -> Kind:
+        """``"iteration"`` or ``"run"`` by place; in a block by axes.
+
+        ``"pattern"`` [batch, head, query, key], ``"heads"`` [batch, pos, head, ...], ``"stream"``
+        [batch, pos, ...].
+        """
+        if self.place != "block":
+            return self.place
+        return "pattern" if "query" in self.dims else "stream" if self.head_dim is None else "heads"
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -78,12 +61,13 @@ class Activation:
     @property
     def pos_dim(self) -> int:
         """The tensor axis of positions (destinations, for a pattern)."""
-        return 2 if self.kind == "pattern" else 1
+        return self.dims.index("query" if "query" in self.dims else "pos")
 
     @property
     def head_dim(self) -> int | None:
         """The tensor axis of heads, if there is one."""
-        return {"heads": 2, "pattern": 1}.get(self.kind)
+        heads = [axis for axis, name in enumerate(self.dims) if name in ("head", "kv_head")]
+        return heads[0] if heads else None
 
     def hook_name(self, index: int | None = None) -> str:
         """Canonical hook name at a block or, between iterations, at an iteration."""
@@ -98,7 +82,7 @@ class Activation:
             return None
         grouped = getattr(cfg, "n_key_value_heads", None)
         if (
-            self.name in _KEY_VALUE
+            "kv_head" in self.dims
             and grouped
             and not getattr(cfg, "ungroup_grouped_query_attention", False)
         ):
@@ -118,36 +102,63 @@ def find_activation(model: Any, name: str) -> Activation:
     Raises:
         ValueError: The name is unknown, or this model has no such activation.
     """
-    short = name.rsplit("hook_", 1)[-1] if name.startswith("hook_") else name
-    if short in _ITERATION or short in _RUN:
-        kind: Kind = "iteration" if short in _ITERATION else "run"
-        found = Activation(short, kind, f"hook_{short}")
-    else:
-        try:
-            rest = activation_name(name)
-        except ValueError:
-            every = (*_STREAM, *_HEADS, *_PATTERNS, *_ITERATION, *_RUN)
-            near = difflib.get_close_matches(name, every, n=3)
-            hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(every)}"
-            raise ValueError(f"unknown activation {name!r}: {hint}") from None
-        short = rest.rsplit("hook_", 1)[-1] if rest.startswith(("hook_", "attn.", "mlp.")) else rest
-        kind = "heads" if short in _HEADS else "pattern" if short in _PATTERNS else "stream"
-        found = Activation(short, kind, rest)
+    found = _described(model, name)
     if found.rest == "hook_resid_mid" and is_bridge(model):
         # The stream itself passes that hook point by: it is the input of the second norm.
         raise LoopedSemanticsError(
             "a TransformerBridge's hook_resid_mid is the MLP's input alone: an edit does not reach "
             "the residual stream; patch 'attn_out', or 'resid_pre' of the block"
         )
-    first = found.hook_name(0)
-    if first not in model.hook_dict:
+    present = [n for n in model.hook_dict if _rest(n) == (found.place, found.rest)]
+    if not present:
+        first = found.hook_name(0)
         raise ValueError(f"this model has no activation {name!r}: there is no hook point {first!r}")
-    flag = _FLAGS.get(short)
-    if flag is not None and not getattr(model.cfg, flag, False):
+    spec = spec_of(present[0])
+    if spec is None:
+        return found
+    if spec.flag is not None and not getattr(model.cfg, spec.flag, False):
         raise ValueError(
-            f"activation {name!r} needs cfg.{flag}, which is off: call model.set_{flag}(True) first"
+            f"activation {name!r} needs cfg.{spec.flag}, which is off: call "
+            f"model.set_{spec.flag}(True) first"
+        )
+    if spec.pos_dim is None:
+        raise ValueError(
+            f"activation {name!r} is one vector for all positions, so it has no axis of positions "
+            "to patch: edit it with run_with_hooks"
+        )
+    if spec.name.startswith("ln1.") and found.dims != spec.axes:
+        raise ValueError(
+            f"activation {name!r} fires once each for queries, keys and values while "
+            "cfg.use_split_qkv_input or cfg.use_attn_in is on: patch 'q_input', 'k_input' or "
+            "'v_input', or turn the flag off"
         )
     return found
+
+
+def _described(model: Any, name: str) -> Activation:
+    """What a shorthand or a name means, wherever it stands."""
+    full = name if "hook_" in name else f"hook_{name}"
+    for place in ("iteration", "run"):
+        for spec in hook_specs(place):
+            if spec.name == full:
+                return Activation(spec.short, place, spec.name, spec.axes_on(model.cfg))
+    try:
+        rest = activation_name(name)
+    except ValueError:
+        every = [spec.short for spec in hook_specs()]
+        raise ValueError(f"unknown activation {name!r}: {did_you_mean(name, every)}") from None
+    for spec in hook_specs("block"):
+        if spec.name == rest:
+            return Activation(spec.short, "block", rest, spec.axes_on(model.cfg))
+    return Activation(rest, "block", rest, ("batch", "pos", "d_model"))
+
+
+def _rest(name: str) -> tuple[Place, str]:
+    """The place of a hook point, and its name there."""
+    where, _, rest = name.partition(".")
+    if where not in ("blocks", "iter"):
+        return "run", name
+    return "block" if where == "blocks" else "iteration", rest.partition(".")[2]
 
 
 def take(

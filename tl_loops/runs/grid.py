@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_loops.layout.of_model import layout_of
-from tl_loops.layout.selection import Selection, chosen_values, contiguous_parts
+from tl_loops.layout.selection import Selection, contiguous_parts, distinct_indices
 from tl_loops.runs.activations import AXES, Activation, find_activation
 
 _SYNONYMS = {"head_index": "head", "dest_pos": "pos"}
@@ -95,7 +95,7 @@ def make_grid(
     where = {_SYNONYMS.get(axis, axis): chosen for axis, chosen in (where or {}).items()}
     _checked_axes(model, found, list(where), "where")
     ranges = _ranges(model, found, axes, n_pos, where)
-    values = {axis: chosen_values(axis, size, where.get(axis)) for axis, size in ranges.items()}
+    values = {axis: distinct_indices(axis, size, where.get(axis)) for axis, size in ranges.items()}
     cells: dict[str, list[tuple[int, ...]]] = {
         axis: [(value,) for value in values[axis]] for axis in axes
     }

@@ -65,7 +65,8 @@ class BaseRun:
         self.tokens, self.read = inputs.tokens, tuple(read)
         self.batch, self.n_pos = self.shape = inputs.shape
         # Explicit also where the model would find it, since a restart sees no tokens.
-        self.mask = None if inputs.mask is None else inputs.mask.long()
+        given = inputs.attention_mask
+        self.mask = None if given is None else given.long()
         self.initial_state = inputs.initial_state
         self.exit_arguments = dict(inputs.exits)
         self.gradients = gradients and torch.is_grad_enabled()

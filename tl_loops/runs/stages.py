@@ -6,6 +6,7 @@ the stage of the block before it; what precedes block 0 to the stage of block 0.
 """
 
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.names import spec_of
 
 
 def stage_of(name: str, layout: LoopLayout | None, n_layers: int) -> int:
@@ -19,23 +20,18 @@ def stage_of(name: str, layout: LoopLayout | None, n_layers: int) -> int:
     kind, _, rest = name.partition(".")
     if kind == "blocks":
         return int(rest.split(".")[0])
-    if kind in ("embed", "pos_embed", "hook_embed", "hook_pos_embed", "hook_tokens"):
+    spec = spec_of(name)
+    moment = "end" if spec is None else spec.moment
+    if moment == "start" or name == "hook_tokens":
         return 0
-    if layout is not None and kind == "iter":
-        t, _, point = rest.partition(".")
-        blocks = layout.iteration_blocks(int(t))
-        if point.startswith(("hook_state_in", "hook_other_in", "hook_injected")):
-            return max(blocks[0] - 1, 0)
-        return blocks[-1]
-    if layout is not None and name in (
-        "hook_injection",
-        "hook_initial_state",
-        "hook_slow_initial_state",
-    ):
+    if layout is None:
+        return n_layers - 1
+    if kind == "iter":
+        blocks = layout.iteration_blocks(int(rest.split(".")[0]))
+        return max(blocks[0] - 1, 0) if moment == "before" else blocks[-1]
+    if moment == "loop":
         return crossing_block(layout)
-    if layout is not None and kind == "ln_coda":
-        return layout.coda_start - 1
-    return n_layers - 1
+    return layout.coda_start - 1 if moment == "coda" else n_layers - 1
 
 
 def crossing_block(layout: LoopLayout | None) -> int:

@@ -20,11 +20,16 @@ def install_made_caches(is_looped: Callable[[Any], bool], looped_cache: type) ->
     def make(cls: type, cache_dict: Any = None, model: Any = None, *_: Any, **__: Any) -> Any:
         return object.__new__(looped_cache if cls is ActivationCache and is_looped(model) else cls)
 
-    ActivationCache.__new__ = make  # type: ignore[method-assign,assignment]
+    _set_new(make)
 
 
 def uninstall_made_caches() -> None:
     """Undo :func:`install_made_caches`; without it, do nothing."""
     if "__new__" in vars(ActivationCache):
         # Once a class had a __new__, Python's own refuses arguments for good; so a plain one stays.
-        ActivationCache.__new__ = lambda cls, *_, **__: object.__new__(cls)  # type: ignore
+        _set_new(lambda cls, *_, **__: object.__new__(cls))
+
+
+def _set_new(new: Callable[..., Any]) -> None:
+    cls: Any = ActivationCache
+    cls.__new__ = new

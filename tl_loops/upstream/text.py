@@ -130,7 +130,7 @@ class TextMethods:
         input: Any,
         prepend_bos: bool | None = USE_DEFAULT_VALUE,
         padding_side: str | None = USE_DEFAULT_VALUE,
-    ) -> list[str] | list[list[str]]:
+    ) -> list[Any]:
         """Each token of a text as a string.
 
         Args:
@@ -146,7 +146,7 @@ class TextMethods:
         """
         tokenizer = self._need_tokenizer("to_str_tokens")
         if isinstance(input, list):
-            return [self.to_str_tokens(one, prepend_bos, padding_side) for one in input]  # type: ignore[return-value]
+            return [self.to_str_tokens(one, prepend_bos, padding_side) for one in input]
         if isinstance(input, str):
             input = self.to_tokens(input, prepend_bos=prepend_bos, padding_side=padding_side)
         if not isinstance(input, (Tensor, np.ndarray)):
@@ -209,8 +209,12 @@ class TextMethods:
         return int(places[0 if mode == "first" else -1])
 
     def load_sample_training_dataset(self, **kwargs: Any) -> Any:
-        """A sample of the training data."""
-        raise NotImplementedError
+        """Raises: no sample of the training data is known.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("no sample of the training data is known: set model.dataset to rows")
 
     def sample_datapoint(
         self,

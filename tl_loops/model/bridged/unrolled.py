@@ -9,11 +9,14 @@ from torch import Tensor, nn
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.families.base import Family
+from tl_loops.model import readout
 from tl_loops.model.bridged.family import BridgedFamily
 from tl_loops.model.bridged.routing import routed
 from tl_loops.model.bridged.taps import Tap
 from tl_loops.model.hooks import HookNameError
+from tl_loops.model.iterations import iterations
 from tl_loops.model.looped import LoopedTransformer
+from tl_loops.model.start import block_index, check_return_type, read_tokens
 from tl_loops.model.weights import Weights
 from tl_loops.upstream import USE_DEFAULT_VALUE, HookPoint, LocallyOverridenDefaults
 
@@ -105,7 +108,7 @@ class UnrolledBridge(LoopedTransformer):
     ) -> None:
         """Accept every hook point that there is: none depends on a flag."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input: str | list[str] | Int[Tensor, "*batch pos"],
         return_type: str | None = "logits",
@@ -153,18 +156,7 @@ class UnrolledBridge(LoopedTransformer):
             LoopedSemanticsError: The Hugging Face model cannot do what an argument asks for.
             ValueError: An argument of the wrong shape or value.
         """
-        if n_iterations is not None and n_iterations != self.cfg.n_iterations:
-            arguments = {
-                k: v
-                for k, v in locals().items()
-                if k not in ("self", "n_iterations", "others", "__class__")
-            }
-            with self.iterations(n_iterations):
-                return self.forward(**arguments, **others)
-        if return_type not in ("logits", "loss", "both", None):
-            raise ValueError(
-                f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}"
-            )
+        check_return_type(return_type)
         if prefix_mask is not None and not self.cfg.prefix_mask:
             raise ValueError("prefix_mask is for models whose config has prefix_mask=True")
         asked = {"start_at_layer": start_at_layer, "past_kv_cache": past_kv_cache, **others}
@@ -179,13 +171,21 @@ class UnrolledBridge(LoopedTransformer):
                         else ""
                     )
                 )
-        with LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
-            tokens = self._tokens(input)
-            mask = self._mask(tokens, attention_mask, None, 0)
-        arguments = self._arguments(self._bridged, tokens, mask, initial_state)
-        if prefix_mask is not None:
-            arguments["token_type_ids"] = prefix_mask.long()
-        return self._run(tokens, mask, arguments, return_type, loss_per_token, stop_at_layer)
+        with (
+            iterations(self, n_iterations),
+            LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side),
+        ):
+            tokens, padding, mask = read_tokens(self, input, attention_mask)
+            arguments = self._arguments(self._bridged, tokens, mask, initial_state)
+            if prefix_mask is not None:
+                arguments["token_type_ids"] = prefix_mask.long()
+            stop = stop_at_layer
+            if stop is not None:
+                stop = block_index(self.cfg.n_layers, stop, "stop_at_layer")
+            result = self._run(tokens, arguments, stop)
+            if stop is not None:
+                return result
+            return readout.output(self, return_type, result, tokens, padding, loss_per_token)
 
     def _arguments(
         self,
@@ -219,26 +219,14 @@ class UnrolledBridge(LoopedTransformer):
             arguments["attention_mask"] = mask
         return arguments
 
-    def _run(
-        self,
-        tokens: Tensor,
-        mask: Tensor | None,
-        arguments: dict[str, Any],
-        return_type: str | None,
-        loss_per_token: bool,
-        stop_at_layer: int | None,
-    ) -> Any:
-        stop = None
-        if stop_at_layer is not None:
-            stop = self._block_index(stop_at_layer, "stop_at_layer")
+    def _run(self, tokens: Tensor, arguments: dict[str, Any], stop: int | None) -> Any:
+        """The bridge's logits, or what enters the unrolled block that a run stops before."""
         with (
             self._bridged.iterations(self.bridge, self.cfg.n_iterations),
             routed(self._taps, self.hook_dict, self._source, self._stop_name(stop)) as run,
         ):
             logits = run.call(lambda: self.bridge(tokens, return_type="logits", **arguments))
-        if stop is not None:
-            return run.stopped
-        return self._output(return_type, logits, tokens, mask, loss_per_token)
+        return logits if stop is None else run.stopped
 
     def _source(self, name: str) -> HookPoint | nn.Module:
         """The hook point of the bridge, or the module behind an ``@``, that a tap listens at."""
@@ -255,13 +243,6 @@ class UnrolledBridge(LoopedTransformer):
         if stop == self.cfg.n_layers:
             return f"blocks.{stop - 1}.hook_resid_post", False
         return f"blocks.{stop}.hook_resid_pre", True
-
-    def _tokens(self, input: Any) -> Tensor:
-        if isinstance(input, (str, list)):
-            input = self.to_tokens(input)
-        if not isinstance(input, Tensor) or input.is_floating_point():
-            raise ValueError("input must be text or integer tokens [batch, pos]")
-        return (input[None] if input.ndim == 1 else input).to(self.embed.W_E.device)
 
     def looped(self) -> LoopedTransformer:
         """A LoopedTransformer over the same weights in memory, with blocks that run one by one."""

@@ -2,16 +2,27 @@
 
 from collections.abc import Iterable
 from inspect import signature
-from typing import Any, TypeVar
+from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
-from tl_loops.model.iterations import Iterations
+from tl_loops.model import readout
+from tl_loops.model.hooks import CoordinateHooks
+from tl_loops.model.iterations import iterations
 from tl_loops.model.repeated.config import RepeatedConfig
 from tl_loops.model.repeated.weights import BorrowedWeights
+from tl_loops.model.start import (
+    block_index,
+    check_residual,
+    check_return_type,
+    check_starts,
+    check_state,
+    read_text_or_tokens,
+)
 from tl_loops.nn.loop.hooks import IterationHooks
 from tl_loops.nn.unrolling import tied_copy, unroll
 from tl_loops.upstream import (
@@ -20,20 +31,16 @@ from tl_loops.upstream import (
     HookPoint,
     KeyValueCache,
     LocallyOverridenDefaults,
-    Output,
     TransformerBase,
-    apply_softcap,
     complete_norm,
     init_root,
     unshared,
 )
 
-Module = TypeVar("Module", bound=nn.Module)
-
 _NORMS = ("ln1", "ln1_post", "ln2", "ln2_post")
 
 
-class RepeatedTransformer(Iterations, BorrowedWeights):
+class RepeatedTransformer(CoordinateHooks, BorrowedWeights):
     """A HookedTransformer with repeated blocks; what :func:`tl_loops.loop` returns.
 
     It computes with TransformerLens's own components, so that with one iteration every number is
@@ -50,13 +57,14 @@ class RepeatedTransformer(Iterations, BorrowedWeights):
     """
 
     iter: nn.ModuleList
-    cfg: RepeatedConfig  # type: ignore[assignment]
+    blocks: Any
+    cfg: RepeatedConfig
     hook_initial_state: HookPoint
 
     def __init__(self, original: HookedTransformer, layout: LoopLayout):
         init_root(self)
         n_params = sum(p.numel() for p in original.parameters())
-        self.cfg = RepeatedConfig.of(original.cfg, layout, n_params)  # type: ignore[assignment]
+        self.cfg = RepeatedConfig.of(original.cfg, layout, n_params)
         self.tokenizer, self.dataset = original.tokenizer, original.dataset
         for name, child in original.named_children():
             if name != "blocks":
@@ -73,8 +81,8 @@ class RepeatedTransformer(Iterations, BorrowedWeights):
             for norm in _NORMS:
                 if hasattr(block, norm):
                     complete_norm(getattr(block, norm))
-        blocks = unroll(layout, physical)  # type: ignore[arg-type]
-        self.blocks = nn.ModuleList(blocks)  # type: ignore[assignment]
+        blocks = unroll(layout, physical)
+        self.blocks = nn.ModuleList(blocks)
         self.iter = nn.ModuleList(
             IterationHooks(self.cfg, None) for _ in range(layout.n_iterations)
         )
@@ -83,19 +91,19 @@ class RepeatedTransformer(Iterations, BorrowedWeights):
                 setattr(self, name, getattr(original, name))
         self.setup()
 
-    def _own(self, module: Module) -> Module:
+    def _own(self, module: nn.Module) -> Any:
         """A module with hook points and flags of this model, over the original's parameters."""
         if isinstance(module, HookPoint):
-            return HookPoint()  # type: ignore[return-value]
+            return HookPoint()
         own = tied_copy(module)
         for part in own.modules():
             if "cfg" in vars(part):
-                part.cfg = self.cfg  # type: ignore[assignment]
+                part.__dict__["cfg"] = self.cfg
         return own
 
     # The forward pass.
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input: str | list[str] | Int[Tensor, "*batch pos"] | Float[Tensor, "batch pos d_model"],
         return_type: str | None = "logits",
@@ -127,7 +135,7 @@ class RepeatedTransformer(Iterations, BorrowedWeights):
             shortformer_pos_embed: Of shortformer models, with a start.
             attention_mask: 1 for tokens, 0 for padding.
             stop_at_layer: Return what enters this block.
-            past_kv_cache: One entry an unrolled block.
+            past_kv_cache: One entry per unrolled block.
             n_iterations: Number of iterations for this call.
             initial_state: Put in the place of what enters the first core block.
             start_at_iteration: Start before this iteration, with its ``hook_state_in`` as input.
@@ -141,82 +149,62 @@ class RepeatedTransformer(Iterations, BorrowedWeights):
             LoopedSemanticsError: Another ``kv_sharing``.
         """
         _check_sharing(kv_sharing)
-        if n_iterations is not None and n_iterations != self.cfg.n_iterations:
-            arguments = {k: v for k, v in locals().items() if k not in ("self", "n_iterations")}
-            with self.iterations(n_iterations):
-                return self.forward(**arguments)
-        if return_type not in ("logits", "loss", "both", None):
-            raise ValueError(
-                f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}"
-            )
-        if start_at_layer is not None and start_at_iteration is not None:
-            raise ValueError("give start_at_layer or start_at_iteration, not both")
-        if past_kv_cache is not None and len(past_kv_cache.entries) != self.cfg.n_layers:
-            raise ValueError(
-                f"the key-value cache has {len(past_kv_cache.entries)} entries, but the model has "
-                f"{self.cfg.n_layers} unrolled blocks: make it with the same n_iterations"
-            )
-        layout, depth = self.layout, self.cfg.n_layers
-        start, stop = 0, depth
-        with LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
-            if start_at_layer is None and start_at_iteration is None:
-                resid, tokens, shortformer_pos_embed, attention_mask = self.input_to_embed(
-                    input,  # type: ignore[arg-type]
-                    prepend_bos=prepend_bos,
-                    padding_side=padding_side,  # type: ignore[arg-type]
-                    attention_mask=attention_mask,
-                    past_kv_cache=past_kv_cache,
-                )
-            elif isinstance(input, Tensor) and input.ndim == 3:
-                resid = input
-                if start_at_iteration is not None:
-                    start = layout.index(iteration=start_at_iteration)
+        with iterations(self, n_iterations):
+            check_return_type(return_type)
+            check_starts(self.cfg, start_at_layer, start_at_iteration, past_kv_cache)
+            layout, depth = self.layout, self.cfg.n_layers
+            start, stop = 0, depth
+            resid: Any
+            with LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
+                if start_at_layer is None and start_at_iteration is None:
+                    text = isinstance(input, (str, list))
+                    ids, known = self._read(input, past_kv_cache) if text else (input, None)
+                    resid, tokens, shortformer_pos_embed, attention_mask = self.input_to_embed(
+                        ids,
+                        attention_mask=known if attention_mask is None else attention_mask,
+                        past_kv_cache=past_kv_cache,
+                    )
                 else:
-                    start = self._block_index(start_at_layer or 0, "start_at_layer")
-            else:
-                raise ValueError(
-                    "with start_at_layer or start_at_iteration the input must be the residual "
-                    f"stream [batch, pos, {self.cfg.d_model}]"
+                    check_residual(self.cfg, input)
+                    resid = input
+                    if start_at_iteration is not None:
+                        start = layout.index(iteration=start_at_iteration)
+                    else:
+                        start = block_index(depth, start_at_layer or 0, "start_at_layer")
+            if stop_at_layer is not None:
+                stop = block_index(depth, stop_at_layer, "stop_at_layer")
+            check_state("initial_state", initial_state, resid)
+            enter = start_at_iteration is not None or start_at_layer in (None, 0)
+            for index in range(start, stop):
+                if index > start or enter:
+                    begins = index > start or start_at_iteration is None
+                    resid = self._enter(index, resid, initial_state, begins)
+                resid = self.blocks[index](
+                    resid,
+                    past_kv_cache_entry=None if past_kv_cache is None else past_kv_cache[index],
+                    shortformer_pos_embed=shortformer_pos_embed,
+                    attention_mask=attention_mask,
                 )
-        if stop_at_layer is not None:
-            stop = self._block_index(stop_at_layer, "stop_at_layer")
-        if initial_state is not None and initial_state.shape != resid.shape:
-            raise ValueError(
-                "initial_state must be [batch, pos, d_model] = "
-                f"{tuple(resid.shape)}, got {tuple(initial_state.shape)}"
-            )
-        enter = start_at_iteration is not None or start_at_layer in (None, 0)
-        for index in range(start, stop):
-            if index > start or enter:
-                begins = index > start or start_at_iteration is None
-                resid = self._enter(index, resid, initial_state, begins)
-            resid = self.blocks[index](
-                resid,
-                past_kv_cache_entry=None if past_kv_cache is None else past_kv_cache[index],
-                shortformer_pos_embed=shortformer_pos_embed,
-                attention_mask=attention_mask,
-            )
-            if index < depth - 1 or stop_at_layer is None:
-                resid = self._leave(index, resid)
-        if stop_at_layer is not None:
-            return self._enter(stop, resid, initial_state) if start < stop < depth else resid
-        if self.cfg.normalization_type is not None:
-            resid = self.ln_final(resid)
-        if return_type is None:
-            return None
-        logits = apply_softcap(self.unembed(resid), self.cfg.output_logits_soft_cap)
-        if return_type == "logits":
-            return logits
-        if tokens is None:
-            raise ValueError("a loss needs tokens: pass tokens=[batch, pos]")
-        loss = self.loss_fn(logits, tokens, attention_mask, per_token=loss_per_token)
-        return loss if return_type == "loss" else Output(logits, loss)
+                if index < depth - 1 or stop_at_layer is None:
+                    resid = self._leave(index, resid)
+            if stop_at_layer is not None:
+                return self._enter(stop, resid, initial_state) if start < stop < depth else resid
+            if self.cfg.normalization_type is not None:
+                resid = self.ln_final(resid)
+            if return_type is None:
+                return None
+            logits = readout.unembed(self, resid)
+            return readout.output(self, return_type, logits, tokens, attention_mask, loss_per_token)
 
-    def _block_index(self, index: int, name: str) -> int:
-        depth = self.cfg.n_layers
-        if not -depth <= index <= depth:
-            raise ValueError(f"{name}={index} is out of range: there are {depth} unrolled blocks")
-        return index + depth if index < 0 else index
+    def _read(
+        self, text: str | list[str], past: KeyValueCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens of text, with the tokenizer's mask where TransformerLens would guess one."""
+        read = read_text_or_tokens(self, text)
+        if past is None and self.tokenizer.padding_side != "left":
+            return read.tokens, None
+        mask = torch.ones_like(read.tokens) if read.mask is None else read.mask
+        return read.tokens, mask.int()
 
     def _enter(
         self, index: int, resid: Tensor, initial_state: Tensor | None, begins: bool = True
@@ -255,12 +243,11 @@ class RepeatedTransformer(Iterations, BorrowedWeights):
         Raises:
             LoopedSemanticsError: A coda stands between the states and the logits.
         """
-        readout = self.cfg.readout
-        readout.refuse_coda()
-        normed = self.ln_final(state) if readout.final_steps() else state
-        return apply_softcap(self.unembed(normed), self.cfg.output_logits_soft_cap)
+        after = self.cfg.readout
+        after.refuse_coda()
+        return readout.unembed(self, self.ln_final(state) if after.final_steps() else state)
 
-    def generate(self, *args: Any, n_iterations: int | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+    def generate(self, *args: Any, n_iterations: int | None = None, **kwargs: Any) -> Any:
         """TransformerLens's generation, with a key-value slot for every unrolled block.
 
         Args:
@@ -277,7 +264,7 @@ class RepeatedTransformer(Iterations, BorrowedWeights):
         for name in kwargs:
             if name not in known:
                 raise TypeError(f"generate() has no argument {name!r}; known: {', '.join(known)}")
-        with self._for_call(n_iterations):
+        with iterations(self, n_iterations):
             return super().generate(*args, **kwargs)
 
     def make_kv_cache(self, batch: int = 1, kv_sharing: str | None = None) -> KeyValueCache:
@@ -293,10 +280,12 @@ class RepeatedTransformer(Iterations, BorrowedWeights):
         _check_sharing(kv_sharing)
         return KeyValueCache.init_cache(self.cfg, self.embed.W_E.device, batch)
 
-    def _iteration_hooks(self, old: Iterable[nn.Module]) -> list[IterationHooks]:
-        n_iterations = self.cfg.n_iterations
-        hooks: list[Any] = list(old)[:n_iterations]
-        return hooks + [IterationHooks(self.cfg, None) for _ in range(n_iterations - len(hooks))]
+    def iteration_hooks(
+        self, cfg: RepeatedConfig, old: Iterable[nn.Module]
+    ) -> list[IterationHooks]:
+        """Hook points for the iterations of ``cfg``; those of ``old`` are kept."""
+        hooks: list[Any] = list(old)[: cfg.n_iterations]
+        return hooks + [IterationHooks(cfg, None) for _ in range(cfg.n_iterations - len(hooks))]
 
 
 def _check_sharing(kv_sharing: str | None) -> None:

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from tl_loops.errors import LoopedSemanticsError
-from tl_loops.model.circuits import Circuits, EffectiveWeights
+from tl_loops.model.circuits import EffectiveWeights
 from tl_loops.model.weights import PhysicalWeights
 
 _ORIGINAL = "change the original model, and call tl_loops.loop on it again: no weight is copied"
 
 
-class BorrowedWeights(Circuits, PhysicalWeights):
+class BorrowedWeights(PhysicalWeights):
     """Access to weights that a model shares with a HookedTransformer, whose they are."""
 
     def _refuse(self, what: str) -> NoReturn:
@@ -33,7 +33,7 @@ class BorrowedWeights(Circuits, PhysicalWeights):
             self._refuse(f"moving or casting to {dtype or device}")
         return self
 
-    def process_weights_(self, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
+    def process_weights_(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: process the original.
 
         Raises:
@@ -58,7 +58,7 @@ class BorrowedWeights(Circuits, PhysicalWeights):
         self._refuse(f"saving to {directory}")
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: load the original, and call :func:`tl_loops.loop`.
 
         Raises:
@@ -72,7 +72,7 @@ class BorrowedWeights(Circuits, PhysicalWeights):
     # Circuits read weights under names that not every block has.
 
     def tl_parameters(self) -> EffectiveWeights:
-        """Weight matrices with the norms next to them folded in; see :class:`Circuits`.
+        """Weight matrices with the norms next to them folded in.
 
         Raises:
             LoopedSemanticsError: The blocks have no MLP, experts, or norms behind their branches
@@ -81,8 +81,8 @@ class BorrowedWeights(Circuits, PhysicalWeights):
         self._check_plain_blocks("tl_parameters")
         return super().tl_parameters()
 
-    def all_composition_scores(self, mode: str, iterations_apart: int = 1) -> Tensor:  # type: ignore[override]
-        """Composition of heads; see :class:`Circuits`.
+    def all_composition_scores(self, mode: str, iterations_apart: int = 1) -> Tensor:
+        """Composition of heads; see ``tl_loops.model.circuits``.
 
         Raises:
             LoopedSemanticsError: As :meth:`tl_parameters`, or with a query-key norm.

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from tests.models import STACKS, tiny_config, tiny_model, tiny_tokens
 from tl_loops import ConfigError, LoopedSemanticsError, exit_curve, lens, measure
 from tl_loops.model.check import check_model
+from tl_loops.model.start import start_run
 from tl_loops.patching import activation_patch
 from tl_loops.upstream import KeyValueCache
 
@@ -22,7 +23,7 @@ def model(request):
 def stated(model, tokens, prefix=None):
     """The logits by the published equations over the model's own blocks."""
     cfg, blocks = model.cfg, list(model.blocks)
-    context = model._prepare(tokens, None, None, None, None, None, prefix)[0].context
+    context = start_run(model, tokens, prefix_mask=prefix).run.context
 
     def stack(t, x):
         for layer in range(cfg.n_core):
