@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, SupportsIndex
 
 from tl_loops.cache.cache import LoopedActivationCache
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import did_you_mean
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.names import spec_of
-from tl_loops.model.iterations import iterations, set_iterations
+from tl_loops.model.iterations import at_iterations, iterations, set_iterations
 from tl_loops.upstream import HookPoint, Slice, TransformerBase
 
 HookName = str | Callable[[str], bool]
@@ -39,7 +39,7 @@ class CoordinateHooks(TransformerBase):
         """Coordinates and names of the unrolled blocks."""
         return self.cfg.layout
 
-    def set_iterations(self, n_iterations: int) -> None:
+    def set_iterations(self, n_iterations: SupportsIndex) -> None:
         """Change the number of iterations in place; no weight is copied.
 
         Iterations that remain keep their hooks; those that go lose them.
@@ -50,7 +50,7 @@ class CoordinateHooks(TransformerBase):
         """
         set_iterations(self, n_iterations)
 
-    def iterations(self, n_iterations: int) -> AbstractContextManager[Any]:
+    def iterations(self, n_iterations: SupportsIndex) -> AbstractContextManager[Any]:
         """Run a block of code with another number of iterations; hooks are restored after it.
 
         Raises:
@@ -154,10 +154,12 @@ class CoordinateHooks(TransformerBase):
         with super().hooks(forward, backward, reset_hooks_end, clear_contexts):
             yield self
 
-    def run_with_hooks(self, *args: Any, n_iterations: int | None = None, **kwargs: Any) -> Any:
+    def run_with_hooks(
+        self, *args: Any, n_iterations: SupportsIndex | None = None, **kwargs: Any
+    ) -> Any:
         """Run with temporary hooks; names are those of the layout with ``n_iterations``."""
-        with iterations(self, n_iterations):
-            return super().run_with_hooks(*args, **kwargs)
+        parent: Any = super(CoordinateHooks, at_iterations(self, n_iterations))
+        return parent.run_with_hooks(*args, **kwargs)
 
     def add_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> dict:
         """Add hooks that cache; as in TransformerLens, with aliases."""
@@ -206,7 +208,7 @@ class CoordinateHooks(TransformerBase):
         *args: Any,
         return_cache_object: bool = True,
         remove_batch_dim: bool = False,
-        n_iterations: int | None = None,
+        n_iterations: SupportsIndex | None = None,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
         """Run and cache activations; as in TransformerLens, with aliases.
@@ -218,12 +220,14 @@ class CoordinateHooks(TransformerBase):
         Raises:
             HookNameError: ``names_filter`` names no hook point.
         """
-        with iterations(self, n_iterations):
-            output, cache = super().run_with_cache(
-                *args, return_cache_object=False, remove_batch_dim=remove_batch_dim, **kwargs
-            )
-            if return_cache_object:
-                cache = LoopedActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+        model = at_iterations(self, n_iterations)
+        parent: Any = super(CoordinateHooks, model)
+        output, cache = parent.run_with_cache(
+            *args, return_cache_object=False, remove_batch_dim=remove_batch_dim, **kwargs
+        )
+        if return_cache_object:
+            cache = LoopedActivationCache(cache, model, has_batch_dim=not remove_batch_dim)
+            cache.model = self
         return output, cache
 
 
