@@ -8,9 +8,9 @@ from torch import Tensor
 
 from tl_loops.cache.cached_run import SliceLike, as_slice
 from tl_loops.cache.neurons import NeuronDecomposition
-from tl_loops.errors import LoopedSemanticsError
+from tl_loops.errors import LoopedSemanticsError, did_you_mean
 from tl_loops.layout.layout import LoopLayout
-from tl_loops.layout.names import iteration_spec
+from tl_loops.layout.names import iteration_spec, spec_of
 from tl_loops.layout.selection import as_index, is_index
 
 
@@ -45,19 +45,30 @@ class LoopedActivationCache(NeuronDecomposition):
         self.layout, self.mask = model.cfg.layout, mask
 
     def __getitem__(self, key: Any) -> Tensor:
+        asked = key
         if isinstance(key, tuple) and len(key) > 1 and is_index(key[1]):
             key = tuple(as_index("index", part) if is_index(part) else part for part in key)
             if len(key) == 3 and isinstance(key[2], int):
                 name, iteration, layer = key
                 key = self.layout.hook_name(name, iteration=iteration, layer=layer)
-            elif len(key) == 2 and iteration_spec(key[0]) is not None:
+            elif len(key) == 2 and iteration_spec(str(key[0])) is not None:
                 key = self.layout.hook_name(key[0], iteration=key[1])
             elif key[1] < 0:
                 # By the layout of the run, which may have had another number of iterations.
                 key = (key[0], self.layout.n_layers + key[1], *key[2:])
         elif isinstance(key, str):
             key = self.layout.canonical_name(key)
-        return super().__getitem__(key)
+        try:
+            return super().__getitem__(key)
+        except KeyError:
+            raise KeyError(self._lacks(asked)) from None
+
+    def _lacks(self, key: Any) -> str:
+        """Why there is no entry, and which there is of a similar name."""
+        name = str(key[0] if isinstance(key, tuple) else key)
+        held = {found if (spec := spec_of(found)) is None else spec.short for found in self}
+        similar = did_you_mean(name, [*self] if "." in name else sorted(held), "see cache.keys()")
+        return f"the cache has no entry {key!r}: {similar}"
 
     def __contains__(self, key: object) -> bool:
         if not isinstance(key, str):

@@ -192,7 +192,7 @@ def start_run(
     if from_tokens:
         x = model.hook_embed(model.embed(tokens))
         if cfg.positional_embedding_type == "standard":
-            x = x + model.hook_pos_embed(model.pos_embed(context.positions))
+            x = x + model.hook_pos_embed(model.pos_embed.at(context.positions))
     run = StackRun(model, model.layout, cfg, context, block, past=past)
     return Start(run, x, tokens, padding, start_at_layer, start_at_iteration)
 

@@ -30,7 +30,7 @@ from tl_loops.upstream.bridges import is_bridge
 from tl_loops.upstream.classes import BaseConfig, HookedTransformer, Output, TransformerBase
 from tl_loops.upstream.from_pretrained import install_from_pretrained, uninstall_from_pretrained
 from tl_loops.upstream.guards import install_guards, uninstall_guards
-from tl_loops.upstream.hook_points import has_editing_hooks, has_hooks, unshared
+from tl_loops.upstream.hook_points import copy_hooks, has_editing_hooks, has_hooks, unshared
 from tl_loops.upstream.inputs import (
     TRUNCATE_TEXT,
     ModelInput,
@@ -63,6 +63,7 @@ __all__ = [
     "TransformerBase",
     "apply_softcap",
     "can_restart",
+    "copy_hooks",
     "complete_norm",
     "composition_scores",
     "get_attention_mask",

@@ -2,8 +2,9 @@
 
 import copy
 import dataclasses
-from typing import Any
+from typing import Any, SupportsIndex
 
+from tl_loops.config.checks import whole_iterations
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import ConfigError
 from tl_loops.layout.layout import LoopLayout
@@ -66,16 +67,14 @@ class RepeatedConfig(LoopedTransformerConfig):
         """Names of the norms behind the attention and behind the MLP, where there are any."""
         return ("ln1", "ln2") if self.block_norm == "post_branch" else ("ln1_post", "ln2_post")
 
-    def set_iterations(self, n_iterations: int) -> None:
+    def set_iterations(self, n_iterations: SupportsIndex) -> None:
         """Set ``n_iterations`` and with it ``n_layers``.
 
         Raises:
             ConfigError: ``n_iterations`` is not an integer of at least 1.
             LoopedSemanticsError: The layout has several loops.
         """
-        if isinstance(n_iterations, bool) or not isinstance(n_iterations, int) or n_iterations < 1:
-            raise ConfigError(f"n_iterations must be an integer of at least 1, got {n_iterations}")
-        self._place(self._layout.with_iterations(n_iterations))
+        self._place(self._layout.with_iterations(whole_iterations(n_iterations)))
 
     def count_parameters(self) -> int:
         """Number of trained scalars, each physical weight counted once."""
