@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_loops.layout.layout import BlockCoordinate, LoopLayout, Phase
+from tl_loops.layout.coordinate import BlockCoordinate, Phase
+from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.names import activation_name, iteration_spec
 from tl_loops.layout.of_model import require_layout
 from tl_loops.layout.selection import Selection, chosen_indices, each_index

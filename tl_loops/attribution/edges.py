@@ -22,7 +22,9 @@ from tl_loops.attribution.gradients import (
     path_nodes,
     run_metric,
 )
-from tl_loops.layout.layout import LoopLayout, Phase, part_label
+from tl_loops.layout.coordinate import Phase
+from tl_loops.layout.labels import part_label
+from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.of_model import require_layout
 from tl_loops.runs.activations import check_cache, find_activation, take
 from tl_loops.runs.checks import as_tokens, logits_shape

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_loops.errors import LoopedSemanticsError
-from tl_loops.layout.layout import BlockCoordinate, LoopLayout
+from tl_loops.layout.coordinate import BlockCoordinate
+from tl_loops.layout.layout import LoopLayout
 
 
 def working(x: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tl_loops.layout.layout import LoopLayout, Phase
+from tl_loops.layout.coordinate import Phase
+from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.of_model import require_layout
 
 PointSet = Literal["blocks", "core", "states"]

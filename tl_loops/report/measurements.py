@@ -6,7 +6,6 @@ import torch
 
 from tl_loops import plots
 from tl_loops.cache.cache import LoopedActivationCache
-from tl_loops.layout.segments import SegmentedLayout
 from tl_loops.measurements.profile import LoopProfile
 from tl_loops.metrics import TRAJECTORY_LABELS, classify_trajectory, prediction_suppression_neurons
 from tl_loops.report.section import Section, columns, percent, plotly_figure
@@ -34,7 +33,7 @@ def stages_section(profile: LoopProfile) -> Section:
     """Sink rate, mixing score, ColSum concentration and residual entropy in two groupings."""
     layout = profile.layout
     metrics = (*ATTENTION, "residual_entropy")
-    if isinstance(layout, SegmentedLayout):
+    if layout is not None and layout.segments is not None:
         figures = [plotly_figure(plots.plot_profile(profile, m, by="unrolled")) for m in metrics]
         text = (
             "Definitions of arXiv 2604.11791: means over heads, then over prompts, each prompt at "
