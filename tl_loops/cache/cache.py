@@ -10,6 +10,7 @@ from tl_loops.cache.cached_run import SliceLike, as_slice
 from tl_loops.cache.neurons import NeuronDecomposition
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.model import Model
 from tl_loops.layout.names import iteration_spec
 from tl_loops.layout.selection import as_index, is_index
 
@@ -31,7 +32,7 @@ class LoopedActivationCache(NeuronDecomposition):
 
     layout: LoopLayout
 
-    def __init__(self, cache_dict: dict[str, Tensor], model: Any, has_batch_dim: bool = True):
+    def __init__(self, cache_dict: dict[str, Tensor], model: Model, has_batch_dim: bool = True):
         super().__init__(cache_dict, model, has_batch_dim)
         self.layout = model.cfg.layout
 

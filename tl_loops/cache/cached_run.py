@@ -14,6 +14,7 @@ from tl_loops.cache.path import FrozenNorm, Site, Step, Target, path_steps, work
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.labels import part_labels
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.model import Model
 from tl_loops.upstream import Slice
 
 SliceLike = Slice | int | slice | tuple[int | None, ...] | list[int] | Tensor | np.ndarray | None
@@ -46,7 +47,7 @@ class CachedRun:
     """
 
     activations: dict[str, Tensor]
-    model: Any
+    model: Model
     layout: LoopLayout
     pos: Slice
     _paths: dict[tuple, list[Step]] = field(default_factory=dict)

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tl_loops.errors import CheckpointError
+from tl_loops.layout.model import Model
 from tl_loops.runs.moments import Moments
 from tl_loops.runs.storage import write_whole
 from tl_loops.upstream.config_fields import CHANGES_NO_NUMBER
@@ -41,7 +42,7 @@ class RunIdentity:
     tl_loops: str
 
 
-def model_fingerprint(model: Any) -> str:
+def model_fingerprint(model: Model) -> str:
     """Hash of a model's architecture and of every weight; the iterations are not part of it.
 
     Two models with one fingerprint give the same numbers on the same device. Reads all weights

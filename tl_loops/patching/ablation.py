@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import layout_of
 from tl_loops.layout.selection import Selection
 from tl_loops.metrics.massive import massive_activations
@@ -21,7 +22,7 @@ from tl_loops.runs.rerun import BaseRun
 
 
 def ablate(
-    model: Any,
+    model: Model,
     tokens: Any,
     metric: Metric,
     activation: str = "z",
@@ -90,7 +91,7 @@ def ablate(
     return patch_grid(run, grid, values, logits_score(metric), batch_size, progress)
 
 
-def _zeros(model: Any, grid: Grid, shape: tuple[int, int]) -> dict[str, Tensor]:
+def _zeros(model: Model, grid: Grid, shape: tuple[int, int]) -> dict[str, Tensor]:
     zero = torch.zeros((), device=next(model.parameters()).device)
     heads, (_, n_pos) = grid.activation.n_heads(model.cfg), shape
     # The last axis broadcasts, whatever its width.
@@ -103,7 +104,7 @@ def _zeros(model: Any, grid: Grid, shape: tuple[int, int]) -> dict[str, Tensor]:
 
 
 def _means(
-    model: Any, grid: Grid, reference: Any, shape: tuple[int, int], mean_over: str
+    model: Model, grid: Grid, reference: Any, shape: tuple[int, int], mean_over: str
 ) -> dict[str, Tensor]:
     activation, heads, (_, n_pos) = grid.activation, grid.activation.n_heads(model.cfg), shape
     if mean_over not in ("batch", "batch_pos"):
@@ -124,7 +125,7 @@ def _means(
 
 
 def _resampled(
-    model: Any, grid: Grid, reference: Any, shape: tuple[int, int], seed: int
+    model: Model, grid: Grid, reference: Any, shape: tuple[int, int], seed: int
 ) -> dict[str, Tensor]:
     heads, (batch, n_pos) = grid.activation.n_heads(model.cfg), shape
     n_reference = reference[grid.names[0]].shape[0]
@@ -160,7 +161,7 @@ class MassiveSite:
 
 
 def find_massive_sites(
-    model: Any,
+    model: Model,
     tokens: Any,
     magnitude: float | int = 100,
     ratio: float | int = 1000,
@@ -209,7 +210,7 @@ def find_massive_sites(
 
 
 def ablate_massive(
-    model: Any,
+    model: Model,
     tokens: Any,
     metric: Metric,
     sites: Sequence[MassiveSite],

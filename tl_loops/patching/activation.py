@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.layout.model import Model
 from tl_loops.layout.selection import Selection
 from tl_loops.runs.activations import Activation, check_cache, take
 from tl_loops.runs.cells import Cell, Edit, Score
@@ -19,7 +20,7 @@ Metric = Callable[[Tensor], Any]
 
 
 def activation_patch(
-    model: Any,
+    model: Model,
     corrupted_tokens: Any,
     clean_cache: Any,
     metric: Metric,
@@ -158,7 +159,7 @@ def logits_score(metric: Metric) -> Score:
     return lambda output: metric(output.logits)
 
 
-def take_all(model: Any, grid: Grid, cache: Any, shape: tuple[int, int]) -> dict[str, Tensor]:
+def take_all(model: Model, grid: Grid, cache: Any, shape: tuple[int, int]) -> dict[str, Tensor]:
     """All that a grid puts in, from a cache; see :func:`tl_loops.runs.activations.take`."""
     heads = grid.activation.n_heads(model.cfg)
     return {name: take(cache, grid.activation, name, shape, heads) for name in grid.names}

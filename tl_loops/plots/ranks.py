@@ -7,6 +7,7 @@ import numpy as np
 from tl_loops.drawing.colours import CODA, DISTINCT, PRELUDE, layer_colours
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, Rule, Span, as_array, every_few
+from tl_loops.layout.model import Model
 from tl_loops.lens.points import LensPoint
 from tl_loops.lens.result import LensResult, point_series
 from tl_loops.lens.tracking import EntityTracks
@@ -19,7 +20,7 @@ def plot_ranks(
     result: LensResult | EntityTracks,
     by: str = "depth",
     *,
-    model: Any = None,
+    model: Model | str | None = None,
     prompts: Any = None,
     title: str | None = None,
     backend: str | None = None,

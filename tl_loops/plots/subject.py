@@ -8,13 +8,14 @@ from torch import Tensor
 
 from tl_loops.drawing.subject import _LONGEST, Subject, shown_text
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.model import Model
 from tl_loops.measurements.profile import LoopProfile
 
 
 def subject_of(
     source: Any = None,
     *,
-    model: Any = None,
+    model: Model | str | None = None,
     prompts: Any = None,
     n_iterations: int | None = None,
 ) -> Subject:
@@ -56,7 +57,7 @@ def subject_of(
     return known
 
 
-def _of_model(model: Any, layout: LoopLayout | None) -> Subject:
+def _of_model(model: Model, layout: LoopLayout | None) -> Subject:
     cfg = model.cfg
     layout = getattr(model, "layout", None) if layout is None else layout
     notation = None

@@ -7,10 +7,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_loops.layout.model import Model
 from tl_loops.upstream import number_of_ids
 
 
-def token_prompts(model: Any, prompts: Iterable[Any], at_least: int = 1) -> list[Int[Tensor, "_"]]:
+def token_prompts(
+    model: Model, prompts: Iterable[Any], at_least: int = 1
+) -> list[Int[Tensor, "_"]]:
     """Tokenise prompts one by one: nothing is padded and nothing is cut off.
 
     Args:
@@ -106,7 +109,7 @@ def _kind(prompt: Any) -> str | None:
     return "tokens" if isinstance(prompt, Tensor) else None
 
 
-def _checked(model: Any, number: int, prompt: str | Tensor, at_least: int) -> Int[Tensor, "pos"]:
+def _checked(model: Model, number: int, prompt: str | Tensor, at_least: int) -> Int[Tensor, "pos"]:
     if isinstance(prompt, str):
         tokens = model.to_tokens(prompt, truncate=False)[0].cpu()
     else:

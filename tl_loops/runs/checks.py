@@ -8,17 +8,18 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_loops.layout.model import Model
 from tl_loops.upstream import model_input
 
 
-def logits_shape(model: Any, tokens: Tensor) -> tuple[int, int, int]:
+def logits_shape(model: Model, tokens: Tensor) -> tuple[int, int, int]:
     """Shape of the logits of a prompt."""
     cfg = model.cfg
     vocabulary = cfg.d_vocab_out if cfg.d_vocab_out > 0 else cfg.d_vocab
     return (tokens.shape[0], tokens.shape[1], vocabulary)
 
 
-def as_tokens(model: Any, tokens: Any) -> Int[Tensor, "batch pos"]:
+def as_tokens(model: Model, tokens: Any) -> Int[Tensor, "batch pos"]:
     """Tokens with a batch axis, from text, one prompt or several.
 
     Raises:
@@ -42,7 +43,7 @@ def check_batch_size(batch_size: int | None) -> None:
 
 
 def check_metric(
-    metric: Callable[[Tensor], Any], model: Any, shape: tuple[int, ...], what: str = "logits"
+    metric: Callable[[Tensor], Any], model: Model, shape: tuple[int, ...], what: str = "logits"
 ) -> None:
     """Call a metric once on random numbers, so that a wrong one fails before any forward pass.
 

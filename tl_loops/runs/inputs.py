@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_loops.layout.model import Model
 from tl_loops.upstream import model_input
 
 # Shapes are checked below, with messages of their own.
@@ -52,7 +53,7 @@ class LensInputs:
 
 
 def lens_inputs(
-    model: Any,
+    model: Model,
     input: LensInput,
     positions: Positions,
     attention_mask: Tensor | None = None,

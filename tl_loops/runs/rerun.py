@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
+from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import layout_of
 from tl_loops.runs.cells import (
     Cell,
@@ -71,7 +72,7 @@ class BaseRun:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         tokens: Tensor,
         read: Sequence[str] = (),
         arguments: Mapping[str, Any] | None = None,
