@@ -12,10 +12,9 @@ from torch import Tensor
 from tl_loops.drawing.depth import PHASES, block_groups, block_values
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Box, ColourScale, Figure, Heat, Mark, Panel, as_array
-from tl_loops.drawing.subject import Subject
+from tl_loops.drawing.subject import Subject, subject_of
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
-from tl_loops.plots.subject import subject_of
 
 _BETWEEN_TILES, _BETWEEN_GROUPS = 1, 4
 _WIDEST = 1400

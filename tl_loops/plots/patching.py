@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import ColourScale, Figure, Heat, Panel, as_array
+from tl_loops.drawing.subject import subject_of
 from tl_loops.layout.model import Model
 from tl_loops.plots.pairs import named_axis
-from tl_loops.plots.subject import subject_of
 from tl_loops.runs.grid import axis_labels
 
 _SYNONYMS = {"head_index": "head", "dest_pos": "pos"}

@@ -9,13 +9,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_loops.drawing.figure import as_array
+from tl_loops.drawing.subject import subject_of
 from tl_loops.drawing.views import CircuitsView, ViewPart, as_text
 from tl_loops.layout.model import Model
 from tl_loops.layout.selection import Selection, chosen_indices
 from tl_loops.lens.result import LensResult
 from tl_loops.metrics.readout import token_rank
 from tl_loops.plots.attention import prompt_text, token_texts
-from tl_loops.plots.subject import subject_of
 
 _BLUE, _ORANGE = "#1f6fb4", "#d1642b"
 

@@ -28,10 +28,9 @@ from tl_loops.drawing.figure import (
     every_few,
     explained,
 )
-from tl_loops.drawing.subject import shown_text
+from tl_loops.drawing.subject import shown_text, subject_of
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.segments import Segment
-from tl_loops.plots.subject import subject_of
 from tl_loops.tasks.fact_chain import sample_pair
 
 NAN = float("nan")
