@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
 from tl_loops.layout.selection import Selection, distinct_indices, each_index
 from tl_loops.loop_hooks import every_iteration, stack_iterations
@@ -22,7 +23,7 @@ Direction = Float[Tensor, "*iteration_layer d_model"]
 
 
 def steer(
-    model: Any,
+    model: Model,
     direction: Direction,
     activation: str = "resid_post",
     *,
@@ -60,7 +61,7 @@ def steer(
 
 
 def ablate_direction(
-    model: Any,
+    model: Model,
     direction: Direction,
     activation: str = "resid_post",
     *,
@@ -100,7 +101,7 @@ def ablate_direction(
 
 
 def difference_directions(
-    model: Any,
+    model: Model,
     positive: Any,
     negative: Any,
     activation: str = "resid_post",
@@ -149,7 +150,7 @@ def difference_directions(
 
 
 def steering_effect(
-    model: Any,
+    model: Model,
     tokens: Any,
     metric: Metric,
     direction: Float[Tensor, "*iteration d_model"],
@@ -235,7 +236,7 @@ def _add_rows(vector: Tensor, part: slice, n_pos: int, rows: Tensor) -> None:
         rows[:, first - left_out : part.stop - left_out] += vector.to(rows)
 
 
-def _check_stream(model: Any, activation: str) -> None:
+def _check_stream(model: Model, activation: str) -> None:
     found = find_activation(model, activation)
     vectors = found.dims == ("batch", "pos", "d_model") and found.rest.startswith("hook_")
     if not vectors or found.place == "run" or found.name == "state_gate":
@@ -246,7 +247,7 @@ def _check_stream(model: Any, activation: str) -> None:
 
 
 def _placed(
-    model: Any,
+    model: Model,
     direction: Tensor,
     activation: str,
     iterations: Selection | None,

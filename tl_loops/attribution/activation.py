@@ -19,6 +19,7 @@ from tl_loops.attribution.gradients import (
     moved,
     path_nodes,
 )
+from tl_loops.layout.model import Model
 from tl_loops.layout.selection import Selection
 from tl_loops.runs.activations import Activation, check_cache, take
 from tl_loops.runs.grid import Grid, Region, make_grid
@@ -29,7 +30,7 @@ _EMBED = "hook_embed"
 
 
 def attribution_patch(
-    model: Any,
+    model: Model,
     corrupted_tokens: Any,
     clean_cache: Any,
     metric: Metric,

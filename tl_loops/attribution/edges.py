@@ -22,7 +22,10 @@ from tl_loops.attribution.gradients import (
     path_nodes,
     run_metric,
 )
-from tl_loops.layout.layout import LoopLayout, Phase, part_label
+from tl_loops.layout.coordinate import Phase
+from tl_loops.layout.labels import part_label
+from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
 from tl_loops.runs.activations import check_cache, find_activation, take
 from tl_loops.runs.inputs import run_inputs
@@ -93,7 +96,7 @@ class EdgeAttribution:
 
 
 def edge_attribution(
-    model: Any,
+    model: Model,
     corrupted_tokens: Any,
     clean_cache: Any,
     metric: Metric,
@@ -182,7 +185,7 @@ def edge_attribution(
 
 
 def _edge_scores(
-    model: Any,
+    model: Model,
     tokens: Tensor,
     metric: Metric,
     components: tuple[tuple[Component, ...], tuple[Component, ...]],
@@ -271,7 +274,7 @@ def _column(
     )
 
 
-def _senders(model: Any, layout: LoopLayout, heads: bool) -> tuple[Component, ...]:
+def _senders(model: Model, layout: LoopLayout, heads: bool) -> tuple[Component, ...]:
     found = [Component("embed", "embed", _EMBED)]
     for block in range(layout.n_layers):
         if heads:
@@ -283,7 +286,7 @@ def _senders(model: Any, layout: LoopLayout, heads: bool) -> tuple[Component, ..
 
 
 def _receivers(
-    model: Any, layout: LoopLayout, heads: bool, split_qkv: bool
+    model: Model, layout: LoopLayout, heads: bool, split_qkv: bool
 ) -> tuple[Component, ...]:
     if not split_qkv:
         return (*_senders(model, layout, heads)[1:], Component("logits", "logits", ""))
@@ -310,7 +313,7 @@ def _head(layout: LoopLayout, block: int, head: int, kind: Kind, name: str) -> C
     return Component(label, kind, full, block, at.phase, at.iteration, at.layer, head)
 
 
-def _clean(model: Any, cache: Any, name: str, shape: tuple[int, int]) -> Tensor:
+def _clean(model: Model, cache: Any, name: str, shape: tuple[int, int]) -> Tensor:
     short = name.rsplit("hook_", 1)[-1]
     activation = find_activation(model, short)
     return take(cache, activation, name, shape, activation.n_heads(model.cfg))

@@ -10,6 +10,7 @@ from tl_loops.cache.cached_run import SliceLike, as_slice
 from tl_loops.cache.neurons import NeuronDecomposition
 from tl_loops.errors import LoopedSemanticsError, did_you_mean
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.model import Model
 from tl_loops.layout.names import iteration_spec, spec_of
 from tl_loops.layout.selection import as_index, is_index
 
@@ -37,7 +38,7 @@ class LoopedActivationCache(NeuronDecomposition):
     def __init__(
         self,
         cache_dict: dict[str, Tensor],
-        model: Any,
+        model: Model,
         has_batch_dim: bool = True,
         mask: Tensor | None = None,
     ):

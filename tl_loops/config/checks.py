@@ -57,10 +57,8 @@ def whole_iterations(n_iterations: Any) -> int:
     Raises:
         ConfigError: It is not an integer of at least 1.
     """
-    if not is_index(n_iterations):
+    if not is_index(n_iterations) or int(n_iterations) < 1:
         raise ConfigError(f"n_iterations must be an integer of at least 1, got {n_iterations!r}")
-    if int(n_iterations) < 1:
-        raise ConfigError(f"n_iterations must be at least 1, got {int(n_iterations)}")
     return int(n_iterations)
 
 
@@ -70,7 +68,9 @@ def check_values(cfg: Any) -> None:
     Raises:
         ConfigError: The message names the field.
     """
-    cfg.n_iterations = whole_iterations(cfg.n_iterations)
+    if not is_index(cfg.n_iterations):
+        whole_iterations(cfg.n_iterations)
+    cfg.n_iterations = int(cfg.n_iterations)
     for described in dataclasses.fields(cfg):
         setting = setting_of(described)
         if setting is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_loops.errors import LoopedSemanticsError
+from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout, with_iterations
 from tl_loops.lens.decode import CodaLens
 from tl_loops.lens.points import LensPoint, select_points
@@ -109,7 +110,7 @@ class ExitCurve:
 
 @torch.no_grad()
 def exit_curve(
-    model: Any,
+    model: Model,
     prompts: Iterable[Any],
     answers: Sequence[Any] | None = None,
     n_iterations: int | None = None,
@@ -180,7 +181,7 @@ def _check_exits(cfg: Any) -> None:
 
 
 def _with_answers(
-    model: Any, prompts: Iterable[Any], answers: Sequence[Any] | None
+    model: Model, prompts: Iterable[Any], answers: Sequence[Any] | None
 ) -> tuple[list[Int[Tensor, "_"]], list[int]]:
     """Prompts with their answers behind them, and how many of the last tokens are targets."""
     if answers is None:
@@ -211,7 +212,7 @@ def _with_answers(
 
 
 def _batch(
-    model: Any,
+    model: Model,
     tokens: Int[Tensor, "batch pos"],
     n_targets: int,
     one_answer: bool,

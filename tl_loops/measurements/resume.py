@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_loops.layout.model import Model
 from tl_loops.runs import storage
 from tl_loops.runs.moments import Moments
 from tl_loops.upstream.config_fields import CHANGES_NO_NUMBER
@@ -37,7 +38,7 @@ class RunIdentity:
     tl_loops: str
 
 
-def model_fingerprint(model: Any) -> str:
+def model_fingerprint(model: Model) -> str:
     """Hash of a model's architecture and of every weight; the iterations are not part of it.
 
     Two models with one fingerprint give the same numbers on the same device. Reads all weights

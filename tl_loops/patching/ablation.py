@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import layout_of
 from tl_loops.layout.selection import Selection
 from tl_loops.metrics.massive import massive_activations
@@ -22,7 +23,7 @@ from tl_loops.runs.scoring import Metric, logits_score, start_run
 
 
 def ablate(
-    model: Any,
+    model: Model,
     tokens: Any,
     metric: Metric,
     activation: str = "z",
@@ -90,7 +91,7 @@ def ablate(
     return patch_grid(run, grid, values, logits_score(metric), batch_size, progress)
 
 
-def _zeros(model: Any, grid: Grid, n_pos: int) -> dict[str, Tensor]:
+def _zeros(model: Model, grid: Grid, n_pos: int) -> dict[str, Tensor]:
     zero = torch.zeros((), device=next(model.parameters()).device)
     heads = grid.activation.n_heads(model.cfg)
     # The last axis broadcasts, whatever its width.
@@ -102,7 +103,9 @@ def _zeros(model: Any, grid: Grid, n_pos: int) -> dict[str, Tensor]:
     return dict.fromkeys(grid.names, zero.expand(size))
 
 
-def _means(model: Any, grid: Grid, reference: Any, n_pos: int, mean_over: str) -> dict[str, Tensor]:
+def _means(
+    model: Model, grid: Grid, reference: Any, n_pos: int, mean_over: str
+) -> dict[str, Tensor]:
     activation, heads = grid.activation, grid.activation.n_heads(model.cfg)
     if mean_over not in ("batch", "batch_pos"):
         raise ValueError(f"mean_over must be 'batch' or 'batch_pos', got {mean_over!r}")
@@ -129,7 +132,7 @@ def _means(model: Any, grid: Grid, reference: Any, n_pos: int, mean_over: str) -
 
 
 def _resampled(
-    model: Any, grid: Grid, reference: Any, shape: tuple[int, int], seed: int
+    model: Model, grid: Grid, reference: Any, shape: tuple[int, int], seed: int
 ) -> dict[str, Tensor]:
     heads, (batch, n_pos) = grid.activation.n_heads(model.cfg), shape
     n_reference = reference[grid.names[0]].shape[0]
@@ -165,7 +168,7 @@ class MassiveSite:
 
 
 def find_massive_sites(
-    model: Any,
+    model: Model,
     tokens: Any,
     magnitude: float | int = 100,
     ratio: float | int = 1000,
@@ -212,7 +215,7 @@ def find_massive_sites(
 
 
 def ablate_massive(
-    model: Any,
+    model: Model,
     tokens: Any,
     metric: Metric,
     sites: Sequence[MassiveSite],

@@ -7,6 +7,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.layout.model import Model
 from tl_loops.layout.selection import Selection
 from tl_loops.runs.activations import Activation, check_cache, take
 from tl_loops.runs.cells import Cell, Edit, Score
@@ -16,7 +17,7 @@ from tl_loops.runs.scoring import Metric, logits_score, start_run
 
 
 def activation_patch(
-    model: Any,
+    model: Model,
     corrupted_tokens: Any,
     clean_cache: Any,
     metric: Metric,
@@ -150,7 +151,7 @@ def replace(
     return edit
 
 
-def take_all(model: Any, grid: Grid, cache: Any, shape: tuple[int, int]) -> dict[str, Tensor]:
+def take_all(model: Model, grid: Grid, cache: Any, shape: tuple[int, int]) -> dict[str, Tensor]:
     """All that a grid puts in, from a cache; see :func:`tl_loops.runs.activations.take`."""
     heads = grid.activation.n_heads(model.cfg)
     return {name: take(cache, grid.activation, name, shape, heads) for name in grid.names}

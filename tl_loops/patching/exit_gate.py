@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import layout_of
 from tl_loops.layout.selection import Selection, distinct_indices
 from tl_loops.patching.activation import patch_grid, take_all
@@ -26,7 +27,7 @@ FORCED = 100.0
 
 
 def exit_gate_logits(
-    model: Any, tokens: Any, **forward_arguments: Any
+    model: Model, tokens: Any, **forward_arguments: Any
 ) -> Float[Tensor, "iteration batch pos"]:
     """The halting logit behind every iteration (positive: stop).
 
@@ -45,7 +46,7 @@ def exit_gate_logits(
 
 
 def probe_exit_gate(
-    model: Any, cache: Any, activation: str = "resid_post"
+    model: Model, cache: Any, activation: str = "resid_post"
 ) -> Float[Tensor, "iteration layer batch pos"]:
     """The halting logit that the gate would give if it read the stream inside an iteration.
 
@@ -83,7 +84,7 @@ def probe_exit_gate(
 
 
 def patch_exit_gate(
-    model: Any,
+    model: Model,
     corrupted_tokens: Any,
     clean_cache: Any,
     metric: Metric,
@@ -138,7 +139,7 @@ def patch_exit_gate(
 
 
 def force_exit(
-    model: Any, iteration: int, positions: Selection | None = None
+    model: Model, iteration: int, positions: Selection | None = None
 ) -> list[tuple[str, Any]]:
     """Hooks that make the gate stop behind one iteration and at no earlier one.
 
@@ -171,7 +172,7 @@ def _force(positions: Any, logit: float, value: Tensor, hook: Any) -> Tensor:
     return value
 
 
-def _gated(model: Any) -> LoopLayout:
+def _gated(model: Model) -> LoopLayout:
     layout = layout_of(model)
     if layout is None or not model.cfg.exit_gate:
         raise LoopedSemanticsError(

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.layout.model import Model
 from tl_loops.layout.selection import Selection
 from tl_loops.patching.activation import replace
 from tl_loops.runs.activations import Activation, check_cache, find_activation, take
@@ -38,7 +39,7 @@ class Site:
     head: Selection | None = None
     pos: Selection | None = None
 
-    def grid(self, model: Any, n_pos: int) -> Grid:
+    def grid(self, model: Model, n_pos: int) -> Grid:
         """The single region that the site covers.
 
         Raises:
@@ -54,7 +55,7 @@ Sites = Site | Sequence[Site]
 
 
 def path_patch(
-    model: Any,
+    model: Model,
     corrupted_tokens: Any,
     clean_cache: Any,
     metric: Metric,
@@ -155,7 +156,7 @@ def _group(sites: Sites) -> Sequence[Site]:
 
 
 def _clean_edits(
-    model: Any, grid: Grid, cache: Any, shape: tuple[int, int]
+    model: Model, grid: Grid, cache: Any, shape: tuple[int, int]
 ) -> list[tuple[str, Edit]]:
     activation, (region,) = grid.activation, grid.regions
     heads = activation.n_heads(model.cfg)

@@ -6,6 +6,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
 from tl_loops.layout.selection import Selection, contiguous_parts, distinct_indices
 from tl_loops.patching.activation import replace
@@ -15,7 +16,7 @@ from tl_loops.runs.scoring import Metric, logits_score, start_run
 
 
 def transplant_states(
-    model: Any,
+    model: Model,
     corrupted_tokens: Any,
     clean_cache: Any,
     metric: Metric,

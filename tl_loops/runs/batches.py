@@ -7,10 +7,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_loops.layout.model import Model
 from tl_loops.upstream import model_input
 
 
-def token_prompts(model: Any, prompts: Iterable[Any], at_least: int = 1) -> list[Int[Tensor, "_"]]:
+def token_prompts(
+    model: Model, prompts: Iterable[Any], at_least: int = 1
+) -> list[Int[Tensor, "_"]]:
     """Tokenise prompts one by one: nothing is padded and nothing is cut off.
 
     Args:
@@ -50,7 +53,7 @@ def token_prompts(model: Any, prompts: Iterable[Any], at_least: int = 1) -> list
 
 
 def tokens_alone(
-    model: Any, what: str, text: str | Tensor, prepend_bos: bool | None = None
+    model: Model, what: str, text: str | Tensor, prepend_bos: bool | None = None
 ) -> Int[Tensor, "pos"]:
     """Tokens of one text, or of 1-D tokens, without padding and not cut off.
 
@@ -137,7 +140,7 @@ def _kind(prompt: Any) -> str | None:
     return "tokens" if isinstance(prompt, Tensor) else None
 
 
-def _checked(model: Any, number: int, prompt: str | Tensor, at_least: int) -> Int[Tensor, "pos"]:
+def _checked(model: Model, number: int, prompt: str | Tensor, at_least: int) -> Int[Tensor, "pos"]:
     if isinstance(prompt, Tensor) and prompt.ndim != 1:
         raise ValueError(
             f"prompt {number} has shape {list(prompt.shape)}, expected [pos]: one prompt a "

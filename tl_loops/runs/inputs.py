@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import layout_of
 from tl_loops.layout.selection import Selection, distinct_indices
 from tl_loops.upstream import attention_needs, model_input
@@ -59,7 +60,7 @@ class RunInputs:
         )
 
 
-def run_inputs(model: Any, input: Any, arguments: Mapping[str, Any] | None = None) -> RunInputs:
+def run_inputs(model: Model, input: Any, arguments: Mapping[str, Any] | None = None) -> RunInputs:
     """Tokenise, find the padding, and check the forward arguments of every run.
 
     Args:
@@ -129,7 +130,7 @@ class LensInputs:
 
 
 def lens_inputs(
-    model: Any,
+    model: Model,
     input: LensInput,
     positions: Positions,
     attention_mask: Tensor | None = None,
@@ -191,7 +192,7 @@ def real_positions(
     return chosen
 
 
-def _check_initial_state(model: Any, tokens: Tensor, initial_state: Tensor | None) -> None:
+def _check_initial_state(model: Model, tokens: Tensor, initial_state: Tensor | None) -> None:
     expected = (*tokens.shape, model.cfg.d_model)
     if initial_state is not None and tuple(initial_state.shape) != expected:
         raise ValueError(

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
+from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import layout_of
 from tl_loops.runs.cells import (
     Cell,
@@ -59,7 +60,7 @@ class BaseRun:
     """
 
     def __init__(
-        self, model: Any, inputs: RunInputs, read: Sequence[str] = (), gradients: bool = False
+        self, model: Model, inputs: RunInputs, read: Sequence[str] = (), gradients: bool = False
     ):
         self.model, self.cfg, self.layout = model, model.cfg, layout_of(model)
         self.tokens, self.read = inputs.tokens, tuple(read)

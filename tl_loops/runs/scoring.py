@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tl_loops.layout.model import Model
 from tl_loops.runs.batches import check_batch_size
 from tl_loops.runs.cells import Score
 from tl_loops.runs.inputs import run_inputs
@@ -16,7 +17,7 @@ Metric = Callable[[Tensor], Any]
 
 
 def start_run(
-    model: Any,
+    model: Model,
     input: Any,
     metric: Metric,
     batch_size: int | None,
@@ -48,7 +49,7 @@ def logits_score(metric: Metric) -> Score:
     return lambda output: metric(output.logits)
 
 
-def logits_shape(model: Any, tokens: Tensor) -> tuple[int, int, int]:
+def logits_shape(model: Model, tokens: Tensor) -> tuple[int, int, int]:
     """Shape of the logits of a prompt."""
     cfg = model.cfg
     vocabulary = cfg.d_vocab_out if cfg.d_vocab_out > 0 else cfg.d_vocab
@@ -56,7 +57,7 @@ def logits_shape(model: Any, tokens: Tensor) -> tuple[int, int, int]:
 
 
 def check_metric(
-    metric: Callable[[Tensor], Any], model: Any, shape: tuple[int, ...], what: str = "logits"
+    metric: Callable[[Tensor], Any], model: Model, shape: tuple[int, ...], what: str = "logits"
 ) -> None:
     """Call a metric once on random numbers, so that a wrong one fails before any forward pass.
 

@@ -8,7 +8,7 @@ from tl_loops.config.checks import whole_iterations
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import ConfigError
 from tl_loops.layout.layout import LoopLayout
-from tl_loops.layout.segments import SegmentedLayout
+from tl_loops.layout.segments import named_segments
 from tl_loops.upstream import POST_NORM_ARCHITECTURES, BaseConfig
 
 
@@ -82,7 +82,7 @@ class RepeatedConfig(LoopedTransformerConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields; with several loops, ``segments`` says what ``n_core`` cannot."""
-        if not isinstance(self._layout, SegmentedLayout):
+        if self._layout.segments is None:
             return super().to_dict()
         names = [f.name for f in dataclasses.fields(self) if f.name != "n_core"]
         segments = [dataclasses.astuple(segment) for segment in self._layout.segments]
@@ -98,8 +98,8 @@ class RepeatedConfig(LoopedTransformerConfig):
         first = layout.n_prelude
         if first:
             lines.append(f"prelude  blocks 0 to {first - 1}")
-        if isinstance(layout, SegmentedLayout):
-            for name, segment in zip(dict.fromkeys(layout.stacks or ()), layout.segments):  # noqa: B905
+        if layout.segments is not None:
+            for name, segment in named_segments(layout.segments):
                 lines.append(
                     _repeated(f"core {name}", segment.start, segment.stop, segment.n_iterations)
                 )
