@@ -202,7 +202,7 @@ def assert_laid_for_linear(cfg, tensors):
             "transposed": lambda t: t.T,
             "heads_in": lambda t: t.transpose(1, 2),
             "heads_out": lambda t: t.permute(2, 0, 1),
-        }[physical.layout](tensor)
+        }[physical.storage](tensor)
         assert row_major.is_contiguous(), name
         assert row_major.reshape(row_major.shape[0], -1).data_ptr() == tensor.data_ptr(), name
 
