@@ -45,7 +45,7 @@ class Setting:
     about: str
     choices: tuple[Any, ...] | None = None
     refused: Mapping[str, str] | None = None
-    at_least: float | None = None
+    at_least: int | float | None = None
     of_the_weights: bool = True
 
 
