@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from tl_loops.mechanisms.iteration_weights import MAX_ITERATIONS
 from tl_loops.mechanisms.mechanism import Mechanism, Setting
+from tl_loops.upstream.config_fields import SHAPES
 
 Class = TypeVar("Class", bound=type)
 
@@ -49,46 +50,6 @@ def setting_of(field: dataclasses.Field) -> Setting | None:
     return field.metadata.get("setting")
 
 
-OF_THIS_RUN = frozenset(("device", "n_params", "n_layers", "seed", "tokenizer_prepends_bos"))
-"""Fields of TransformerLens that follow from others, or say nothing about the model."""
-
-CHANGES_NO_NUMBER = frozenset(
-    (
-        "device",
-        "n_devices",
-        "n_iterations",
-        "n_layers",
-        "seed",
-        "init_weights",
-        "use_attn_result",
-        "use_split_qkv_input",
-        "use_hook_mlp_in",
-        "use_attn_in",
-        "ungroup_grouped_query_attention",
-    )
-)
-"""Fields that change no number of a model, or that a run states itself."""
-
-_SHAPES = frozenset(
-    (
-        "d_model",
-        "d_head",
-        "n_heads",
-        "n_key_value_heads",
-        "d_mlp",
-        "d_vocab",
-        "d_vocab_out",
-        "n_layers",
-        "gated_mlp",
-        "normalization_type",
-        "positional_embedding_type",
-        "tie_word_embeddings",
-        "post_embedding_ln",
-    )
-)
-"""Fields of TransformerLens that stored tensors fix."""
-
-
 def fixed_by_weights(cls: type) -> frozenset[str]:
     """The fields of a config class that stored tensors fix, so that a caller cannot choose them."""
     own = {
@@ -96,4 +57,4 @@ def fixed_by_weights(cls: type) -> frozenset[str]:
         for field in dataclasses.fields(cls)
         if (setting := setting_of(field)) is not None and setting.of_the_weights
     }
-    return _SHAPES | own
+    return SHAPES | own

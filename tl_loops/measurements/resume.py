@@ -17,22 +17,9 @@ from torch import Tensor
 from tl_loops.errors import CheckpointError
 from tl_loops.runs.moments import Moments
 from tl_loops.runs.storage import write_whole
+from tl_loops.upstream.config_fields import CHANGES_NO_NUMBER
 
 _KIND = "tl_loops measurement"
-# Fields of a config that change no number, or that the run states itself.
-_NOT_THE_MODEL = (
-    "device",
-    "n_devices",
-    "n_iterations",
-    "n_layers",
-    "seed",
-    "init_weights",
-    "use_attn_result",
-    "use_split_qkv_input",
-    "use_hook_mlp_in",
-    "use_attn_in",
-    "ungroup_grouped_query_attention",
-)
 
 
 @dataclass(frozen=True)
@@ -61,7 +48,7 @@ def model_fingerprint(model: Any) -> str:
     once (about a second a gigabyte).
     """
     digest = hashlib.blake2b(digest_size=16)
-    cfg = {name: v for name, v in model.cfg.to_dict().items() if name not in _NOT_THE_MODEL}
+    cfg = {name: v for name, v in model.cfg.to_dict().items() if name not in CHANGES_NO_NUMBER}
     digest.update(json.dumps(cfg, sort_keys=True, default=str).encode())
     # Shared weights come once. Without their names: those of a coda count the iterations.
     for parameter in model.parameters():
