@@ -19,7 +19,7 @@ FLOORS = (
 
 ANALYSES = "runs measurements lens patching attribution plots steering".split()
 MODELS = "mechanisms config nn families loading model".split()
-"""The two towers: neither imports the other. Both know the cache: models fill it, analyses read it."""
+"""The two towers: neither imports the other. Both know the cache."""
 
 MOST_LINES = 400
 MOST_IGNORED_TYPES = 15
