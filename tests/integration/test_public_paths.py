@@ -62,7 +62,7 @@ NAMES = {
         plot_ranks plot_residual_norms plot_stages plot_trajectories token_log_probs
     """,
     "tl_loops.loop_hooks": """
-        ITERATION_HOOKS at coordinate_of every_block every_iteration hooks_at layout_of
+        at coordinate_of every_block every_iteration hooks_at layout_of
         names_filter stack_iterations with_coordinate
     """,
     "tl_loops.loop_losses": """
