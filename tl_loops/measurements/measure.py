@@ -27,6 +27,7 @@ from tl_loops.measurements.resume import (
 from tl_loops.measurements.streaming import PlannedMetric, StreamPlan, reduce_batch
 from tl_loops.runs.batches import batches, check_batch_size, longest_first, token_prompts
 from tl_loops.runs.moments import Moments
+from tl_loops.version import __version__
 
 Metrics = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
 
@@ -76,8 +77,6 @@ def measure(
         TypeError: Prompts are neither text nor tensors, or both.
         CheckpointError: The checkpoint is damaged or of another run.
     """
-    from tl_loops.version import __version__
-
     check_batch_size(batch_size)
     tokens = token_prompts(model, prompts)
     lengths = [prompt.shape[0] for prompt in tokens]

@@ -30,6 +30,7 @@ from tl_loops.report.patching import patching_section
 from tl_loops.report.section import Section, last_tokens, shortened
 from tl_loops.runs.storage import write_whole
 from tl_loops.tasks.prompts import SAMPLE, PromptText, from_task
+from tl_loops.version import __version__
 
 MOST_BYTES = 6_000_000
 """A page is never larger than this."""
@@ -207,8 +208,6 @@ def _model_section(model: Model, n_prompts: int, what: str) -> Section:
 
 
 def _render(model: Model, sections: Sequence[Section]) -> str:
-    from tl_loops.version import __version__
-
     folder = resources.files("tl_loops.report") / "templates"
     source = (folder / "report.html").read_text("utf-8")
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
