@@ -30,7 +30,8 @@ _NAMES = {
 
 def as_slice(selection: SliceLike) -> Slice:
     """A ``Slice`` of what stands for one."""
-    return selection if isinstance(selection, Slice) else Slice(selection)  # type: ignore[arg-type]
+    given: Any = selection
+    return given if isinstance(given, Slice) else Slice(given)
 
 
 @dataclass(frozen=True)
@@ -338,10 +339,12 @@ class CachedRun:
         if site.kind == "norm_bias":
             return self.component(site)
         cfg = self.model.cfg
+        if site.block is None:
+            return None
         if site.kind == "attn" and cfg.attn_bias:
-            bias = self.block(site.block).attn.b_O  # type: ignore[arg-type]
+            bias = self.block(site.block).attn.b_O
         elif site.kind == "mlp" and cfg.mlp_bias and of_mlps:
-            bias = self.block(site.block).mlp.b_out  # type: ignore[arg-type]
+            bias = self.block(site.block).mlp.b_out
         else:
             return None
         stream = self.read(f"blocks.{site.block}.hook_{site.kind}_out")

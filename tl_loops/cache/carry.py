@@ -55,10 +55,10 @@ class Carrier:
             has_injection: Whether e enters again behind the beginning of the loop. If neither it
                 nor the state does, what lies before the loop does not reach the target.
         """
-        starts = [i for i, step in enumerate(steps) if isinstance(step, BeginLoop)]
-        if starts and steps[starts[0]].replaced:  # type: ignore[union-attr]
+        starts = [(i, step) for i, step in enumerate(steps) if isinstance(step, BeginLoop)]
+        if starts and starts[0][1].replaced:
             if self._injection != "parts" or not has_injection:
-                steps = steps[starts[0] :]
+                steps = steps[starts[0][0] :]
         for step in steps:
             self.take(step)
         return self

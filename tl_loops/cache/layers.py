@@ -64,7 +64,7 @@ class LayerDecomposition(ResidualReadout):
                 "neuron_slice=... or (for neurons) project_output_onto=..."
             )
 
-    def decompose_resid(  # type: ignore[override]
+    def decompose_resid(
         self,
         layer: int | None = None,
         mlp_input: bool = False,
@@ -139,7 +139,7 @@ class LayerDecomposition(ResidualReadout):
         stack, labels = self._finish(run, target, norm, *carried, incl_remainder, full)
         return self._result(stack, labels, return_labels)
 
-    def stack_head_results(  # type: ignore[override]
+    def stack_head_results(
         self,
         layer: int | None = -1,
         return_labels: bool = False,

@@ -19,7 +19,7 @@ from tl_loops.upstream import Slice
 class NeuronDecomposition(LayerDecomposition):
     """Decompositions down to single neurons; keyword arguments as in the base class."""
 
-    def stack_neuron_results(  # type: ignore[override]
+    def stack_neuron_results(
         self,
         layer: int | None = -1,
         pos_slice: SliceLike = None,
@@ -114,7 +114,7 @@ class NeuronDecomposition(LayerDecomposition):
 
         return run.pull_back(target, directions, rows, from_iteration)
 
-    def get_full_resid_decomposition(  # type: ignore[override]
+    def get_full_resid_decomposition(
         self,
         layer: int | None = None,
         mlp_input: bool = False,

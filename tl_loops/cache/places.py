@@ -1,5 +1,7 @@
 """The residual stream of a cached run as the model would read it out at each place."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -59,7 +61,7 @@ class ResidualReadout(ActivationCache):
         stack = stack.to(self.model.cfg.dtype)
         return (stack, labels) if return_labels else stack
 
-    def accumulated_resid(  # type: ignore[override]
+    def accumulated_resid(
         self,
         layer: int | None = None,
         incl_mid: bool = False,
@@ -132,7 +134,7 @@ class ResidualReadout(ActivationCache):
             stack = stack if reader is None else affine(reader, stack)
         return self._result(stack, [label for label, _ in rows], return_labels)
 
-    def apply_ln_to_stack(  # type: ignore[override]
+    def apply_ln_to_stack(
         self,
         residual_stack: Stack,
         layer: int | None = None,
@@ -184,7 +186,7 @@ class ResidualReadout(ActivationCache):
             norm = type(norm)(rows.apply(norm.scale), norm.gain, norm.bias, norm.centred)
         return norm(working(residual_stack)).to(residual_stack.dtype)
 
-    def logit_attrs(  # type: ignore[override]
+    def logit_attrs(
         self,
         residual_stack: Stack,
         tokens: str | int | Int[Tensor, "..."],
@@ -240,15 +242,15 @@ def _shape(tokens: str | int | Tensor) -> tuple[int, ...]:
     return tuple(tokens.shape) if isinstance(tokens, Tensor) else ()
 
 
-def freshly_normed(x: Tensor, norm: torch.nn.Module) -> Tensor:
+def freshly_normed(x: Tensor, norm: Any) -> Tensor:
     """A norm with fresh scales, without its hook points."""
     if getattr(norm, "off", False):
         return x
     x = x - x.mean(-1, keepdim=True) if norm.centred else x
-    scale = (x.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()  # type: ignore[operator]
+    scale = (x.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
     x = x / scale
-    x = x if norm.w is None else x * working(norm.w).to(x)  # type: ignore[arg-type]
-    return x if norm.b is None else x + working(norm.b).to(x)  # type: ignore[arg-type]
+    x = x if norm.w is None else x * working(norm.w).to(x)
+    return x if norm.b is None else x + working(norm.b).to(x)
 
 
 def affine(norm: FrozenNorm, x: Tensor) -> Tensor:

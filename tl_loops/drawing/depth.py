@@ -1,6 +1,7 @@
 """The unrolled depth along an axis: labels, prelude and coda, where iterations begin."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ def block_colours(layout: LoopLayout) -> list[str]:
     ]
 
 
-def block_values(cache: object, name: str, row: int | None = None) -> Tensor:
+def block_values(cache: Any, name: str, row: int | None = None) -> Tensor:
     """One activation of all blocks of a cache, [block, batch, ...] ([block, ...] for one row).
 
     Args:
@@ -106,15 +107,15 @@ def block_values(cache: object, name: str, row: int | None = None) -> Tensor:
         ValueError: The cache lacks the activation at some block, or has no such row.
     """
     layout = getattr(cache, "layout", None)
-    n_blocks = cache.model.cfg.n_layers if layout is None else layout.n_layers  # type: ignore
+    n_blocks = cache.model.cfg.n_layers if layout is None else layout.n_layers
     try:
-        values = [cache[name, block] for block in range(n_blocks)]  # type: ignore[index]
+        values = [cache[name, block] for block in range(n_blocks)]
     except KeyError as error:
         raise ValueError(
             f"the cache lacks {error}: run_with_cache must keep {name!r} of every block"
         ) from error
     stacked = torch.stack(values)
-    if not cache.has_batch_dim:  # type: ignore[attr-defined]
+    if not cache.has_batch_dim:
         stacked = stacked.unsqueeze(1)
     if row is None:
         return stacked

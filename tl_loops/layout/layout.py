@@ -51,15 +51,7 @@ class LoopLayout:
         stacks: tuple[str, ...] | None = None,
         shared_stacks: bool = False,
     ):
-        """The layout of one loop.
-
-        Args:
-            n_prelude: Blocks before the loop.
-            n_core: Blocks in one iteration.
-            n_coda: Blocks after the loop.
-            n_iterations: Passes through the core.
-            stacks: As the attribute.
-            shared_stacks: As the attribute.
+        """The layout of one loop, of ``n_core`` blocks.
 
         Raises:
             ValueError: A size is too small, or there is not one stack per iteration.
@@ -382,12 +374,13 @@ class LoopLayout:
         Raises:
             ValueError: The first axis is not the unrolled depth.
         """
-        shape = tuple(values.shape)  # type: ignore[attr-defined]
+        array: Any = values
+        shape = tuple(array.shape)
         if not shape or shape[0] != self.n_layers:
             raise ValueError(
                 f"by_iteration() needs [{self.n_layers}, ...] (one entry a block), got {shape}"
             )
-        core = values[self.core_start : self.coda_start]  # type: ignore[index]
+        core = array[self.core_start : self.coda_start]
         return core.reshape(self.n_iterations, self.n_core, *shape[1:])
 
     def with_iterations(self, n_iterations: int) -> "LoopLayout":

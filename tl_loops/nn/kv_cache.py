@@ -50,12 +50,12 @@ class SlotEntry(KeyValueCacheEntry):
         self.frozen = False
 
     @property
-    def past_keys(self) -> Keys:  # type: ignore[override]
+    def past_keys(self) -> Keys:
         """Keys of the slot, [batch, key, kv_head, d_head]."""
         return self._slot.keys
 
     @property
-    def past_values(self) -> Keys:  # type: ignore[override]
+    def past_values(self) -> Keys:
         """Values of the slot, [batch, key, kv_head, d_head]."""
         return self._slot.values
 

