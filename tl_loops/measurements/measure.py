@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import layout_of, with_iterations
 from tl_loops.measurements import (
     DEFAULT_METRICS,
@@ -32,7 +33,7 @@ Metrics = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
 
 
 def measure(
-    model: Any,
+    model: Model,
     prompts: Iterable[Any],
     metrics: Metrics = DEFAULT_METRICS,
     n_iterations: int | None = None,
@@ -126,7 +127,7 @@ def measure(
         )
 
 
-def available_metrics(model: Any, n_iterations: int | None = None) -> tuple[str, ...]:
+def available_metrics(model: Model, n_iterations: int | None = None) -> tuple[str, ...]:
     """Names of the metrics that a model can give.
 
     Args:
@@ -145,7 +146,7 @@ def available_metrics(model: Any, n_iterations: int | None = None) -> tuple[str,
         )
 
 
-def _plan(model: Any, metrics: Metrics, shortest: int) -> list[PlannedMetric]:
+def _plan(model: Model, metrics: Metrics, shortest: int) -> list[PlannedMetric]:
     """Resolve names and options, and refuse what the model cannot give."""
     metrics = (metrics,) if isinstance(metrics, str) else metrics
     if tuple(metrics) == ("all",):
