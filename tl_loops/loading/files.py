@@ -12,18 +12,11 @@ import torch
 from torch import Tensor
 
 from tl_loops.errors import CheckpointError
+from tl_loops.mechanisms.tensors import FLOATS
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-
-FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-"""The stored types that weights may have."""
 
 _ITEM_SIZES = {
     **{name: dtype.itemsize for name, dtype in FLOATS.items()},

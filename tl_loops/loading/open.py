@@ -14,16 +14,10 @@ from tl_loops.config.fields import fixed_by_weights
 from tl_loops.errors import CheckpointError, ConfigError
 from tl_loops.families.base import Family, TensorSpec
 from tl_loops.families.registry import recognise
-from tl_loops.loading.files import (
-    CONFIG_FILE,
-    FLOATS,
-    Checkpoint,
-    StoredTensor,
-    read_rows,
-    same_values,
-)
+from tl_loops.loading.files import CONFIG_FILE, Checkpoint, StoredTensor, read_rows, same_values
 from tl_loops.loading.save import save_checkpoint
 from tl_loops.loading.source import is_looped_name, resolve
+from tl_loops.mechanisms.tensors import FLOATS
 
 __all__ = [
     "Checkpoint",

@@ -1,5 +1,6 @@
 """Measurements by name: what each reads, how it is reduced to one number a prompt, and where."""
 
+from tl_loops.measurements.find import DEFAULT_METRICS, find_measurement
 from tl_loops.measurements.measurement import (
     Activation,
     Measurement,
@@ -7,7 +8,7 @@ from tl_loops.measurements.measurement import (
     resolve_options,
     why_not,
 )
-from tl_loops.measurements.registry import DEFAULT_METRICS, MEASUREMENTS, find_measurement
+from tl_loops.measurements.registry import MEASUREMENTS
 
 __all__ = [
     "DEFAULT_METRICS",

@@ -1,6 +1,6 @@
 """Depth profiles: by iteration, by layer and unrolled, as in arXiv 2604.11791 (section 4.1)."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,7 +12,9 @@ from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, Rule, Span,
 from tl_loops.drawing.subject import subject_of
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.measurements.labels import metric_label, metric_title, spans_decades
-from tl_loops.measurements.profile import LoopProfile
+
+if TYPE_CHECKING:  # a profile draws itself by this
+    from tl_loops.measurements.profile import LoopProfile
 
 _GROUPINGS = {
     "iteration": "by iteration",
@@ -23,7 +25,7 @@ RELATIVE_DEPTH = "relative depth in one pass (%)"
 
 
 def plot_profile(
-    profile: LoopProfile,
+    profile: "LoopProfile",
     metric: str | None = None,
     by: str = "iteration",
     *,
@@ -78,7 +80,7 @@ def plot_profile(
 
 
 def profile_panel(
-    profile: LoopProfile, metric: str, by: str, std: bool, log: bool, title: str = ""
+    profile: "LoopProfile", metric: str, by: str, std: bool, log: bool, title: str = ""
 ) -> Panel:
     """The panel of :func:`plot_profile`; blocks where a metric has no value by nature are absent.
 
@@ -105,7 +107,7 @@ def profile_panel(
 class _Values:
     """Mean and deviation at each block, and words about each."""
 
-    def __init__(self, profile: LoopProfile, metric: str, std: bool):
+    def __init__(self, profile: "LoopProfile", metric: str, std: bool):
         self.mean = as_array(profile.mean(metric))
         self.std = as_array(profile.std(metric))
         self.count = profile.count(metric).tolist()

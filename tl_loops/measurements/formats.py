@@ -11,16 +11,22 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas
 import torch
 
 from tl_loops.layout.layout import LoopLayout
-from tl_loops.measurements.profile import LoopProfile, Provenance
+from tl_loops.measurements.provenance import Provenance
 from tl_loops.measurements.table import COLUMNS, Row, table_rows
 from tl_loops.runs.moments import Moments
 from tl_loops.runs.storage import write_whole
+
+if TYPE_CHECKING:  # a profile saves itself by this
+    from tl_loops.measurements.profile import LoopProfile
+
+Parts = tuple[dict[str, Moments], LoopLayout | None, Provenance]
+"""Moments, layout and provenance: what a profile is made of."""
 
 _FORMAT = "tl_loops profile 1"
 _SIZES = ("n_prelude", "n_core", "n_coda")
@@ -44,14 +50,14 @@ _MODEL = (
 """What is one for the whole profile."""
 
 
-def save_profile(profile: LoopProfile, path: str | os.PathLike[str]) -> None:
+def save_profile(profile: "LoopProfile", path: str | os.PathLike[str]) -> None:
     """Write a profile by the ending of the path; see :meth:`LoopProfile.save`."""
     encode, _ = _codec(path)
     write_whole(path, encode(_header(profile), _rows(profile), profile.provenance.options))
 
 
-def load_profile(path: str | os.PathLike[str]) -> LoopProfile:
-    """Read a profile by the ending of the path; see :meth:`LoopProfile.load`."""
+def load_profile(path: str | os.PathLike[str]) -> Parts:
+    """What a profile is made of, by the ending of the path; see :meth:`LoopProfile.load`."""
     _, decode = _codec(path)
     content = Path(path).read_bytes()
     try:
@@ -89,7 +95,7 @@ def _codec(path: str | os.PathLike[str]) -> tuple[Callable[..., bytes], Callable
     return codecs[ending]
 
 
-def _header(profile: LoopProfile) -> Row:
+def _header(profile: "LoopProfile") -> Row:
     values = asdict(profile.provenance)
     at = profile.layout
     sizes = {name: None if at is None else getattr(at, name) for name in _SIZES}
@@ -100,13 +106,13 @@ def _header(profile: LoopProfile) -> Row:
     return {name: values[name] for name in _MODEL}
 
 
-def _rows(profile: LoopProfile) -> list[Row]:
+def _rows(profile: "LoopProfile") -> list[Row]:
     """The rows of the table with the squared deviations, from which merging starts."""
     m2 = {name: moments.m2.tolist() for name, moments in profile.moments.items()}
     return [{**row, "m2": m2[row["metric"]][row["block"]]} for row in table_rows(profile)]
 
 
-def _profile(header: Row, rows: list[Row], options: dict[str, Any]) -> LoopProfile:
+def _profile(header: Row, rows: list[Row], options: dict[str, Any]) -> Parts:
     n_layers = int(header["n_layers"])
     layout = None
     if header["n_core"] is not None:
@@ -123,7 +129,7 @@ def _profile(header: Row, rows: list[Row], options: dict[str, Any]) -> LoopProfi
     kept = {name: header[name] for name in Provenance.__dataclass_fields__ if name != "options"}
     if any(not torch.any(m.count + m.undefined) for m in moments.values()):
         raise ValueError("a metric has no row")
-    return LoopProfile(moments, layout, Provenance(**kept, options=options))
+    return moments, layout, Provenance(**kept, options=options)
 
 
 # JSON.

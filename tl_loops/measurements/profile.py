@@ -11,6 +11,9 @@ from torch import Tensor
 
 from tl_loops.errors import did_you_mean
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.measurements.figure import plot_profile
+from tl_loops.measurements.formats import load_profile, save_profile
+from tl_loops.measurements.provenance import Provenance
 from tl_loops.measurements.table import COLUMNS, Grouping, grouped, table_rows
 from tl_loops.metrics import stages
 from tl_loops.runs.moments import Moments
@@ -19,31 +22,6 @@ if TYPE_CHECKING:
     import pandas
 
 Statistic = Literal["mean", "std", "count", "undefined"]
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What a profile was measured on.
-
-    Attributes:
-        model: ``cfg.model_name``.
-        weights: Fingerprint of weights and architecture.
-        notation: ``(p, k⊗t, c)`` as in arXiv 2604.11791; ``None`` for a feedforward model.
-        n_iterations: ``None`` for a feedforward model.
-        n_prompts: Number of prompts.
-        n_tokens: Number of their tokens.
-        tl_loops: Version that measured.
-        options: All options of each metric.
-    """
-
-    model: str
-    weights: str
-    notation: str | None
-    n_iterations: int | None
-    n_prompts: int
-    n_tokens: int
-    tl_loops: str
-    options: Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,8 +251,6 @@ class LoopProfile:
             FileNotFoundError: The directory does not exist.
             ImportError: pyarrow, which Parquet needs, is missing.
         """
-        from tl_loops.measurements.formats import save_profile
-
         save_profile(self, path)
 
     @classmethod
@@ -286,9 +262,7 @@ class LoopProfile:
             FileNotFoundError: There is no such file.
             ImportError: pyarrow, which Parquet needs, is missing.
         """
-        from tl_loops.measurements.formats import load_profile
-
-        return load_profile(path)
+        return cls(*load_profile(path))
 
     def plot(self, metric: str | None = None, by: Grouping = "iteration", **options: Any) -> Any:
         """Draw a metric; see :func:`tl_loops.plots.plot_profile`.
@@ -305,8 +279,6 @@ class LoopProfile:
             ValueError: Unknown metric or grouping.
             ImportError: The plotting library is missing.
         """
-        from tl_loops.measurements.figure import plot_profile
-
         return plot_profile(self, metric, by=by, **options)
 
     def __repr__(self) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from tl_loops.errors import did_you_mean
 from tl_loops.measurements import reductions
 from tl_loops.measurements.measurement import Activation, Bounds, Measurement, Place, own_options
 from tl_loops.metrics import attention, dynamics, exits, massive, pairwise, residual
@@ -16,17 +15,6 @@ _SHARE: Bounds = (0.0, 1.0)
 _POSITIVE: Bounds = (0.0, math.inf)
 _COSINE: Bounds = (-1.0, 1.0)
 _PAPER = "arXiv 2604.11791"
-
-
-def find_measurement(name: str) -> Measurement:
-    """The registry's entry.
-
-    Raises:
-        ValueError: There is none; near matches are suggested.
-    """
-    if name in MEASUREMENTS:
-        return MEASUREMENTS[name]
-    raise ValueError(f"unknown metric {name!r}: {did_you_mean(name, MEASUREMENTS, quoted=True)}")
 
 
 def _value(
@@ -399,12 +387,3 @@ MEASUREMENTS: dict[str, Measurement] = {
     ),
 }
 """Every measurement by name."""
-
-DEFAULT_METRICS = (
-    "sink_rate",
-    "mixing_score",
-    "colsum_concentration",
-    "residual_entropy",
-    "residual_norm",
-)
-"""What arXiv 2604.11791 compares between looped and feedforward models."""

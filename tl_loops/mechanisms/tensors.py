@@ -9,6 +9,14 @@ from torch import Tensor, nn
 
 Storage = Literal["plain", "transposed", "heads_in", "heads_out"]
 
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""The stored types that weights may have."""
+
 _ORDER: dict[str, tuple[int, ...]] = {
     "transposed": (1, 0),
     "heads_in": (0, 2, 1),

@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_loops.model.checks import key_value_sharing
 from tl_loops.model.iterations import at_iterations
-from tl_loops.model.start import key_value_sharing, read_text_or_tokens
+from tl_loops.model.start import read_text_or_tokens
 from tl_loops.nn.kv_cache import SharedKeyValueCache
 from tl_loops.upstream import (
     USE_DEFAULT_VALUE,

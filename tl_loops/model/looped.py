@@ -16,10 +16,11 @@ from tl_loops.loading import open as loading
 from tl_loops.loading.arguments import check_arguments
 from tl_loops.loading.tokenizer import load_tokenizer
 from tl_loops.model import generation, readout, state_dicts
+from tl_loops.model.checks import block_index, check_return_type, key_value_sharing
 from tl_loops.model.exits import ExitMode
 from tl_loops.model.hooks import CoordinateHooks
 from tl_loops.model.iterations import at_iterations
-from tl_loops.model.start import block_index, check_return_type, key_value_sharing, start_run
+from tl_loops.model.start import start_run
 from tl_loops.model.state_dicts import without_unsupported
 from tl_loops.model.weights import PhysicalWeights, Weights, owners
 from tl_loops.nn.embedding import Embed, PosEmbed, Unembed

@@ -14,10 +14,11 @@ from tl_loops.model import readout
 from tl_loops.model.bridged.family import BridgedFamily
 from tl_loops.model.bridged.routing import routed
 from tl_loops.model.bridged.taps import Tap
+from tl_loops.model.checks import block_index, check_return_type
 from tl_loops.model.hooks import HookNameError
 from tl_loops.model.iterations import at_iterations
 from tl_loops.model.looped import LoopedTransformer
-from tl_loops.model.start import block_index, check_return_type, read_tokens
+from tl_loops.model.start import read_tokens
 from tl_loops.model.weights import Weights
 from tl_loops.upstream import USE_DEFAULT_VALUE, HookPoint, LocallyOverridenDefaults
 

@@ -55,7 +55,7 @@ class RepeatedConfig(LoopedTransformerConfig):
         if layout.segments is None:
             given["n_core"] = layout.n_core
         else:
-            given["segments"] = layout.segments
+            given["segments"] = tuple(dataclasses.astuple(part) for part in layout.segments)
         cfg = cls(**{name: value for name, value in given.items() if name in names})
         for name in given.keys() - names:  # TransformerLens may keep more than its fields.
             setattr(cfg, name, given[name])
@@ -68,8 +68,9 @@ class RepeatedConfig(LoopedTransformerConfig):
                 sizes = (self.n_prelude, self._given_n_core, self.n_coda, self.n_iterations)
                 self._place(LoopLayout(*sizes))
             else:
-                self.segments = tuple(Segment(*segment) for segment in self.segments)
-                self._place(LoopLayout.of_segments(self.segments, self.n_coda))
+                self.segments = tuple(tuple(part) for part in self.segments)
+                parts = [Segment(*part) for part in self.segments]
+                self._place(LoopLayout.of_segments(parts, self.n_coda))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"the loops do not fit: {error}") from error
 
@@ -126,10 +127,7 @@ class RepeatedConfig(LoopedTransformerConfig):
         names = [field.name for field in dataclasses.fields(self)]
         if self.segments is not None:
             names.remove("n_core")
-        fields = {name: getattr(self, name) for name in names}
-        if self.segments is not None:
-            fields["segments"] = tuple(dataclasses.astuple(s) for s in self.segments)
-        return fields
+        return {name: getattr(self, name) for name in names}
 
     def describe(self) -> str:
         """The data flow of one forward pass in a few lines."""

@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.model import readout
-from tl_loops.model.hooks import CoordinateHooks
-from tl_loops.model.iterations import at_iterations
-from tl_loops.model.repeated.config import RepeatedConfig
-from tl_loops.model.repeated.weights import BorrowedWeights
-from tl_loops.model.start import (
+from tl_loops.model.checks import (
     block_index,
     check_residual,
     check_return_type,
     check_starts,
     check_state,
-    read_text_or_tokens,
 )
+from tl_loops.model.hooks import CoordinateHooks
+from tl_loops.model.iterations import at_iterations
+from tl_loops.model.repeated.config import RepeatedConfig
+from tl_loops.model.repeated.weights import BorrowedWeights
+from tl_loops.model.start import read_text_or_tokens
 from tl_loops.nn.loop.hooks import IterationHooks
 from tl_loops.nn.unrolling import tied_copy, unroll
 from tl_loops.upstream import (
