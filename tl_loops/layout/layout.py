@@ -119,8 +119,7 @@ class LoopLayout:
         return hash(self._key())
 
     def __repr__(self) -> str:
-        stacks = "" if self.stacks is None else f", stacks={self.stacks}"
-        return f"LoopLayout({self.notation(injected=False)}{stacks})"
+        return f"LoopLayout({self.notation(injected=False)}, stacks={self.stacks})"
 
     @property
     def n_core(self) -> int:
@@ -360,7 +359,7 @@ class LoopLayout:
 
     def labels(self) -> list[str]:
         """Labels of all unrolled blocks."""
-        return [self.label(index) for index in range(self.n_layers)]
+        return list(map(self.label, range(self.n_layers)))
 
     def by_iteration(self, values: Values) -> Values:
         """Reshape per-block values to one row an iteration; prelude and coda are left out.
@@ -380,8 +379,9 @@ class LoopLayout:
             raise ValueError(
                 f"by_iteration() needs [{self.n_layers}, ...] (one entry a block), got {shape}"
             )
-        core = array[self.core_start : self.coda_start]
-        return core.reshape(self.n_iterations, self.n_core, *shape[1:])
+        return array[self.core_start : self.coda_start].reshape(
+            self.n_iterations, self.n_core, *shape[1:]
+        )
 
     def with_iterations(self, n_iterations: int) -> "LoopLayout":
         """The same layout with another number of iterations.
@@ -393,8 +393,7 @@ class LoopLayout:
         if self.segments is not None:
             raise LoopedSemanticsError(
                 f"{self.notation(injected=False)} has several loops, so one number of iterations "
-                "does not say which: call tl_loops.loop(model, loops=...) again, which copies no "
-                "weight"
+                "does not say which: call tl_loops.loop(model, loops=...) again, at no copy"
             )
         stacks = self.stacks
         if stacks is not None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.closeness import assert_close as close
 from tests.models import ARCHITECTURES, tiny_model
 from tests.unit.attribution.test_activation_attribution import (
     CLEAN,
@@ -15,7 +16,6 @@ from tests.unit.attribution.test_activation_attribution import (
 from tl_loops.attribution import attribution_patch, edge_attribution
 
 torch.set_num_threads(1)
-close = torch.testing.assert_close
 
 
 def edges(model, cache, measure=metric, **options):

@@ -5,9 +5,9 @@ import logging
 
 import pytest
 import torch
-from torch.testing import assert_close
 
 import tl_loops
+from tests.closeness import assert_close
 from tests.feedforward import plain_model
 from tests.models import ARCHITECTURES, any_model, tiny_model, tiny_tokens
 from tests.unit.upstream.test_inputs import TEXTS

@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
-from torch.testing import assert_close
 
+from tests.closeness import assert_close
 from tests.feedforward import only_before_4
 from tests.models import ARCHITECTURES, VARIATIONS, any_model, tiny_model, tiny_tokens
 from tl_loops import LoopedSemanticsError
@@ -198,7 +198,8 @@ def test_each_component_is_what_goes_missing_without_it(model, cache):
         if label not in labels:
             continue
         after = end_of(cache, model, [*held(model, cache, but=name), (name, zero)])
-        assert_close(before - after, stack[labels.index(label)], **CLOSE, msg=label)
+        size = float(before.abs().max())
+        assert_close(before - after, stack[labels.index(label)], **CLOSE, size=size, msg=label)
 
 
 def test_whole_injection_is_what_goes_missing_without_e(model, cache):
@@ -259,7 +260,7 @@ def test_each_neuron_is_what_goes_missing_without_it(model, cache):
             scale = f"blocks.{index}.ln2_post.hook_scale"
             hooks.append((scale, lambda x, hook: cache[hook.name].clone()))
         missing = before - end_of(cache, model, hooks)
-        assert_close(missing, stack[2 * index + 1], **CLOSE)
+        assert_close(missing, stack[2 * index + 1], **CLOSE, size=float(before.abs().max()))
 
 
 def test_heads_of_a_block_sum_to_its_attention(model, cache):

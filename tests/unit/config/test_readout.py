@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 
+from tests.closeness import assert_close
 from tests.models import SIZES
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import ConfigError, LoopedSemanticsError
@@ -80,7 +81,7 @@ def _end(readout):
 
 
 def _close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
 def test_many_combinations_are_allowed():

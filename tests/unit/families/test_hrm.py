@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.testing import assert_close
 
+from tests.closeness import assert_close
 from tests.equations import attend, draw, rms, rotate, write
 from tests.models import tiny_config, tiny_model, tiny_tokens
 from tl_loops import CheckpointError, ConfigError, LoopedSemanticsError, LoopProfile, measure

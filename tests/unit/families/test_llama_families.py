@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.testing import assert_close
 
+from tests.closeness import assert_close
 from tests.equations import attend, causal, draw, llama_layer, llama_shapes, rms, write
 from tests.models import tiny_config, tiny_tokens
 from tl_loops import CheckpointError, ConfigError, HookNameError, LoopedSemanticsError

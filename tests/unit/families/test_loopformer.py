@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.testing import assert_close
 
+from tests.closeness import assert_close
 from tests.equations import attend, causal, draw, rms, write
 from tests.models import tiny_config, tiny_tokens
 from tl_loops import CheckpointError, ConfigError, LoopedSemanticsError, exit_curve

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.closeness import assert_close
 from tests.feedforward import plain_model
 from tests.models import ARCHITECTURES, tiny_model
 from tests.unit.upstream.test_inputs import BOS
@@ -60,7 +61,7 @@ def test_curves_are_those_of_models_with_fewer_iterations(architecture):
             expected.setdefault(name, []).append(value)
     for name, per_prompt in expected.items():
         value = torch.stack(per_prompt).double().mean(0)
-        torch.testing.assert_close(
+        assert_close(
             torch.as_tensor(getattr(got, name), dtype=torch.float64), value, rtol=1e-4, atol=1e-5
         )
     assert (got.n_prompts, got.n_targets) == (3, 6 + 3 + 6)
@@ -92,7 +93,7 @@ def test_answers_are_read_behind_their_prompts():
     for prompt, answer in zip(given, answers, strict=True):
         logits = own_logits(model, torch.cat([prompt, answer[:1]]))[:, -2:]
         losses.append(-logits.log_softmax(-1)[:, [0, 1], answer].mean(-1))
-    torch.testing.assert_close(got.loss.float(), torch.stack(losses).mean(0), rtol=1e-4, atol=1e-5)
+    assert_close(got.loss.float(), torch.stack(losses).mean(0), rtol=1e-4, atol=1e-5)
     assert got.n_targets == 4
 
 
@@ -127,7 +128,7 @@ def test_padding_of_the_vocabulary_is_never_an_answer():
     assert got.loss[-1] > 50  # the loss is the model's own, over all columns
     logits = own_logits(model, tokens)[:, -1]
     kl = kl_divergence(logits[-1:].expand_as(logits), logits, 40).double()
-    torch.testing.assert_close(got.kl_to_last, kl, rtol=1e-4, atol=1e-5)
+    assert_close(got.kl_to_last, kl, rtol=1e-4, atol=1e-5)
 
 
 def test_the_last_token_of_an_answer_needs_no_position():
@@ -138,7 +139,7 @@ def test_the_last_token_of_an_answer_needs_no_position():
 def test_neither_batches_nor_iterations_asked_for_change_the_model():
     model = looped("huginn")
     a, b = (curve(model, prompts(), n_iterations=5, batch_size=n) for n in (1, 8))
-    torch.testing.assert_close(a.loss, b.loss, rtol=1e-5, atol=1e-6)
+    assert_close(a.loss, b.loss, rtol=1e-5, atol=1e-6)
     assert a.loss.shape == (5,) and model.cfg.n_iterations == 3
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
 

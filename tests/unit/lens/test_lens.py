@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.closeness import assert_close as close
 from tests.models import ARCHITECTURES, SIZES, tiny_model, tiny_tokens
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.lens import CodaLens, LogitLens, coda_lens, exit_lens, logit_lens, read_lens
@@ -22,7 +23,6 @@ torch.set_num_threads(1)
 WITHOUT_CODA = ("ouro", "weightless")
 WITH_CODA = tuple(name for name in ARCHITECTURES if name not in WITHOUT_CODA)
 LENSES = (logit_lens, coda_lens)
-close = torch.testing.assert_close
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.closeness import assert_close as close
 from tests.models import ARCHITECTURES, tiny_model, tiny_tokens
 from tl_loops.lens import (
     JacobianLens,
@@ -13,7 +14,6 @@ from tl_loops.lens import (
 )
 
 torch.set_num_threads(1)
-close = torch.testing.assert_close
 D = 32
 
 

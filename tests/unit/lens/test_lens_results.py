@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.closeness import assert_close as close
 from tests.models import tiny_model, tiny_tokens
 from tl_loops.lens import (
     EntityTracks,
@@ -23,7 +24,6 @@ from tl_loops.lens.points import select_points
 from tl_loops.metrics.readout import token_probability, token_rank
 
 torch.set_num_threads(1)
-close = torch.testing.assert_close
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.closeness import assert_close as close
 from tl_loops import tasks
 from tl_loops.attribution import attribution_patch
 from tl_loops.lens import coda_lens, logit_lens, track_entities, train_tuned_lens
@@ -10,7 +11,6 @@ from tl_loops.model.looped import LoopedTransformer
 from tl_loops.patching import activation_patch
 
 torch.set_num_threads(1)
-close = torch.testing.assert_close
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
+from tests.closeness import assert_close as close
 from tests.models import tiny_model, tiny_tokens
 from tl_loops.lens import TunedLens, logit_lens, read_lens, train_tuned_lens
 
 torch.set_num_threads(1)
-close = torch.testing.assert_close
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformer_lens.utilities.tokenize_utils import get_tokenizer_with_bos
 
+from tests.closeness import assert_close
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.config.weights import physical_tensors
 from tl_loops.errors import CheckpointError, ConfigError, UnknownModelError
@@ -110,12 +111,12 @@ def test_ouro_projections_equal_the_stored_ones():
             rows = stored[f"{key}.self_attn.{short}_proj.weight"]
             for head in range(cfg.n_heads):
                 expected = x @ rows[head * e : (head + 1) * e].T
-                torch.testing.assert_close(x @ tensors[f"{P}.attn.{W}"][head], expected)
+                assert_close(x @ tensors[f"{P}.attn.{W}"][head], expected)
         columns = stored[f"{key}.self_attn.o_proj.weight"]
         for head in range(cfg.n_heads):
             z = x[:, :e]
             expected = z @ columns[:, head * e : (head + 1) * e].T
-            torch.testing.assert_close(z @ tensors[f"{P}.attn.W_O"][head], expected)
+            assert_close(z @ tensors[f"{P}.attn.W_O"][head], expected)
         for short, W in (("gate", "W_gate"), ("up", "W_in"), ("down", "W_out")):
             assert torch.equal(tensors[f"{P}.mlp.{W}"], stored[f"{key}.mlp.{short}_proj.weight"].T)
         for norm, w in (
@@ -152,12 +153,12 @@ def test_fused_projections_equal_the_reference_split(name):
         q, k, v = F.linear(x, stored[f"{key}.attn.Wqkv.weight"]).split(widths, dim=1)
         for W, expected in (("W_Q", q), (f"{kv}W_K", k), (f"{kv}W_V", v)):
             got = torch.einsum("bd,hde->bhe", x, tensors[f"{P}.attn.{W}"]).flatten(1)
-            torch.testing.assert_close(got, expected)
+            assert_close(got, expected)
         W_O = tensors[f"{P}.attn.W_O"].flatten(0, 1)
         assert torch.equal(W_O, stored[f"{key}.attn.proj.weight"].T)
         gate, up = F.linear(x, stored[f"{key}.mlp.fc.weight"]).chunk(2, dim=-1)
-        torch.testing.assert_close(x @ tensors[f"{P}.mlp.W_gate"], gate)
-        torch.testing.assert_close(x @ tensors[f"{P}.mlp.W_in"], up)
+        assert_close(x @ tensors[f"{P}.mlp.W_gate"], gate)
+        assert_close(x @ tensors[f"{P}.mlp.W_in"], up)
         assert torch.equal(tensors[f"{P}.mlp.W_out"], stored[f"{key}.mlp.proj.weight"].T)
     assert torch.equal(tensors["injection.W"], stored["transformer.adapter.weight"].T)
     assert torch.equal(tensors["ln_final.w"], stored["transformer.ln_f.weight"])

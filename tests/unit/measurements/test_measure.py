@@ -17,6 +17,7 @@ from torch import Tensor
 
 import tl_loops
 import tl_loops.runs.storage
+from tests.closeness import assert_close
 from tests.feedforward import plain_model
 from tests.models import ARCHITECTURES, tiny_model
 from tl_loops.errors import CheckpointError
@@ -66,7 +67,7 @@ def assert_same_moments(a: LoopProfile, b: LoopProfile, rtol: float, atol: float
         assert torch.equal(a.undefined(name), b.undefined(name)), name
         for of in (LoopProfile.mean, LoopProfile.std):
             x, y = of(a, name), of(b, name)
-            torch.testing.assert_close(x, y, rtol=rtol, atol=atol, equal_nan=True, msg=name)
+            assert_close(x, y, rtol=rtol, atol=atol, equal_nan=True, msg=name)
 
 
 def assert_identical(a: LoopProfile, b: LoopProfile) -> None:
@@ -168,7 +169,7 @@ def assert_streamed_is_cached(profile: LoopProfile, model: Any, given: list[Tens
             values = torch.stack([c[name][block].double() for c in cached])
             got = (profile.mean(name)[block], profile.std(name)[block])
             expected = (values.mean(), values.std())
-            torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5, msg=f"{name} {block}")
+            assert_close(got, expected, rtol=1e-4, atol=2e-5, msg=f"{name} {block}")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

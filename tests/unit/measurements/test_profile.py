@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.closeness import assert_close
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.measurements.formats import check_file_ending
 from tl_loops.measurements.profile import LoopProfile, Provenance
@@ -60,9 +61,9 @@ def assert_identical(a: LoopProfile, b: LoopProfile) -> None:
 def test_statistics_are_those_of_the_samples():
     values = samples(5)
     p = profile(values)
-    torch.testing.assert_close(p.mean("sink_rate"), values.mean(-1))
-    torch.testing.assert_close(p.std("sink_rate"), values.std(-1))
-    torch.testing.assert_close(p.std("sink_rate", ddof=0), values.std(-1, correction=0))
+    assert_close(p.mean("sink_rate"), values.mean(-1))
+    assert_close(p.std("sink_rate"), values.std(-1))
+    assert_close(p.std("sink_rate", ddof=0), values.std(-1, correction=0))
     assert p.count("sink_rate").tolist() == [5] * DEPTH and not p.undefined("sink_rate").any()
     assert torch.equal(p.unrolled("sink_rate", "std"), p.std("sink_rate"))
     first = slice(0, LAYOUT.core_start + LAYOUT.n_core)
@@ -174,9 +175,7 @@ def test_merging_is_measuring_together():
     merged, whole = parts[0].merge(*parts[1:]), profile(values)
     for name in whole.metrics:
         for of in (LoopProfile.mean, LoopProfile.std):
-            torch.testing.assert_close(
-                of(merged, name), of(whole, name), rtol=1e-12, atol=1e-14, equal_nan=True
-            )
+            assert_close(of(merged, name), of(whole, name), rtol=1e-12, atol=1e-14, equal_nan=True)
     assert merged.provenance == whole.provenance
     assert_identical(whole.merge(), whole)
 

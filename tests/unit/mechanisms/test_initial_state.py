@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from tests.closeness import assert_close
 from tests.models import tiny_config, tiny_model, tiny_tokens
 from tl_loops.mechanisms.initial_state import InitialState
 
@@ -82,7 +83,7 @@ def test_inference_mode_first_does_not_spoil_gradients_later():
         inside = model(TOKENS)
     loss = model(TOKENS, return_type="loss")
     loss.backward()
-    torch.testing.assert_close(inside.clone(), model(TOKENS))
+    assert_close(inside.clone(), model(TOKENS))
 
 
 @pytest.mark.parametrize(("rule", "expected"), [("zeros", 0.0), ("embed", None)])

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.closeness import assert_close
 from tests.models import tiny_config, tiny_model, tiny_tokens
 from tl_loops import ConfigError, LoopedSemanticsError, LoopedTransformer
 from tl_loops.mechanisms.kv_sharing import KVSharing
@@ -169,7 +170,7 @@ def test_decoding_reads_what_a_plain_decoder_reads(kv_sharing):
     found, _ = decoded(model, tokens, kv_sharing, [1] * 7)
     for row in range(2):
         expected = plain_decode(model, tokens[row], READS[kv_sharing], [4] * 7)
-        torch.testing.assert_close(found[row], expected, rtol=2e-4, atol=2e-4)
+        assert_close(found[row], expected, rtol=2e-4, atol=2e-4)
     if kv_sharing != "latest":  # which acts where iterations differ
         assert (found - model(tokens)).abs().max() > 0.01
 
@@ -180,7 +181,7 @@ def test_tokens_that_ran_fewer_iterations_show_their_latest(n_iterations):
     found, _ = decoded(model, tokens, "latest", [1] * 7, n_iterations)
     for row in range(2):
         expected = plain_decode(model, tokens[row], latest, n_iterations)
-        torch.testing.assert_close(found[row], expected, rtol=2e-4, atol=2e-4)
+        assert_close(found[row], expected, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("kv_sharing", ["first", "window:1", "window:2", "window:20"])
@@ -190,17 +191,17 @@ def test_sharing_that_acts_within_a_call_is_one_function(kv_sharing):
         at_once = model(tokens, kv_sharing=kv_sharing)
     for pieces in ([1] * 9, [4, 5], [9], [3, 1, 5]):
         found, _ = decoded(model, tokens, kv_sharing, pieces)
-        torch.testing.assert_close(found, at_once, rtol=1e-4, atol=1e-5)
+        assert_close(found, at_once, rtol=1e-4, atol=1e-5)
     changed = tokens.clone()
     changed[:, -1] = (changed[:, -1] + 1) % 50
     with torch.no_grad():
-        torch.testing.assert_close(model(changed, kv_sharing=kv_sharing)[:, :-1], at_once[:, :-1])
+        assert_close(model(changed, kv_sharing=kv_sharing)[:, :-1], at_once[:, :-1])
         if kv_sharing == "window:20":
-            torch.testing.assert_close(at_once, model(tokens), rtol=1e-4, atol=1e-5)
+            assert_close(at_once, model(tokens), rtol=1e-4, atol=1e-5)
         mask = torch.tensor([[0] * 3 + [1] * 9] * 2)
         padded = torch.cat([tokens[:, :3], tokens], dim=1)
         shifted = model(padded, attention_mask=mask, kv_sharing=kv_sharing)[:, 3:]
-        torch.testing.assert_close(shifted, at_once, rtol=1e-4, atol=1e-5)
+        assert_close(shifted, at_once, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kv_sharing", CACHED_ONLY)
@@ -220,7 +221,7 @@ def test_off_by_default():
         logits = model(tokens)
         assert torch.equal(model(tokens, kv_sharing="none"), logits)
     found, cache = decoded(model, tokens, "latest", [4, 5])
-    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
+    assert_close(found, logits, rtol=1e-4, atol=1e-5)
     assert cache.n_slots == model.cfg.n_layers
 
 
@@ -268,7 +269,7 @@ def test_sharing_in_the_config_is_saved_and_told(tmp_path):
         model(model(tokens, stop_at_layer=3), start_at_layer=3)
     _, cache = model.run_with_cache(tokens)
     parts = cache.get_full_resid_decomposition()
-    torch.testing.assert_close(parts.sum(0), cache["resid_post", -1], rtol=1e-4, atol=1e-4)
+    assert_close(parts.sum(0), cache["resid_post", -1], rtol=1e-4, atol=1e-4)
     from tl_loops.model.check import check_model
 
     statuses = {finding.name: finding.status for finding in check_model(model)}
@@ -297,10 +298,10 @@ def test_patterns_sum_to_one_and_grouped_heads_share():
         with torch.no_grad():
             _, cache = grouped.run_with_cache(tokens, kv_sharing=kv_sharing)
             fused = grouped(tokens, kv_sharing=kv_sharing)
-        torch.testing.assert_close(fused, cache["unembed.hook_out"], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(cache["pattern", 2, 1].sum(-1), torch.ones(2, 4, 9))
+        assert_close(fused, cache["unembed.hook_out"], rtol=1e-4, atol=1e-5)
+        assert_close(cache["pattern", 2, 1].sum(-1), torch.ones(2, 4, 9))
         found, _ = decoded(grouped, tokens, kv_sharing, [3, 1, 5])
-        torch.testing.assert_close(found, cache["unembed.hook_out"], rtol=1e-4, atol=1e-5)
+        assert_close(found, cache["unembed.hook_out"], rtol=1e-4, atol=1e-5)
 
 
 def test_the_effect_is_measured():
@@ -309,7 +310,8 @@ def test_the_effect_is_measured():
         effect = kv_sharing_effect(model, tokens, kv_sharing, n_prompt=3)
         found, cache = decoded(model, tokens, kv_sharing, [3] + [1] * 6)
         p, q = model(tokens).log_softmax(-1), found.log_softmax(-1)
-        torch.testing.assert_close(effect.kl, (p.exp() * (p - q)).sum(-1), rtol=1e-3, atol=1e-5)
+        kl = (p.exp() * (p - q)).sum(-1)
+        assert_close(effect.kl, kl, rtol=1e-3, atol=1e-5, size=1)  # of probabilities
         assert torch.equal(effect.agrees, p.argmax(-1) == q.argmax(-1))
         assert (effect.n_slots, effect.n_slots_without) == (cache.n_slots, 10)
         if kv_sharing == "latest":
@@ -398,5 +400,5 @@ def test_a_patched_cell_is_its_own_forward_pass(kv_sharing):
         return x
 
     one = model.run_with_hooks(corrupted, fwd_hooks=[("blocks.4.hook_resid_pre", put)])
-    torch.testing.assert_close(grid[4, 4], one[0, -1, 7], rtol=1e-4, atol=1e-5)
+    assert_close(grid[4, 4], one[0, -1, 7], rtol=1e-4, atol=1e-5)
     assert grid.std() > 0

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.closeness import assert_close
 from tests.models import MECHANISMS, tiny_config, tiny_model, tiny_tokens
 from tl_loops import ConfigError, LoopedSemanticsError, LoopedTransformer, lens
 from tl_loops.loop_losses import (
@@ -99,7 +100,7 @@ def assert_logits(model, tokens, expected):
     with torch.no_grad():
         found = model(tokens)
     assert expected.std() > 0.05
-    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+    assert_close(found, expected, rtol=2e-4, atol=2e-4)
 
 
 # Universal Transformer.
@@ -126,7 +127,7 @@ def test_universal_transformer(step):
         h = norm(a + transition, w, "core.0.ln2_post")
         if step is not None:
             _, cache = model.run_with_cache(tokens)
-            torch.testing.assert_close(cache["step_embedding", t - 1], P.expand(2, 9, d))
+            assert_close(cache["step_embedding", t - 1], P.expand(2, 9, d))
     assert_logits(model, tokens, norm(h, w, "ln_final") @ w["unembed.W_U"])
 
 
@@ -173,10 +174,10 @@ def test_act(epsilon):
     assert_logits(model, tokens, read_out(state))
     _, cache = model.run_with_cache(tokens)
     halting = cache.stack_activation("halting")[..., 0]
-    torch.testing.assert_close(halting, p)
-    torch.testing.assert_close(halting.sum(0), torch.ones(2, 9))
-    torch.testing.assert_close(cache["hook_halted_state"], state, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(act_ponder_cost(halting), cost)
+    assert_close(halting, p)
+    assert_close(halting.sum(0), torch.ones(2, 9))
+    assert_close(cache["hook_halted_state"], state, rtol=1e-4, atol=1e-5)
+    assert_close(act_ponder_cost(halting), cost)
 
 
 def test_the_remainder_carries_the_gradient_of_the_ponder_cost():
@@ -201,7 +202,7 @@ def test_an_edit_of_the_halting_probability_counts():
     found = model.run_with_hooks(tokens, fwd_hooks=[(name, only(1)) for name in points])
     # All weight on iteration 1: the loop ends there.
     plain = drawn("act", halting=None, exit_gate=True)
-    torch.testing.assert_close(found, plain(tokens, n_iterations=2), rtol=1e-4, atol=1e-5)
+    assert_close(found, plain(tokens, n_iterations=2), rtol=1e-4, atol=1e-5)
 
 
 def test_exits_of_a_sum_of_states_are_refused():
@@ -219,11 +220,11 @@ def test_lenses_of_single_states_are_refused_where_their_sum_is_read():
         lens.exit_lens(drawn("act", n_coda=0), tokens)
     lens.logit_lens(model, tokens)
     coda = lens.coda_lens(model, tokens, points=["coda.0.hook_resid_post"], keep_logits=True)
-    torch.testing.assert_close(coda.logits[0], model(tokens), rtol=1e-4, atol=1e-4)
+    assert_close(coda.logits[0], model(tokens), rtol=1e-4, atol=1e-4)
     for name in ("hyperloop", "recursions", "universal"):
         other = drawn(name)
         found = lens.coda_lens(other, tokens, keep_logits=True).logits
-        torch.testing.assert_close(found[-1], other(tokens), rtol=1e-4, atol=1e-4)
+        assert_close(found[-1], other(tokens), rtol=1e-4, atol=1e-4)
 
 
 # PonderNet.
@@ -243,22 +244,22 @@ def test_ponder():
     assert_logits(model, tokens, read_out(s))
     _, cache = model.run_with_cache(tokens)
     halting = cache.stack_activation("halting")[..., 0]
-    torch.testing.assert_close(halting, torch.stack(p), rtol=1e-4, atol=1e-6)
+    assert_close(halting, torch.stack(p), rtol=1e-4, atol=1e-6)
     p, losses = torch.stack(p)[..., :-1], torch.stack(losses)
     prior = torch.tensor([0.3 * 0.7**n for n in range(4)])
     prior = prior / prior.sum()
     divergence = (p * (p / prior[:, None, None]).log()).sum(0)
     expected = ((p * losses).sum(0) + 0.1 * divergence).mean()
-    torch.testing.assert_close(ponder_training_loss(model, tokens, 0.3, 0.1), expected)
-    torch.testing.assert_close(ponder_loss(losses, p, 0.3, 0.1), expected)
-    torch.testing.assert_close(model.state_logits(cache["state_out", 1]), model(tokens, exit_at=1))
+    assert_close(ponder_training_loss(model, tokens, 0.3, 0.1), expected)
+    assert_close(ponder_loss(losses, p, 0.3, 0.1), expected)
+    assert_close(model.state_logits(cache["state_out", 1]), model(tokens, exit_at=1))
 
 
 def test_the_prior_itself_has_no_divergence():
     prior = geometric_prior(5, 0.4)
     losses = torch.rand(5, 3)
     found = ponder_loss(losses, prior[:, None].expand(5, 3), 0.4, beta=100.0)
-    torch.testing.assert_close(found, (prior[:, None] * losses).sum(0).mean())
+    assert_close(found, (prior[:, None] * losses).sum(0).mean())
     assert geometric_prior(3, 1.0).tolist() == [1, 0, 0]
     with pytest.raises(ValueError, match="above 0"):
         geometric_prior(3, 0.0)
@@ -303,11 +304,11 @@ def test_token_choice_routing(name, gates):
         state = new
     assert_logits(model, tokens, read_out(state))
     _, cache = model.run_with_cache(tokens)
-    torch.testing.assert_close(cache["hook_router_weights"], g, rtol=1e-4, atol=1e-6)
+    assert_close(cache["hook_router_weights"], g, rtol=1e-4, atol=1e-6)
     weight = cache["router_weight", 1][..., 0]
     assert torch.equal(weight == 0, depth < 1)
     last = cfg.n_iterations - 1
-    torch.testing.assert_close(cache["state_out", last], state, rtol=1e-4, atol=1e-4)
+    assert_close(cache["state_out", last], state, rtol=1e-4, atol=1e-4)
 
 
 def test_an_edit_of_the_router_changes_the_depth():
@@ -350,11 +351,11 @@ def test_hyper_connections(n_streams):
         S = [k[..., n, None] * S[n] + 2 * v[..., n, None] * x for n in range(n_streams)]
     assert_logits(model, tokens, read_out(sum(S) / n_streams))
     _, cache = model.run_with_cache(tokens)
-    torch.testing.assert_close(cache["hyper_read", 2], r, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(cache["hyper_write", 2], 2 * v, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(cache["hyper_keep", 2], k, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(cache["state_out", 2], sum(S) / n_streams, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(cache["state_in", 1], cache["state_out", 0])
+    assert_close(cache["hyper_read", 2], r, rtol=1e-4, atol=1e-5)
+    assert_close(cache["hyper_write", 2], 2 * v, rtol=1e-4, atol=1e-5)
+    assert_close(cache["hyper_keep", 2], k, rtol=1e-4, atol=1e-5)
+    assert_close(cache["state_out", 2], sum(S) / n_streams, rtol=1e-4, atol=1e-4)
+    assert_close(cache["state_in", 1], cache["state_out", 0])
 
 
 def test_an_edit_of_the_state_moves_every_stream():
@@ -363,13 +364,13 @@ def test_an_edit_of_the_state_moves_every_stream():
     add = lambda x, hook: x + delta  # noqa: E731
     behind = model.run_with_hooks(tokens, fwd_hooks=[("iter.0.hook_state_out", add)])
     before = model.run_with_hooks(tokens, fwd_hooks=[("iter.1.hook_state_in", add)])
-    torch.testing.assert_close(behind, before)
+    assert_close(behind, before)
     assert not torch.allclose(behind, model(tokens), atol=1e-3)
     _, cache = model.run_with_cache(tokens)
     with model.hooks([("iter.2.hook_state_out", add)]):
         _, edited = model.run_with_cache(tokens)
     entered = edited["blocks.7.hook_resid_pre"] - cache["blocks.7.hook_resid_pre"]
-    torch.testing.assert_close(entered, delta.expand_as(entered), rtol=1e-4, atol=1e-4)
+    assert_close(entered, delta.expand_as(entered), rtol=1e-4, atol=1e-4)
 
 
 # All of them.
@@ -446,12 +447,12 @@ def test_the_stream_decomposes(name):
         cache.get_full_resid_decomposition(expand_neurons=False),
         cache.stack_head_results(incl_remainder=True),
     ):
-        torch.testing.assert_close(stack.sum(0), end, rtol=1e-4, atol=1e-4)
+        assert_close(stack.sum(0), end, rtol=1e-4, atol=1e-4)
     for t in range(model.cfg.n_iterations):
         parts = cache.decompose_resid(state_out=t)
-        torch.testing.assert_close(parts.sum(0), cache["state_out", t], rtol=1e-4, atol=1e-4)
+        assert_close(parts.sum(0), cache["state_out", t], rtol=1e-4, atol=1e-4)
         late, labels = cache.decompose_resid(from_iteration=t, return_labels=True)
-        torch.testing.assert_close(late.sum(0), end, rtol=1e-4, atol=1e-4)
+        assert_close(late.sum(0), end, rtol=1e-4, atol=1e-4)
         assert (f"r{t}_step_embedding" in labels) == (model.cfg.step_embedding is not None)
 
 
@@ -460,7 +461,7 @@ def test_the_sum_of_states_decomposes_before_it_is_made():
     _, cache = model.run_with_cache(tokens)
     for t in range(4):
         parts = cache.decompose_resid(state_out=t)
-        torch.testing.assert_close(parts.sum(0), cache["state_out", t], rtol=1e-4, atol=1e-4)
+        assert_close(parts.sum(0), cache["state_out", t], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -471,7 +472,7 @@ def test_the_last_row_of_the_logit_lens_is_the_logits(name, n_coda):
     model, tokens = drawn(name, n_coda=n_coda), tiny_tokens()
     logits, cache = model.run_with_cache(tokens)
     rows = cache.accumulated_resid(apply_ln=True)
-    torch.testing.assert_close(rows[-1] @ model.W_U + model.b_U, logits, rtol=1e-4, atol=1e-4)
+    assert_close(rows[-1] @ model.W_U + model.b_U, logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", MIXED)
@@ -481,7 +482,7 @@ def test_a_start_inside_such_a_loop_is_refused(name):
     state = cache["state_in", 0]
     e = cache.cache_dict.get("hook_injection")
     again = model(state, start_at_iteration=0, injection=e)
-    torch.testing.assert_close(again, logits)
+    assert_close(again, logits)
     for arguments in (dict(start_at_iteration=1), dict(start_at_layer=model.layout.core_start + 1)):
         with pytest.raises(LoopedSemanticsError, match="carries more than its state"):
             model(state, injection=e, **arguments)
@@ -499,7 +500,7 @@ def test_patching_everything_gives_the_clean_logits(name):
         model, corrupted, cache, lambda x: x[0, -1, 7], axes=("block",), progress=False
     )
     if model.cfg.injection is None:
-        torch.testing.assert_close(grid[0], logits[0, -1, 7], rtol=1e-4, atol=1e-4)
+        assert_close(grid[0], logits[0, -1, 7], rtol=1e-4, atol=1e-4)
     # A cell is its own forward pass: nothing between iterations is taken from another run.
     block = model.layout.core_start + 1
 
@@ -507,7 +508,7 @@ def test_patching_everything_gives_the_clean_logits(name):
         return cache[hook.name]
 
     one = model.run_with_hooks(corrupted, fwd_hooks=[(f"blocks.{block}.hook_resid_pre", put)])
-    torch.testing.assert_close(grid[block], one[0, -1, 7], rtol=1e-4, atol=1e-4)
+    assert_close(grid[block], one[0, -1, 7], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -553,4 +554,4 @@ def test_the_document_runs():
     text = (Path(__file__).parents[3] / "docs" / "adaptive_loops.md").read_text(encoding="utf-8")
     scope: dict[str, Any] = {}
     exec(re.search(r"```python\n(.*?)```", text, re.S).group(1), scope)
-    torch.testing.assert_close(scope["halting"].sum(0), torch.ones(2, 9, 1))
+    assert_close(scope["halting"].sum(0), torch.ones(2, 9, 1))

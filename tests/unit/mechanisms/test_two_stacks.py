@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from torch.testing import assert_close
 
+from tests.closeness import assert_close
 from tests.models import STACKS, tiny_config, tiny_model, tiny_tokens
 from tl_loops import ConfigError, LoopedSemanticsError, exit_curve, lens, measure
 from tl_loops.model.check import check_model

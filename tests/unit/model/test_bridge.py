@@ -6,10 +6,10 @@ from functools import cache
 
 import pytest
 import torch
-from torch.testing import assert_close
 from transformer_lens import patching as upstream_patching
 
 from tests.bridged.models import FIXTURES, bridged, reference
+from tests.closeness import assert_close
 from tests.feedforward import plain_model
 from tl_loops import (
     ConfigError,

@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
-from torch.testing import assert_close
 
+from tests.closeness import assert_close
 from tests.feedforward import only_before_4
 from tests.models import ARCHITECTURES, SIZES, VARIATIONS, any_model, tiny_model, tiny_tokens
 from tl_loops import LoopedSemanticsError

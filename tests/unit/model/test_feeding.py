@@ -3,9 +3,9 @@
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
+from tests.closeness import assert_close
 from tests.models import tiny_config
 from tl_loops import LoopedTransformer
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.closeness import assert_close
 from tests.models import ARCHITECTURES, tiny_model, tiny_tokens
 from tl_loops import LoopedSemanticsError
 from tl_loops.upstream import KeyValueCache
@@ -11,7 +12,7 @@ TOKENS = tiny_tokens()
 
 
 def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-5)
+    assert_close(actual, expected, rtol=1e-5, atol=2e-5)
 
 
 @pytest.fixture(params=ARCHITECTURES, scope="module")
@@ -178,9 +179,9 @@ def test_return_types(model):
     assert torch.equal(both.logits, logits)
     log_probs = logits.log_softmax(-1)[:, :-1]
     picked = log_probs.gather(-1, TOKENS[:, 1:, None]).squeeze(-1)
-    torch.testing.assert_close(both.loss, -picked.mean())
+    assert_close(both.loss, -picked.mean())
     per_token = model(TOKENS, return_type="loss", loss_per_token=True)
-    torch.testing.assert_close(per_token, -picked)
+    assert_close(per_token, -picked)
     assert model(TOKENS, return_type=None) is None
     with pytest.raises(ValueError, match="return_type must be"):
         model(TOKENS, return_type="logit")

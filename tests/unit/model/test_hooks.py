@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.closeness import assert_close
 from tests.models import ARCHITECTURES, tiny_model, tiny_tokens
 from tl_loops import HookNameError
 
@@ -44,7 +45,7 @@ def test_one_tensor_has_one_entry_under_all_its_names(model):
 def test_hooks_do_not_change_the_numbers(model):
     plain = model(TOKENS)
     cached, _ = model.run_with_cache(TOKENS)
-    torch.testing.assert_close(cached, plain, rtol=1e-5, atol=1e-5)
+    assert_close(cached, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_states_meet_at_the_boundaries(model):
@@ -62,7 +63,7 @@ def test_states_meet_at_the_boundaries(model):
             injected = model.injection(
                 cache[f"iter.{t}.hook_state_in"], model.injection.prepare(cache["hook_injection"])
             )
-            torch.testing.assert_close(cache[f"iter.{t}.hook_injected"], injected)
+            assert_close(cache[f"iter.{t}.hook_injected"], injected)
 
 
 def test_an_edit_in_place_of_one_injected_input_stays_in_its_iteration(model):
@@ -86,7 +87,7 @@ def test_an_edit_in_place_of_one_injected_input_stays_in_its_iteration(model):
         term = model.injection.prepare(clean["hook_injection"])
         for t in range(2, model.cfg.n_iterations):
             expected = model.injection(edited[f"iter.{t}.hook_state_in"], term)
-            torch.testing.assert_close(edited[f"iter.{t}.hook_injected"], expected)
+            assert_close(edited[f"iter.{t}.hook_injected"], expected)
 
 
 def test_an_edit_in_place_never_reaches_an_earlier_entry_of_a_cache(model):
@@ -172,14 +173,14 @@ def test_optional_hook_points_fire_when_asked_for(model):
         result = cache["iter.1.0.attn.hook_result"]
         block = model.blocks[model.layout.index(iteration=1, layer=0)]
         z = cache["iter.1.0.attn.hook_z"]
-        torch.testing.assert_close(result, torch.einsum("bphe,hed->bphd", z, block.attn.W_O))
+        assert_close(result, torch.einsum("bphe,hed->bphd", z, block.attn.W_O))
         assert "iter.1.0.hook_q_input" in cache
         assert "iter.1.0.hook_mlp_in" in cache
     finally:
         model.set_use_attn_result(False)
         model.set_use_hook_mlp_in(False)
         model.set_use_split_qkv_input(False)
-    torch.testing.assert_close(logits, plain, rtol=1e-5, atol=1e-5)
+    assert_close(logits, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_grouped_keys_can_be_seen_once_a_query_head():
@@ -189,4 +190,4 @@ def test_grouped_keys_can_be_seen_once_a_query_head():
     model.set_ungroup_grouped_query_attention(True)
     logits, cache = model.run_with_cache(TOKENS)
     assert cache["k", 1].shape[2] == 4
-    torch.testing.assert_close(logits, plain, rtol=1e-5, atol=1e-5)
+    assert_close(logits, plain, rtol=1e-5, atol=1e-5)

@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
+from tests.closeness import assert_close
 from tests.models import ARCHITECTURES, VARIATIONS, any_model, tiny_config, tiny_model, tiny_tokens
 from tl_loops import HookNameError, LoopedSemanticsError, LoopedTransformer
 from tl_loops.upstream import KeyValueCache

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.closeness import assert_close
 from tests.models import ARCHITECTURES, tiny_model, tiny_tokens
 from tl_loops import ConfigError, LoopedTransformer
 
@@ -73,7 +74,7 @@ def test_hooks_survive_a_block_of_other_iterations(model):
 def test_hooks_and_caches_name_the_iterations_of_the_call(model):
     n = model.cfg.n_iterations + 2
     logits, cache = model.run_with_cache(TOKENS, n_iterations=n)
-    torch.testing.assert_close(logits, model(TOKENS, n_iterations=n), rtol=1e-5, atol=1e-5)
+    assert_close(logits, model(TOKENS, n_iterations=n), rtol=1e-5, atol=1e-5)
     assert cache.layout.n_iterations == n
     assert f"iter.{n - 1}.0.attn.hook_pattern" in cache
     assert cache["resid_post", -1].shape == (*TOKENS.shape, model.cfg.d_model)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tl_loops
+from tests.closeness import assert_close
 from tests.models import tiny_model, tiny_tokens
 from tl_loops.errors import ConfigError, LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
@@ -204,19 +205,19 @@ def test_the_stream_decomposes(kind: str):
     _, cache = looped.run_with_cache(tokens)
     stack, labels = cache.decompose_resid(return_labels=True)
     end = cache["blocks.9.hook_resid_post"]
-    torch.testing.assert_close(stack.sum(0), end, rtol=1e-4, atol=1e-4)
+    assert_close(stack.sum(0), end, rtol=1e-4, atol=1e-4)
     assert "r2.1_attn_out" in labels and ("r2.1_mlp_out" in labels) == (kind != "attn_only")
     heads = cache.stack_head_results(layer=-1, incl_remainder=True)
-    torch.testing.assert_close(heads.sum(0), end, rtol=1e-4, atol=1e-4)
+    assert_close(heads.sum(0), end, rtol=1e-4, atol=1e-4)
     full = cache.get_full_resid_decomposition(expand_neurons=False)
-    torch.testing.assert_close(full.sum(0), end, rtol=1e-4, atol=1e-4)
+    assert_close(full.sum(0), end, rtol=1e-4, atol=1e-4)
     states = cache.decompose_resid(state_out=1)
-    torch.testing.assert_close(states.sum(0), cache["iter.1.hook_state_out"], rtol=1e-4, atol=1e-4)
+    assert_close(states.sum(0), cache["iter.1.hook_state_out"], rtol=1e-4, atol=1e-4)
     if kind not in ("attn_only", "gemma2"):  # a capped readout is not linear
         W_U, b_U = looped.unembed.W_U, looped.unembed.b_U
         normed = cache.decompose_resid(apply_ln=True)
         logits = normed.sum(0) @ W_U + b_U
-        torch.testing.assert_close(logits, looped(tokens), rtol=1e-3, atol=1e-3)
+        assert_close(logits, looped(tokens), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["pythia", "attn_only"])
@@ -284,7 +285,7 @@ def test_gradients_of_every_pass_add_up():
     untied.setup()
     untied(tokens, return_type="loss").backward()
     summed = sum(untied.blocks[i].attn.W_Q.grad for i in (2, 4, 6))
-    torch.testing.assert_close(shared, summed, rtol=1e-4, atol=1e-6)
+    assert_close(shared, summed, rtol=1e-4, atol=1e-6)
 
 
 def test_an_edit_of_a_weight_shows_in_both():
@@ -315,7 +316,7 @@ def test_several_loops_have_names():
     assert cache["iter.4.1.hook_mlp_out"] is cache["blocks.7.hook_mlp_out"]
     assert torch.equal(cache["iter.3.hook_state_out"], cache["blocks.5.hook_resid_post"])
     stack = cache.decompose_resid()
-    torch.testing.assert_close(stack.sum(0), cache["blocks.8.hook_resid_post"])
+    assert_close(stack.sum(0), cache["blocks.8.hook_resid_post"])
     for refused in (
         lambda: layout.n_core,
         lambda: layout.by_iteration(torch.zeros(layout.n_layers)),
@@ -350,7 +351,7 @@ def test_tools_take_a_looped_feedforward_model():
     whole = tl_loops.patching.activation_patch(
         looped, other, clean, lambda x: x[0, -1, 3], axes=("block",), progress=False
     )
-    torch.testing.assert_close(whole[0], logits[0, -1, 3])
+    assert_close(whole[0], logits[0, -1, 3])
     ragged = loop(feedforward("gpt2"), loops=[(1, 2, 2), (3, 5, 2)])
     blocks = tl_loops.measure(ragged, [tokens[0]], progress=False)
     assert blocks.unrolled("mixing_score").shape == (9,)
@@ -362,9 +363,9 @@ def test_lenses_read_a_looped_feedforward_model():
     looped, tokens = loop(feedforward("llama"), 2, 4, 3), tiny_tokens()
     _, cache = looped.run_with_cache(tokens)
     last = looped.unembed(looped.ln_final(cache["blocks.9.hook_resid_post"]))
-    torch.testing.assert_close(last, looped(tokens))
+    assert_close(last, looped(tokens))
     states, labels = cache.accumulated_resid(apply_ln=True, incl_states=True, return_labels=True)
-    torch.testing.assert_close(states[-1] @ looped.unembed.W_U + looped.unembed.b_U, last)
+    assert_close(states[-1] @ looped.unembed.W_U + looped.unembed.b_U, last)
     assert "r2_state_out" in labels
 
 
@@ -378,12 +379,12 @@ def test_the_coda_lens_of_the_last_state_is_the_logits(kind: str):
     ):
         found = tl_loops.lens.coda_lens(looped, tokens, points="states", keep_logits=True).logits
         assert found is not None
-        torch.testing.assert_close(found[-1], looped(tokens), rtol=1e-4, atol=1e-4)
+        assert_close(found[-1], looped(tokens), rtol=1e-4, atol=1e-4)
     looped = loop(feedforward(kind), 2, 6, 3)
     _, cache = looped.run_with_cache(tokens)
     for t in range(3):
         early = looped(tokens, n_iterations=t + 1)
-        torch.testing.assert_close(looped.state_logits(cache["state_out", t]), early)
+        assert_close(looped.state_logits(cache["state_out", t]), early)
     with pytest.raises(LoopedSemanticsError, match="a coda stands between"):
         loop(feedforward(kind), 2, 4, 3).state_logits(cache["state_out", 0])
 
@@ -435,7 +436,7 @@ def test_sharing_keys_is_refused_and_no_argument_is_ignored():
         looped(tokens[:, part], past_kv_cache=cache, attention_mask=mask[:, part])
         for part in (slice(0, 4), slice(4, 9))
     ]
-    torch.testing.assert_close(torch.cat(pieces, 1), looped(tokens), rtol=1e-4, atol=1e-4)
+    assert_close(torch.cat(pieces, 1), looped(tokens), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.closeness import assert_close
 from tests.models import ARCHITECTURES, tiny_model, tiny_tokens
 from tl_loops import LoopedSemanticsError, LoopedTransformer
 
@@ -86,7 +87,7 @@ def test_moving_keeps_ties_and_the_config_true(model):
     assert other(TOKENS).dtype == torch.bfloat16
     other.to("cpu", torch.float32)
     assert (other.cfg.device, other.cfg.dtype) == ("cpu", torch.float32)
-    torch.testing.assert_close(other(TOKENS), model(TOKENS), rtol=0.2, atol=0.5)
+    assert_close(other(TOKENS), model(TOKENS), rtol=0.2, atol=0.5)
 
 
 def test_a_forward_pass_copies_no_weight(model):
@@ -157,7 +158,7 @@ def test_folding_keeps_the_logits_and_says_what_it_left(model):
     assert len(warned) == 1
     message = str(warned[0].message)
     assert "center_unembed" in message
-    torch.testing.assert_close(folded(TOKENS), model(TOKENS), rtol=2e-5, atol=2e-5)
+    assert_close(folded(TOKENS), model(TOKENS), rtol=2e-5, atol=2e-5)
     cfg = folded.cfg
     if cfg.norm_has_weight and cfg.normalization_type == "RMS":
         if cfg.block_norm != "post_branch":

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.closeness import assert_close
 from tests.models import tiny_model, tiny_tokens
 from tl_loops.patching import (
     MassiveSite,
@@ -38,7 +39,7 @@ def run_with(model: Any, tokens: Tensor, name: str, change: Any) -> Tensor:
 
 
 def close(found: Any, expected: Any) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

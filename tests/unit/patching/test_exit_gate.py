@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.closeness import assert_close
 from tests.models import tiny_model, tiny_tokens
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.patching import (
@@ -25,7 +26,7 @@ def model() -> Any:
 
 
 def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.closeness import assert_close
 from tests.models import ARCHITECTURES, tiny_model, tiny_tokens
 from tl_loops.patching import (
     activation_patch,
@@ -31,7 +32,7 @@ def metric(logits: Tensor) -> Tensor:
 
 
 def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def double(value: Tensor, hook: Any) -> Tensor:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.closeness import assert_close
 from tests.feedforward import plain_model
 from tests.models import ARCHITECTURES, tiny_model, tiny_tokens
 from tl_loops import LoopedSemanticsError
@@ -136,7 +137,7 @@ def definition(
 
 
 def agree(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found.double(), expected.double(), atol=1e-5, rtol=1e-5)
+    assert_close(found.double(), expected.double(), atol=1e-5, rtol=1e-5)
 
 
 CASES = [
@@ -464,8 +465,8 @@ def test_gradients_reach_weights_and_clean_activations(models, architecture):
     (expected * coefficients).sum().backward()
     agree(found.detach(), expected.detach())
     for name in names:
-        torch.testing.assert_close(gradients[name], given[name].grad, atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(weight_gradient, weight.grad, atol=1e-3, rtol=1e-3)
+        assert_close(gradients[name], given[name].grad, atol=1e-4, rtol=1e-3)
+    assert_close(weight_gradient, weight.grad, atol=1e-3, rtol=1e-3)
     assert weight_gradient.abs().max() > 0
     model.zero_grad()
 
@@ -500,7 +501,7 @@ def test_bfloat16(architecture):
     # Runs that are batched otherwise round otherwise; neither is nearer to float32.
     error = (expected - exact).abs().mean()
     assert (found - exact).abs().mean() < 3 * error + 0.01
-    torch.testing.assert_close(found, expected, atol=0.1, rtol=0.05)
+    assert_close(found, expected, atol=0.1, rtol=0.05)
 
 
 def test_float64_stays_float64(models):
@@ -513,7 +514,7 @@ def test_float64_stays_float64(models):
             model, corrupted, cache, metric, "resid_mid", ("block", "pos"), None, False
         )
     assert found.dtype == torch.float64
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    assert_close(found, expected, atol=1e-12, rtol=1e-12)
 
 
 def test_metrics_may_return_numbers(models):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.closeness import assert_close
 from tests.models import tiny_model, tiny_tokens
 from tl_loops.patching import Site, activation_patch, path_patch
 
@@ -22,7 +23,7 @@ def metric(logits: Tensor) -> Tensor:
 
 
 def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def by_hand(
@@ -259,9 +260,7 @@ def test_gradients_pass_both_runs(models):
             )
             for sign in (1, -1)
         ]
-    torch.testing.assert_close(
-        (gradient * step).sum(), (ends[0] - ends[1]).sum() / 2, atol=1e-4, rtol=1e-2
-    )
+    assert_close((gradient * step).sum(), (ends[0] - ends[1]).sum() / 2, atol=1e-4, rtol=1e-2)
     model.zero_grad()
 
 

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.closeness import assert_close
 from tl_loops.runs.moments import Moments
 
 FAST = settings(deadline=None, max_examples=25)
@@ -16,8 +17,8 @@ def moments(samples: list[float]) -> Moments:
 
 def assert_same(a: Moments, b: Moments, rtol: float = 1e-12) -> None:
     assert torch.equal(a.count, b.count) and torch.equal(a.undefined, b.undefined)
-    torch.testing.assert_close(a.mean, b.mean, rtol=rtol, atol=1e-10, equal_nan=True)
-    torch.testing.assert_close(a.m2, b.m2, rtol=1e-9, atol=1e-6)
+    assert_close(a.mean, b.mean, rtol=rtol, atol=1e-10, equal_nan=True)
+    assert_close(a.m2, b.m2, rtol=1e-9, atol=1e-6)
 
 
 def assert_identical(a: Moments, b: Moments) -> None:
@@ -29,9 +30,9 @@ def test_mean_and_deviation_are_those_of_torch():
     x = torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(0))
     m = Moments.of(x)
     assert m.mean.dtype == m.m2.dtype == torch.float64
-    torch.testing.assert_close(m.mean, x.double().mean(-1))
-    torch.testing.assert_close(m.std(), x.double().std(-1))
-    torch.testing.assert_close(m.std(ddof=0), x.double().std(-1, correction=0))
+    assert_close(m.mean, x.double().mean(-1))
+    assert_close(m.std(), x.double().std(-1))
+    assert_close(m.std(ddof=0), x.double().std(-1, correction=0))
     assert (m.count == 40).all() and (m.undefined == 0).all()
 
 
@@ -76,7 +77,7 @@ def test_merging_keeps_its_digits_far_from_zero():
     m = Moments.empty(1)
     for sample in x.split(1, dim=1):
         m = m.merge(Moments.of(sample))
-    torch.testing.assert_close(m.std(), x.std(-1), rtol=1e-6, atol=0)
+    assert_close(m.std(), x.std(-1), rtol=1e-6, atol=0)
 
 
 def test_moments_of_other_shapes_do_not_merge():

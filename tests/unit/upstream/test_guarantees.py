@@ -9,9 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from torch.testing import assert_close
 from transformer_lens import ActivationCache, SVDInterpreter, head_detector, patching
 
+from tests.closeness import assert_close
 from tests.models import any_model, tiny_tokens
 from tl_loops import HookedTransformer, LoopedSemanticsError, LoopedTransformer
 from tl_loops.cache.cache import LoopedActivationCache

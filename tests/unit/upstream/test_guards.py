@@ -8,11 +8,11 @@ from functools import cache
 
 import pytest
 import torch
-from torch.testing import assert_close
 from transformer_lens import ActivationCache, head_detector, patching
 
 import tl_loops
 from tests.bridged.models import bridged, reference
+from tests.closeness import assert_close
 from tests.feedforward import only_from_4, plain_model
 from tl_loops import LoopedSemanticsError, unroll
 from tl_loops.upstream.guards import GUARDED_FUNCTIONS, GUARDED_METHODS

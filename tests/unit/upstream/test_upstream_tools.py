@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.testing import assert_close
 from transformer_lens import SVDInterpreter, head_detector, patching
 from transformers import PreTrainedTokenizerFast
 
+from tests.closeness import assert_close
 from tests.feedforward import only_from_4
 from tests.models import ARCHITECTURES, VARIATIONS, any_model, tiny_config, tiny_model
 from tl_loops import LoopedSemanticsError, LoopedTransformer
