@@ -362,10 +362,7 @@ class LoopLayout:
         return list(map(self.label, range(self.n_layers)))
 
     def by_iteration(self, values: Values) -> Values:
-        """Reshape per-block values to one row an iteration; prelude and coda are left out.
-
-        Args:
-            values: Tensor or array ``[n_layers, ...]``.
+        """Values ``[n_layers, ...]`` as one row per iteration; prelude and coda are left out.
 
         Returns:
             ``[n_iterations, n_core, ...]``, a view where the input allows it.
@@ -379,9 +376,8 @@ class LoopLayout:
             raise ValueError(
                 f"by_iteration() needs [{self.n_layers}, ...] (one entry a block), got {shape}"
             )
-        return array[self.core_start : self.coda_start].reshape(
-            self.n_iterations, self.n_core, *shape[1:]
-        )
+        core = array[self.core_start : self.coda_start]
+        return core.reshape(self.n_iterations, self.n_core, *shape[1:])
 
     def with_iterations(self, n_iterations: int) -> "LoopLayout":
         """The same layout with another number of iterations.
