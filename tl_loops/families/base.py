@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ Shape = tuple[int, ...]
 Empty = Callable[[Shape, torch.dtype, torch.device | str | None], Tensor]
 Released = Mapping[str, Any]
 """The content of a released ``config.json``."""
+
+Table = Literal["cos and sin", "cos", "sin"]
+"""What a stored rotary table [1, pos, 1, pair(, 2)] holds."""
 
 _REQUIRED = object()
 
@@ -125,6 +128,10 @@ class Family:
         has_tensors: Tells from the keys of the stored tensors whether they are of this family,
             for families that share a model type.
         ignored: Keys of stored tensors that are no weights.
+        spellings: Other beginnings of stored keys, each with the one that ``tensors`` has for it:
+            older names of a part, a wrapper around the model.
+        tables: Keys of stored rotary tables, which the original rotates by: they must be those
+            that the config gives.
         tied: Keys of the unembedding and of the embedding: where the config ties them, a
             checkpoint may repeat the embedding under the first.
         known: Checkpoints that load by name.
@@ -145,6 +152,8 @@ class Family:
     tensors: Callable[[LoopedTransformerConfig], Iterable[TensorSpec]]
     has_tensors: Callable[[Collection[str]], bool] | None = None
     ignored: tuple[str, ...] = ()
+    spellings: tuple[tuple[str, str], ...] = ()
+    tables: Mapping[str, Table] = field(default_factory=dict)
     tied: tuple[str, str] | None = None
     known: tuple[KnownModel, ...] = ()
     signs: Callable[[Released], bool] | None = None
@@ -159,6 +168,13 @@ class Family:
             or any(architecture in self.architectures for architecture in named)
             or (self.signs is not None and self.signs(released))
         )
+
+    def spelled(self, key: str) -> str:
+        """A stored key as :attr:`tensors` spells it."""
+        for found, expected in self.spellings:
+            if key.startswith(found):
+                return expected + key.removeprefix(found)
+        return key
 
     def config_fields(self, released: Released, where: str) -> dict[str, Any]:
         """The fields of :class:`LoopedTransformerConfig` that a ``config.json`` gives.

@@ -167,6 +167,7 @@ def _family(
         derive=lambda released: _derive(released, of_trm),
         tensors=_tensors,
         has_tensors=has_tensors,
+        spellings=((_PREFIX.removeprefix("_orig_mod."), _PREFIX),),  # without the compiler
         ignored=(f"{_PREFIX}q_head.weight", f"{_PREFIX}q_head.bias"),
         known=known,
     )

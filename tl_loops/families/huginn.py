@@ -76,7 +76,7 @@ HUGINN = Family(
     flags=raven.FLAGS,
     derive=_derive,
     tensors=_tensors,
-    ignored=("freqs_cis",),
+    tables={"freqs_cis": "cos and sin"},
     tied=raven.TIED,
     known=(
         KnownModel(

@@ -98,6 +98,8 @@ LOOPFORMER = Family(
     flags={"bias": (False,), "tie_word_embeddings": (True,)},
     derive=_derive,
     tensors=_tensors,
+    # The class that generates text holds the model under this name.
+    spellings=(("gpt.", ""),),
     tied=("lm_head.weight", "transformer.wte.weight"),
     known=(KnownModel("armenjeddi/loopformer", ("loopformer",), _DEFAULTS, tuple(_DEFAULTS)),),
 )

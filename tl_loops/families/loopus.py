@@ -127,6 +127,7 @@ LOOPUS = Family(
     flags={**llama.FLAGS, "lma_window": (0,)},
     derive=_derive,
     tensors=_tensors,
+    spellings=(("plateau.", "reasoning."),),  # the older name of the looped part
     known=(
         KnownModel(
             "Thrillcrazyer/Qwen3_1.7B_LoopUS",

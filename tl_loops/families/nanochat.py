@@ -119,7 +119,7 @@ NANOCHAT_RECURSIVE = Family(
     },
     derive=_derive,
     tensors=_tensors,
-    ignored=("cos", "sin"),
+    tables={"cos": "cos", "sin": "sin"},
     known=(
         KnownModel(
             "Trelis/nanochat-recursive",

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tl_loops.config.config import LoopedTransformerConfig
+from tl_loops.errors import CheckpointError
 from tl_loops.families.base import (
     Family,
     KnownModel,
@@ -32,7 +33,13 @@ def _derive(released: Released) -> dict[str, Any]:
     threshold = released.get("early_exit_threshold")
     if threshold is not None and checked("early_exit_threshold", threshold, float) >= 1.0:
         threshold = None
+    # The reference takes an iteration that does not exist for none.
+    step = released.get("early_exit_step")
+    if step is not None and (type(step) is not int):
+        raise CheckpointError(f"'early_exit_step' must be an iteration or null, found {step!r}")
+    exists = step is not None and 0 <= step < released["total_ut_steps"]
     return {
+        "exit_step": step if exists else None,
         "d_head": llama.head_width(released),
         "exit_threshold": None if threshold is None else float(threshold),
         **rotary_fields(released),

@@ -223,6 +223,7 @@ PARCAE = Family(
     },
     derive=_derive,
     tensors=_tensors,
+    tables={"freqs_cis": "cos and sin"},
     tied=raven.TIED,
     known=tuple(
         KnownModel(

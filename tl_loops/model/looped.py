@@ -199,7 +199,8 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
             injection: [batch, pos, d_model], the prelude output e (``cache["hook_injection"]``),
                 needed when a start skips the prelude and later iterations inject it.
             start_at_iteration: Start before this iteration, with its ``hook_state_in`` as input.
-            exit_at: Logits of the state after this iteration (models without a coda).
+            exit_at: Logits of the state after this iteration (models without a coda); default
+                ``cfg.exit_step``.
             exit_threshold: Per position, logits of the first iteration whose cumulative exit
                 probability reaches this; default ``cfg.exit_threshold``.
             weighted_exit: Logits of all iterations weighted by their exit probabilities.
@@ -222,9 +223,7 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
         """
         with iterations(self, n_iterations):
             check_return_type(return_type)
-            mode = ExitMode(exit_at, exit_threshold, weighted_exit)
-            if not mode.early:
-                mode = ExitMode(threshold=self.cfg.exit_threshold)
+            mode = ExitMode(exit_at, exit_threshold, weighted_exit).or_of(self.cfg)
             sharing = key_value_sharing(self, kv_sharing, past_kv_cache)
             with LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
                 where = (start_at_layer, start_at_iteration, past_kv_cache, prefix_mask)
