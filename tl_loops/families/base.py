@@ -36,6 +36,21 @@ COMMON_FLAGS: dict[str, tuple[Any, ...]] = {
 }
 """Flags that change the mathematics in any family, with the values that are implemented."""
 
+_TRAINING, _FORM, _IDS = "training only", "form of the output", "generation and tokenizers only"
+_NAME, _STORED = "a name", "the type is chosen at loading"
+
+COMMON_WITHOUT_EFFECT: dict[str, str] = {
+    **dict.fromkeys(("attention_dropout", "dropout", "initializer_range"), _TRAINING),
+    **dict.fromkeys(("output_attentions", "output_hidden_states", "return_dict"), _FORM),
+    **dict.fromkeys(("id2label", "label2id", "problem_type"), "of classifiers"),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _IDS),
+    **dict.fromkeys(("dtype", "torch_dtype"), _STORED),
+    **dict.fromkeys(("_name_or_path", "transformers_version", "auto_map"), _NAME),
+    **dict.fromkeys(("use_cache", "chunk_size_feed_forward"), "changes no number"),
+    "is_encoder_decoder": "no encoder in any family",
+}
+"""Keys of any ``config.json`` that change no number, with the reason."""
+
 
 @dataclass(frozen=True)
 class Field:
@@ -98,6 +113,7 @@ class KnownModel:
         released: The fields of its ``config.json`` that matter, for listing it without network.
             Loading reads the file itself.
         unverified: Those of them that were not seen in the released file.
+        silent: Fields that its ``config.json`` does not hold, for loading it by name.
         packaged: Its directory inside the package, where it ships with tl_loops.
         pickled: Whether its repository holds the weights as pickles, as far as is known.
     """
@@ -106,6 +122,7 @@ class KnownModel:
     aliases: tuple[str, ...] = ()
     released: Released = field(default_factory=dict)
     unverified: tuple[str, ...] = ()
+    silent: Released = field(default_factory=dict)
     packaged: str | None = None
     pickled: bool = False
 
@@ -123,6 +140,9 @@ class Family:
         fields: Config fields that are read from ``config.json``.
         fixed: Config fields that are the same for the whole family.
         flags: Keys that may be absent or null, or have one of these values; others are refused.
+        without_effect: Further keys that the reference knows and that change no number of a
+            forward pass, with the reason. Every key that a reference reads is read here, in
+            ``flags``, or in this list.
         derive: Further config fields from ``config.json``; raises CheckpointError.
         tensors: What a checkpoint must hold for a config.
         has_tensors: Tells from the keys of the stored tensors whether they are of this family,
@@ -151,6 +171,7 @@ class Family:
     derive: Callable[[Released], dict[str, Any]]
     tensors: Callable[[LoopedTransformerConfig], Iterable[TensorSpec]]
     has_tensors: Callable[[Collection[str]], bool] | None = None
+    without_effect: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     spellings: tuple[tuple[str, str], ...] = ()
     tables: Mapping[str, Table] = field(default_factory=dict)

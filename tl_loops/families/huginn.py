@@ -74,6 +74,7 @@ HUGINN = Family(
         "rotary_layout": "interleaved",
     },
     flags=raven.FLAGS,
+    without_effect=raven.WITHOUT_EFFECT,
     derive=_derive,
     tensors=_tensors,
     tables={"freqs_cis": "cos and sin"},

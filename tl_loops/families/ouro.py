@@ -28,6 +28,14 @@ _NORMS = {
 
 def _derive(released: Released) -> dict[str, Any]:
     llama.check_layer_types(released)
+    scaling = released.get("rope_scaling")
+    if isinstance(scaling, dict) and scaling.get("type") not in (None, scaling.get("rope_type")):
+        if "rope_type" in scaling:
+            raise CheckpointError(
+                f"'rope_scaling' has 'rope_type' {scaling['rope_type']!r} and 'type' "
+                f"{scaling['type']!r}: the released class overwrites the first by the second, "
+                "transformers does not; remove one of them"
+            )
     # Released configs say 1.0, which means the last iteration; in bfloat16 the cumulative
     # probability can round to 1.0 earlier, which the reference then takes for an exit.
     threshold = released.get("early_exit_threshold")
@@ -93,6 +101,11 @@ OURO = Family(
     },
     flags=llama.FLAGS,
     derive=_derive,
+    without_effect={
+        "max_window_layers": "no layer has a window ('use_sliding_window')",
+        "sliding_window": "no layer has a window ('use_sliding_window')",
+        "chunk_size": "the reference stores it and does not use it",
+    },
     tensors=_tensors,
     tied=llama.TIED,
     known=(
