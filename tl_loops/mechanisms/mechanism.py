@@ -203,6 +203,10 @@ class Mechanism:
     def fold_attention_norm(self, block: Any, gain: Tensor) -> None:
         """Fold the gain of a block's pre-attention norm into weights of its own that read it."""
 
+    def keeps_value_biases(self, cfg: Config) -> str | None:
+        """Why ``b_V`` is no constant in what attention writes; ``None``: it is one."""
+        return None
+
     # Its part in a run.
 
     def part(self, run: Run) -> Part | None:
