@@ -31,6 +31,7 @@ from tl_loops.upstream import (
     HookPoint,
     KeyValueCache,
     LocallyOverridenDefaults,
+    TextMethods,
     init_root,
     set_tokenizer,
 )
@@ -240,6 +241,10 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
             return readout.output(
                 self, return_type, logits, start.tokens, start.mask, loss_per_token
             )
+
+    # Tokenizers are taken as they are, where TransformerLens makes special tokens up.
+    set_tokenizer: Any = set_tokenizer
+    to_tokens: Any = TextMethods.to_tokens
 
     generate: Any = generation.generate
     generate_stream: Any = generation.generate_stream

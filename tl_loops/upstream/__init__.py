@@ -33,7 +33,9 @@ from tl_loops.upstream.guards import install_guards, uninstall_guards
 from tl_loops.upstream.hook_points import has_editing_hooks, has_hooks, unshared
 from tl_loops.upstream.inputs import TRUNCATE_TEXT, ModelInput, model_input, number_of_ids
 from tl_loops.upstream.made_caches import install_made_caches, uninstall_made_caches
-from tl_loops.upstream.root import can_restart, complete_norm, init_root, set_tokenizer
+from tl_loops.upstream.root import can_restart, complete_norm, init_root
+from tl_loops.upstream.text import TextMethods
+from tl_loops.upstream.tokenizers import as_given, remember, set_tokenizer
 from tl_loops.upstream.version import HAS_HOOKED_TRANSFORMER, warn_if_untried
 
 __all__ = [
@@ -72,6 +74,9 @@ __all__ = [
     "number_of_ids",
     "sample_logits",
     "set_tokenizer",
+    "as_given",
+    "TextMethods",
+    "remember",
     "uninstall_from_pretrained",
     "uninstall_guards",
     "uninstall_made_caches",
