@@ -61,6 +61,8 @@ class _ExitGate(Mechanism):
             None,
             "The exit of :meth:`LoopedTransformer.forward` when none is asked for: the first "
             "iteration whose cumulative exit probability reaches it; ``None``: the last.",
+            at_least=0,
+            at_most=1,
             of_the_weights=False,
         ),
     )
