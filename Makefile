@@ -1,7 +1,8 @@
 # make demo   makes an environment, installs tl_loops, writes report.html for the embedded model;
 #             with the newest TransformerLens, or with that of TL=3.9
-# make test   the same with the test extras, then runs every test with TransformerLens 3.9, and
-#             those that are marked both_lines with 4.3
+# make test   the same with the test extras, then runs every test with TransformerLens 3.9 (in two
+#             passes: tests/conftest.py says what each checks), and those that are marked both_lines
+#             with 4.3
 # make lint   ruff and pyright
 # make notebooks   runs the scripts of demos/ into notebooks
 # make docs   builds the documentation in site/; a warning or a dead link is an error
@@ -15,7 +16,8 @@ VENV ?= .venv$(if $(TL),-tl$(TL))
 BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .constraints.txt
 TRANSFORMER_LENS = 'transformer-lens$(if $(TL),==$(TL).*)'
-PYTEST_ARGS ?= -n 2
+# A file of tests stays in one process, which makes its models once; the slow files start first.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-tl4 both-lines lint docs notebooks clean
 
@@ -24,7 +26,8 @@ demo: $(VENV)/.base
 	@echo "The report is in $(CURDIR)/report.html: open it in a browser."
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not inner"
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m inner --check-types=all
 	$(MAKE) test-tl4
 
 test-tl4:
@@ -42,7 +45,7 @@ notebooks: $(VENV)/.dev
 	for script in $$(grep -l "^# jupyter:" demos/*.py); do \
 		$(BIN)/jupytext --to ipynb --execute $$script || exit 1; done
 
-docs: $(VENV)/.docs
+docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(VENV)/bin/python:
@@ -62,11 +65,7 @@ $(VENV)/.test: $(VENV)/.base
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP_INSTALL) $(TRANSFORMER_LENS) -e '.[test,dev]'
-	@touch $@
-
-$(VENV)/.docs: $(VENV)/.base
-	$(PIP_INSTALL) $(TRANSFORMER_LENS) -e '.[docs]'
+	$(PIP_INSTALL) $(TRANSFORMER_LENS) -e '.[test,dev,docs]'
 	@touch $@
 
 clean:

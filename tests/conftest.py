@@ -1,10 +1,12 @@
-"""Settings of the whole test run."""
+"""Settings of the whole test run: which files belong together, and what is checked at run time."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from jaxtyping import install_import_hook
 
 # Workers share the cores; more threads than cores slows all of them.
 torch.set_num_threads(1)
@@ -14,17 +16,53 @@ settings.register_profile(
 )
 settings.load_profile("repository")
 
-BOTH_LINES = """
-    test_both_lines test_bridge test_cache test_cli test_fixtures test_guarantees test_guards
-    test_hooks test_inherited test_measure test_patching test_registration test_upstream_tools
-""".split()
-"""Files whose tests run with both lines of TransformerLens: those that touch what differs."""
+FILES = {
+    # With both lines of TransformerLens: those that touch what differs.
+    "both_lines": """
+        test_both_lines test_bridge test_cache test_cli test_fixtures test_guarantees test_guards
+        test_hooks test_inherited test_measure test_patching test_registration test_upstream_tools
+    """.split(),
+    # With the inner rooms checked too: those that run every mechanism and every kind of layout.
+    "inner": """
+        test_fixtures test_forward test_hrm_text test_initial_state test_kv_sharing test_layout
+        test_looping test_mechanisms test_names test_readout test_two_stacks
+    """.split(),
+}
+"""Files of tests, by the marker that their tests get; ``-m MARKER`` collects no others."""
+
+INNER = ("layout", "mechanisms", "nn")
+"""Rooms that each block of each forward pass calls: checks of their arguments cost most."""
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--check-types",
+        choices=["outer", "all"],
+        help="check arguments and results of functions while they run, in all rooms but the inner "
+        "ones (layout, mechanisms, nn), or in all",
+    )
+
+
+def pytest_configure(config):
+    checked = config.getoption("--check-types")
+    if checked is not None:
+        package = Path(__file__).parents[1] / "tl_loops"
+        rooms = {path.stem for path in package.iterdir() if path.suffix == ".py" or path.is_dir()}
+        rooms -= {"__init__", "__pycache__", *(INNER if checked == "outer" else ())}
+        install_import_hook([f"tl_loops.{room}" for room in sorted(rooms)], "beartype.beartype")
+
+
+def pytest_ignore_collect(collection_path, config):
+    files = FILES.get(config.getoption("markexpr"))
+    is_test = collection_path.suffix == ".py" and collection_path.stem.startswith("test_")
+    return True if files is not None and is_test and collection_path.stem not in files else None
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.stem in BOTH_LINES:
-            item.add_marker(pytest.mark.both_lines)
+        for marker, files in FILES.items():
+            if item.path.stem in files:
+                item.add_marker(marker)
 
 
 @pytest.fixture(autouse=True)

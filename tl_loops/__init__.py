@@ -14,7 +14,8 @@ from tl_loops.errors import (
     LoopedSemanticsError,
     UnknownModelError,
 )
-from tl_loops.layout.layout import BlockCoordinate, LoopLayout
+from tl_loops.layout.coordinate import BlockCoordinate
+from tl_loops.layout.layout import LoopLayout
 from tl_loops.lens.exit_curve import ExitCurve, exit_curve
 from tl_loops.measurements.measure import available_metrics, measure
 from tl_loops.measurements.profile import LoopProfile

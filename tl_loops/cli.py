@@ -9,7 +9,12 @@ from typing import Any
 
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.loading.catalogue import catalogue
+from tl_loops.measurements.formats import check_file_ending
+from tl_loops.measurements.measure import measure as measure_prompts
 from tl_loops.measurements.registry import MEASUREMENTS
+from tl_loops.model.check import check as check_model
+from tl_loops.model.looped import LoopedTransformer
+from tl_loops.report import default_prompts, write_report
 from tl_loops.tasks.prompts import PromptText, read_prompts
 from tl_loops.version import __version__
 
@@ -23,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: What stands behind ``tl-loops``; ``None``: the process's own.
+        arguments: What stands after ``tl-loops``; ``None``: the process's own.
 
     Returns:
         Exit code: 0; 1 when a check failed; or 2 after bad input, of which one line on standard
@@ -56,34 +61,27 @@ def models(options: argparse.Namespace) -> None:
 
 def check(options: argparse.Namespace) -> int:
     """Load a checkpoint, try what a looped model promises, and say what holds."""
-    from tl_loops.model.check import check as run
-
     _check_iterations(options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*has no tokenizer files")
-        report = run(options.model, options.n_iterations, options.dtype)
+        report = check_model(options.model, options.n_iterations, options.dtype)
     print(report)
     return 0 if report.passed else 1
 
 
 def measure(options: argparse.Namespace) -> None:
     """Measure prompts and write (or print) the profile."""
-    from tl_loops.measurements.formats import check_file_ending
-    from tl_loops.measurements.measure import measure as run
-
     if options.out is not None:
         check_file_ending(options.out)
         _check_place(options.out)
     prompts = _prompts(options)
     model = _load(options)
     if prompts is None:
-        from tl_loops.report import default_prompts
-
         prompts = list(default_prompts(model).evaluated)
     arguments: dict[str, Any] = (
         {} if options.metrics is None else {"metrics": tuple(options.metrics)}
     )
-    profile = run(
+    profile = measure_prompts(
         model,
         [p.text for p in prompts],
         batch_size=options.batch_size,
@@ -100,8 +98,6 @@ def measure(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Write the report."""
-    from tl_loops.report import write_report
-
     _check_place(options.out)
     prompts = _prompts(options)
     model = _load(options)
@@ -122,8 +118,6 @@ def _prompts(options: argparse.Namespace) -> list[PromptText] | None:
 
 
 def _load(options: argparse.Namespace) -> Any:
-    from tl_loops.model.looped import LoopedTransformer
-
     _check_iterations(options)
     return LoopedTransformer.from_pretrained_no_processing(
         options.model, n_iterations=options.n_iterations, dtype=options.dtype

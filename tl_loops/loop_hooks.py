@@ -8,7 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_loops.layout.layout import BlockCoordinate, LoopLayout, Phase
+from tl_loops.layout.coordinate import BlockCoordinate, Phase
+from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.model import Model
 from tl_loops.layout.names import activation_name, iteration_spec
 from tl_loops.layout.of_model import require_layout
 from tl_loops.layout.selection import Selection, chosen_indices, each_index
@@ -17,7 +19,7 @@ HookFunction = Callable[..., Any]
 
 
 def at(
-    model: Any,
+    model: Model,
     name: str,
     *,
     iteration: int | None = None,
@@ -46,7 +48,7 @@ def at(
 
 
 def every_iteration(
-    model: Any, name: str, layer: Selection | None = None, iterations: Selection | None = None
+    model: Model, name: str, layer: Selection | None = None, iterations: Selection | None = None
 ) -> list[str]:
     """The hook names of an activation in every iteration, in the order in which they fire.
 
@@ -70,7 +72,7 @@ def every_iteration(
     return [at(model, name, iteration=t, layer=i) for t in chosen for i in layers]
 
 
-def every_block(model: Any, name: str, phase: str | None = None) -> list[str]:
+def every_block(model: Model, name: str, phase: str | None = None) -> list[str]:
     """The hook names of an activation in every unrolled block, or in those of one phase.
 
     Raises:
@@ -87,7 +89,7 @@ def every_block(model: Any, name: str, phase: str | None = None) -> list[str]:
 
 
 def names_filter(
-    model: Any,
+    model: Model,
     names: str | Sequence[str],
     *,
     iterations: Selection | None = None,
@@ -131,7 +133,7 @@ def hooks_at(names: str | Iterable[str], hook: HookFunction) -> list[tuple[str, 
     return [(name, hook) for name in ([names] if isinstance(names, str) else names)]
 
 
-def with_coordinate(model: Any, hook: Callable[..., Any]) -> HookFunction:
+def with_coordinate(model: Model, hook: Callable[..., Any]) -> HookFunction:
     """A hook function that is also told where it is.
 
     Args:
@@ -145,7 +147,7 @@ def with_coordinate(model: Any, hook: Callable[..., Any]) -> HookFunction:
     return partial(_located, model, hook)
 
 
-def coordinate_of(model: Any, name: str) -> BlockCoordinate | None:
+def coordinate_of(model: Model, name: str) -> BlockCoordinate | None:
     """The coordinate of a hook name; ``None`` for points of the whole run such as ``ln_final``."""
     layout = layout_of(model)
     kind, _, rest = layout.canonical_name(name).partition(".")
@@ -159,7 +161,7 @@ def coordinate_of(model: Any, name: str) -> BlockCoordinate | None:
 
 
 def stack_iterations(
-    cache: Any, model: Any, name: str, layer: int | None = None
+    cache: Any, model: Model, name: str, layer: int | None = None
 ) -> Float[Tensor, "iteration *rest"]:
     """One activation of a cache in every iteration, stacked.
 
@@ -184,7 +186,7 @@ def stack_iterations(
     return stacked
 
 
-def layout_of(model: Any) -> LoopLayout:
+def layout_of(model: Model) -> LoopLayout:
     """The layout of a looped model.
 
     Raises:
@@ -193,11 +195,11 @@ def layout_of(model: Any) -> LoopLayout:
     return require_layout(model)
 
 
-def _located(model: Any, function: Callable[..., Any], value: Tensor, hook: Any) -> Any:
+def _located(model: Model, function: Callable[..., Any], value: Tensor, hook: Any) -> Any:
     return function(value, hook=hook, at=coordinate_of(model, hook.name))
 
 
-def _known(model: Any, name: str) -> str:
+def _known(model: Model, name: str) -> str:
     if name not in model.hook_dict:
         raise ValueError(f"this model has no hook point {name!r}")
     return name

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_loops.errors import LoopedSemanticsError
+from tl_loops.layout.model import Model
 
 
 def act_ponder_cost(
@@ -76,7 +77,7 @@ def ponder_loss(
 
 
 def ponder_training_loss(
-    model: Any, tokens: Int[Tensor, "batch pos"], rate: float = 0.2, beta: float = 0.01
+    model: Model, tokens: Int[Tensor, "batch pos"], rate: float = 0.2, beta: float = 0.01
 ) -> Float[Tensor, ""]:
     """:func:`ponder_loss` of next-token prediction, in one forward pass.
 

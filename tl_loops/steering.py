@@ -8,22 +8,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
 from tl_loops.layout.selection import Selection, distinct_indices, each_index
 from tl_loops.loop_hooks import every_iteration, stack_iterations
-from tl_loops.patching.activation import Metric, logits_score
 from tl_loops.runs.activations import find_activation
 from tl_loops.runs.cells import Cell, Edit
-from tl_loops.runs.checks import as_tokens, check_batch_size, check_metric, logits_shape
 from tl_loops.runs.grid import Region, make_grid
-from tl_loops.runs.rerun import BaseRun
+from tl_loops.runs.inputs import real_positions
+from tl_loops.runs.scoring import Metric, logits_score, start_run
 
 HookList = list[tuple[str, Callable]]
 Direction = Float[Tensor, "*iteration_layer d_model"]
 
 
 def steer(
-    model: Any,
+    model: Model,
     direction: Direction,
     activation: str = "resid_post",
     *,
@@ -61,7 +61,7 @@ def steer(
 
 
 def ablate_direction(
-    model: Any,
+    model: Model,
     direction: Direction,
     activation: str = "resid_post",
     *,
@@ -101,7 +101,7 @@ def ablate_direction(
 
 
 def difference_directions(
-    model: Any,
+    model: Model,
     positive: Any,
     negative: Any,
     activation: str = "resid_post",
@@ -114,11 +114,12 @@ def difference_directions(
 
     Args:
         model: A looped model.
-        positive: Cache of the prompts that show a property.
+        positive: Cache of the prompts that show a property. Padding, by its ``mask``, is left out.
         negative: Cache of those that do not; another batch size is allowed.
         activation: As in :func:`steer`.
         layer: Layer of the core; ``None``: all. Not for points between iterations.
-        pos: Positions that enter the mean; ``None``: all.
+        pos: Which of each prompt's tokens enter the mean, padding not counted; -1: its last;
+            ``None``: all.
         normalize: Scale each direction to length 1.
 
     Returns:
@@ -128,6 +129,7 @@ def difference_directions(
     Raises:
         ValueError: The activation has no stream axis.
         KeyError: A cache does not hold it.
+        IndexError: A prompt has no such token.
 
     Source: 2312.06681, section 3 (difference of means).
     """
@@ -138,9 +140,9 @@ def difference_directions(
         if not getattr(cache, "has_batch_dim", True):
             stacked = stacked.unsqueeze(-3)
         stacked = stacked.to(torch.float64 if stacked.dtype == torch.float64 else torch.float32)
-        n_pos = stacked.shape[-2]
-        chosen = list(distinct_indices("pos", n_pos, pos))
-        means.append(stacked[..., chosen, :].mean((-3, -2)))
+        batch, n_pos = stacked.shape[-3:-1]
+        chosen = real_positions(cache, batch, n_pos, pos).to(stacked.device)
+        means.append(stacked[..., chosen, :].mean(-2))
     direction = means[0] - means[1]
     if normalize:
         direction = torch.nn.functional.normalize(direction, dim=-1)
@@ -148,7 +150,7 @@ def difference_directions(
 
 
 def steering_effect(
-    model: Any,
+    model: Model,
     tokens: Any,
     metric: Metric,
     direction: Float[Tensor, "*iteration d_model"],
@@ -160,6 +162,7 @@ def steering_effect(
     where: Mapping[str, Selection] | None = None,
     batch_size: int | None = None,
     progress: bool = True,
+    gradients: bool = False,
     **forward_arguments: Any,
 ) -> Float[Tensor, "..."]:
     """The effect of a direction at every place of a grid.
@@ -177,6 +180,7 @@ def steering_effect(
         where: As in :func:`tl_loops.patching.activation_patch`.
         batch_size: As in :func:`tl_loops.patching.activation_patch`.
         progress: Show a progress bar.
+        gradients: As in :func:`tl_loops.patching.activation_patch`.
         **forward_arguments: As in :func:`tl_loops.patching.activation_patch`.
 
     Returns:
@@ -187,10 +191,9 @@ def steering_effect(
         IndexError: A value in ``where`` is out of range.
     """
     layout = require_layout(model)
-    tokens = as_tokens(model, tokens)
-    check_batch_size(batch_size)
+    run = start_run(model, tokens, metric, batch_size, forward_arguments, gradients)
     _check_stream(model, activation)
-    grid = make_grid(model, activation, axes, tokens.shape[1], window, where)
+    grid = make_grid(model, activation, axes, run.n_pos, window, where)
     d_model = model.cfg.d_model
     if tuple(direction.shape) not in ((d_model,), (layout.n_iterations, d_model)):
         raise ValueError(
@@ -207,8 +210,6 @@ def steering_effect(
                 "'iteration' and 'layer', or give one direction [d_model]"
             )
         vectors[name] = direction if direction.ndim == 1 else direction[t]
-    run = BaseRun(model, tokens, arguments=forward_arguments)
-    check_metric(metric, model, logits_shape(model, tokens))
     run.execute(grid.names)
     several = not isinstance(scales, (int, float))
     factors = [float(s) for s in scales] if several else [float(scales)]
@@ -235,7 +236,7 @@ def _add_rows(vector: Tensor, part: slice, n_pos: int, rows: Tensor) -> None:
         rows[:, first - left_out : part.stop - left_out] += vector.to(rows)
 
 
-def _check_stream(model: Any, activation: str) -> None:
+def _check_stream(model: Model, activation: str) -> None:
     found = find_activation(model, activation)
     vectors = found.dims == ("batch", "pos", "d_model") and found.rest.startswith("hook_")
     if not vectors or found.place == "run" or found.name == "state_gate":
@@ -246,7 +247,7 @@ def _check_stream(model: Any, activation: str) -> None:
 
 
 def _placed(
-    model: Any,
+    model: Model,
     direction: Tensor,
     activation: str,
     iterations: Selection | None,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.models import tiny_model, tiny_tokens
-from tl_loops.layout.layout import BlockCoordinate
+from tl_loops.layout.coordinate import BlockCoordinate
 from tl_loops.loop_hooks import (
     at,
     coordinate_of,

@@ -19,16 +19,18 @@ from tl_loops.attribution.gradients import (
     moved,
     path_nodes,
 )
+from tl_loops.layout.model import Model
 from tl_loops.layout.selection import Selection
 from tl_loops.runs.activations import Activation, check_cache, take
-from tl_loops.runs.checks import as_tokens, logits_shape
 from tl_loops.runs.grid import Grid, Region, make_grid
+from tl_loops.runs.inputs import run_inputs
+from tl_loops.runs.scoring import logits_shape
 
 _EMBED = "hook_embed"
 
 
 def attribution_patch(
-    model: Any,
+    model: Model,
     corrupted_tokens: Any,
     clean_cache: Any,
     metric: Metric,
@@ -86,13 +88,15 @@ def attribution_patch(
     check_arguments(forward_arguments)
     nodes = path_nodes(method, n_steps)
     check_integrates(model, method)
-    tokens = as_tokens(model, corrupted_tokens)
+    fed = run_inputs(model, corrupted_tokens, forward_arguments)
+    tokens, forward_arguments = fed.tokens, fed.forward_arguments
     grid = make_grid(model, activation, axes, tokens.shape[1], window, where)
     inputs = [_EMBED] if method == "integrated_inputs" else []
     check_cache(clean_cache, model, [*grid.names, *inputs])
-    shape = (tokens.shape[0], tokens.shape[1])
     heads = grid.activation.n_heads(model.cfg)
-    clean = {name: take(clean_cache, grid.activation, name, shape, heads) for name in grid.names}
+    clean = {
+        name: take(clean_cache, grid.activation, name, fed.shape, heads) for name in grid.names
+    }
     check_differentiable(metric, model, logits_shape(model, tokens))
 
     def gradients(names: Sequence[str], before: Any = ()) -> tuple[dict, dict]:

@@ -22,10 +22,14 @@ from tl_loops.attribution.gradients import (
     path_nodes,
     run_metric,
 )
-from tl_loops.layout.layout import LoopLayout, Phase, part_label
+from tl_loops.layout.coordinate import Phase
+from tl_loops.layout.labels import part_label
+from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
 from tl_loops.runs.activations import check_cache, find_activation, take
-from tl_loops.runs.checks import as_tokens, logits_shape
+from tl_loops.runs.inputs import run_inputs
+from tl_loops.runs.scoring import logits_shape
 
 Kind = Literal["embed", "attn", "head", "query", "key", "value", "mlp", "logits"]
 _EMBED = "hook_embed"
@@ -92,7 +96,7 @@ class EdgeAttribution:
 
 
 def edge_attribution(
-    model: Any,
+    model: Model,
     corrupted_tokens: Any,
     clean_cache: Any,
     metric: Metric,
@@ -146,13 +150,13 @@ def edge_attribution(
         raise ValueError(f"method must be 'gradient' or 'integrated_inputs', got {method!r}")
     nodes = path_nodes(method, n_steps)
     check_integrates(model, method)
-    tokens = as_tokens(model, corrupted_tokens)
+    fed = run_inputs(model, corrupted_tokens, forward_arguments)
+    tokens, forward_arguments = fed.tokens, fed.forward_arguments
     senders = _senders(model, layout, heads)
     receivers = _receivers(model, layout, heads, split_qkv)
     written = list(dict.fromkeys(sender.name for sender in senders))
     check_cache(clean_cache, model, written)
-    shape = (tokens.shape[0], tokens.shape[1])
-    clean = {name: _clean(model, clean_cache, name, shape) for name in written}
+    clean = {name: _clean(model, clean_cache, name, fed.shape) for name in written}
     check_differentiable(metric, model, logits_shape(model, tokens))
 
     read = list(dict.fromkeys(receiver.name for receiver in receivers if receiver.name))
@@ -181,7 +185,7 @@ def edge_attribution(
 
 
 def _edge_scores(
-    model: Any,
+    model: Model,
     tokens: Tensor,
     metric: Metric,
     components: tuple[tuple[Component, ...], tuple[Component, ...]],
@@ -270,7 +274,7 @@ def _column(
     )
 
 
-def _senders(model: Any, layout: LoopLayout, heads: bool) -> tuple[Component, ...]:
+def _senders(model: Model, layout: LoopLayout, heads: bool) -> tuple[Component, ...]:
     found = [Component("embed", "embed", _EMBED)]
     for block in range(layout.n_layers):
         if heads:
@@ -282,7 +286,7 @@ def _senders(model: Any, layout: LoopLayout, heads: bool) -> tuple[Component, ..
 
 
 def _receivers(
-    model: Any, layout: LoopLayout, heads: bool, split_qkv: bool
+    model: Model, layout: LoopLayout, heads: bool, split_qkv: bool
 ) -> tuple[Component, ...]:
     if not split_qkv:
         return (*_senders(model, layout, heads)[1:], Component("logits", "logits", ""))
@@ -309,7 +313,7 @@ def _head(layout: LoopLayout, block: int, head: int, kind: Kind, name: str) -> C
     return Component(label, kind, full, block, at.phase, at.iteration, at.layer, head)
 
 
-def _clean(model: Any, cache: Any, name: str, shape: tuple[int, int]) -> Tensor:
+def _clean(model: Model, cache: Any, name: str, shape: tuple[int, int]) -> Tensor:
     short = name.rsplit("hook_", 1)[-1]
     activation = find_activation(model, short)
     return take(cache, activation, name, shape, activation.n_heads(model.cfg))

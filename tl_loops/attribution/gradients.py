@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_loops.errors import LoopedSemanticsError
-from tl_loops.runs.rerun import FORWARD_ARGUMENTS
+from tl_loops.layout.model import Model
+from tl_loops.runs.inputs import FORWARD_ARGUMENTS
 
 Metric = Callable[[Tensor], Any]
 Method = Literal["gradient", "integrated_inputs", "integrated_activation"]
@@ -30,7 +31,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
             )
 
 
-def check_integrates(model: Any, method: Method) -> None:
+def check_integrates(model: Model, method: Method) -> None:
     """Refuse a path of the embedding alone where tokens enter elsewhere, too.
 
     Raises:
@@ -44,7 +45,7 @@ def check_integrates(model: Any, method: Method) -> None:
         )
 
 
-def check_differentiable(metric: Metric, model: Any, shape: tuple[int, ...]) -> None:
+def check_differentiable(metric: Metric, model: Model, shape: tuple[int, ...]) -> None:
     """Call a metric once on random logits, so that one without a gradient fails before any pass.
 
     Args:
@@ -148,7 +149,7 @@ def difference(clean: Tensor, corrupted: Tensor) -> Tensor:
 
 
 def run_metric(
-    model: Any,
+    model: Model,
     tokens: Int[Tensor, "batch pos"],
     metric: Metric,
     hooks: Hooks,
@@ -160,7 +161,7 @@ def run_metric(
 
 
 def metric_gradients(
-    model: Any,
+    model: Model,
     tokens: Int[Tensor, "batch pos"],
     metric: Metric,
     names: Iterable[str],

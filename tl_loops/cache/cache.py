@@ -8,9 +8,10 @@ from torch import Tensor
 
 from tl_loops.cache.cached_run import SliceLike, as_slice
 from tl_loops.cache.neurons import NeuronDecomposition
-from tl_loops.errors import LoopedSemanticsError
+from tl_loops.errors import LoopedSemanticsError, did_you_mean
 from tl_loops.layout.layout import LoopLayout
-from tl_loops.layout.names import iteration_spec
+from tl_loops.layout.model import Model
+from tl_loops.layout.names import iteration_spec, spec_of
 from tl_loops.layout.selection import as_index, is_index
 
 
@@ -27,28 +28,48 @@ class LoopedActivationCache(NeuronDecomposition):
 
     Attributes:
         layout: The layout of the run that filled the cache.
+        mask: True at real tokens of that run, False at padding, [batch, pos] ([pos] without a batch
+            axis); ``None``: no padding is known.
     """
 
     layout: LoopLayout
+    mask: Tensor | None
 
-    def __init__(self, cache_dict: dict[str, Tensor], model: Any, has_batch_dim: bool = True):
+    def __init__(
+        self,
+        cache_dict: dict[str, Tensor],
+        model: Model,
+        has_batch_dim: bool = True,
+        mask: Tensor | None = None,
+    ):
         super().__init__(cache_dict, model, has_batch_dim)
-        self.layout = model.cfg.layout
+        self.layout, self.mask = model.cfg.layout, mask
 
     def __getitem__(self, key: Any) -> Tensor:
+        asked = key
         if isinstance(key, tuple) and len(key) > 1 and is_index(key[1]):
             key = tuple(as_index("index", part) if is_index(part) else part for part in key)
             if len(key) == 3 and isinstance(key[2], int):
                 name, iteration, layer = key
                 key = self.layout.hook_name(name, iteration=iteration, layer=layer)
-            elif len(key) == 2 and iteration_spec(key[0]) is not None:
+            elif len(key) == 2 and iteration_spec(str(key[0])) is not None:
                 key = self.layout.hook_name(key[0], iteration=key[1])
             elif key[1] < 0:
                 # By the layout of the run, which may have had another number of iterations.
                 key = (key[0], self.layout.n_layers + key[1], *key[2:])
         elif isinstance(key, str):
             key = self.layout.canonical_name(key)
-        return super().__getitem__(key)
+        try:
+            return super().__getitem__(key)
+        except KeyError:
+            raise KeyError(self._lacks(asked)) from None
+
+    def _lacks(self, key: Any) -> str:
+        """Why there is no entry, and which there is of a similar name."""
+        name = str(key[0] if isinstance(key, tuple) else key)
+        held = {found if (spec := spec_of(found)) is None else spec.short for found in self}
+        similar = did_you_mean(name, [*self] if "." in name else sorted(held), "see cache.keys()")
+        return f"the cache has no entry {key!r}: {similar}"
 
     def __contains__(self, key: object) -> bool:
         if not isinstance(key, str):
@@ -79,6 +100,19 @@ class LoopedActivationCache(NeuronDecomposition):
             This cache.
         """
         self.cache_dict = self._each_once(lambda tensor: tensor.to(device))
+        self.mask = None if self.mask is None else self.mask.to(device)
+        return self
+
+    def remove_batch_dim(self) -> "LoopedActivationCache":
+        """Drop the batch axis of a cache of one prompt.
+
+        Returns:
+            This cache.
+        """
+        had_batch_dim = self.has_batch_dim
+        super().remove_batch_dim()
+        if had_batch_dim and self.mask is not None:
+            self.mask = self.mask[0]
         return self
 
     def apply_slice_to_batch_dim(self, batch_slice: SliceLike) -> "LoopedActivationCache":
@@ -95,7 +129,10 @@ class LoopedActivationCache(NeuronDecomposition):
             raise ValueError("this cache has no batch axis to slice")
         keeps = self.has_batch_dim and rows.mode != "int"
         entries = self._each_once(rows.apply) if self.has_batch_dim else dict(self.cache_dict)
-        sliced = LoopedActivationCache(entries, self.model, has_batch_dim=keeps)
+        mask = self.mask
+        if mask is not None and self.has_batch_dim:
+            mask = rows.apply(mask)
+        sliced = LoopedActivationCache(entries, self.model, keeps, mask)
         sliced.layout = self.layout
         return sliced
 

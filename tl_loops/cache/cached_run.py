@@ -12,7 +12,9 @@ from torch import Tensor
 from tl_loops.cache.carry import Carrier, Rows, pull_back
 from tl_loops.cache.path import FrozenNorm, Site, Step, Target, path_steps, working
 from tl_loops.errors import LoopedSemanticsError
-from tl_loops.layout.layout import LoopLayout, part_labels
+from tl_loops.layout.labels import part_labels
+from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.model import Model
 from tl_loops.upstream import Slice
 
 SliceLike = Slice | int | slice | tuple[int | None, ...] | list[int] | Tensor | np.ndarray | None
@@ -45,7 +47,7 @@ class CachedRun:
     """
 
     activations: dict[str, Tensor]
-    model: Any
+    model: Model
     layout: LoopLayout
     pos: Slice
     _paths: dict[tuple, list[Step]] = field(default_factory=dict)

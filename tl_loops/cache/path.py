@@ -16,7 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_loops.errors import LoopedSemanticsError
-from tl_loops.layout.layout import BlockCoordinate, LoopLayout
+from tl_loops.layout.coordinate import BlockCoordinate
+from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.model import Model
 
 
 def working(x: Tensor) -> Tensor:
@@ -188,7 +190,7 @@ def _described(layout: LoopLayout) -> list[tuple[BlockCoordinate, str, str]]:
 
 
 def path_steps(
-    model: Any,
+    model: Model,
     layout: LoopLayout,
     target: Target,
     freeze: Freeze,

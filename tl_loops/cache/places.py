@@ -1,7 +1,5 @@
 """The residual stream of a cached run as the model would read it out at each place."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -10,6 +8,7 @@ from tl_loops.cache.cached_run import CachedRun, SliceLike, as_slice
 from tl_loops.cache.path import FrozenNorm, Target, working
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.model import Model
 from tl_loops.upstream import ActivationCache
 
 Stack = Float[Tensor, "component ... d_model"]
@@ -24,7 +23,7 @@ class ResidualReadout(ActivationCache):
     """
 
     layout: LoopLayout
-    model: Any
+    model: Model
 
     def _run(self, pos_slice: SliceLike) -> CachedRun:
         return CachedRun(self.cache_dict, self.model, self.layout, as_slice(pos_slice))

@@ -7,6 +7,7 @@ from tl_loops.config.activations import ACTIVATIONS
 from tl_loops.config.fields import setting_of
 from tl_loops.config.ranges import check_numbers
 from tl_loops.errors import ConfigError
+from tl_loops.layout.selection import is_index
 from tl_loops.mechanisms import MECHANISMS
 from tl_loops.mechanisms.exclusions import check_shared_keys, check_stacks, refuse_exclusive
 from tl_loops.mechanisms.iteration_weights import check_rows
@@ -51,12 +52,25 @@ _INSTEAD = {
 }
 
 
+def whole_iterations(n_iterations: Any) -> int:
+    """A number of iterations of any integer type, as an int.
+
+    Raises:
+        ConfigError: It is not an integer of at least 1.
+    """
+    if not is_index(n_iterations) or int(n_iterations) < 1:
+        raise ConfigError(f"n_iterations must be an integer of at least 1, got {n_iterations!r}")
+    return int(n_iterations)
+
+
 def check_values(cfg: Any) -> None:
     """Refuse fields that are unknown, contradict each other, or have no meaning for a loop.
 
     Raises:
         ConfigError: The message names the field.
     """
+    if not is_index(cfg.n_iterations):
+        whole_iterations(cfg.n_iterations)
     check_numbers(cfg)
     for described in dataclasses.fields(cfg):
         setting = setting_of(described)

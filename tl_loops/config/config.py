@@ -3,11 +3,11 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 
-from tl_loops.config.checks import check_values
+from tl_loops.config.checks import check_values, whole_iterations
 from tl_loops.config.describe import data_flow
 from tl_loops.config.fields import of_mechanisms, setting
 from tl_loops.config.ranges import check_depth
@@ -183,14 +183,13 @@ class LoopedTransformerConfig(BaseConfig):
         """Whether norms carry a trained gain (``"RMS"``, ``"LN"``) or not (``"...Pre"``)."""
         return self.normalization_type in ("RMS", "LN")
 
-    def set_iterations(self, n_iterations: int) -> None:
+    def set_iterations(self, n_iterations: SupportsIndex) -> None:
         """Set ``n_iterations`` and with it ``n_layers``.
 
         Raises:
             ConfigError: ``n_iterations`` is not an integer of at least 1.
         """
-        if isinstance(n_iterations, bool) or not isinstance(n_iterations, int) or n_iterations < 1:
-            raise ConfigError(f"n_iterations must be an integer of at least 1, got {n_iterations}")
+        n_iterations = whole_iterations(n_iterations)
         for mechanism in self.mechanisms:
             mechanism.check_iterations(self, n_iterations)
         check_rows(self, self.mechanisms, n_iterations)

@@ -1,16 +1,21 @@
 """Coordinates and names: which block is layer ``l`` at iteration ``t``, and its hooks' names."""
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal, SupportsIndex, TypeVar
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any, SupportsIndex, TypeVar
 
+from tl_loops.errors import LoopedSemanticsError
+from tl_loops.layout.coordinate import PHASES, BlockCoordinate
 from tl_loops.layout.names import activation_name, iteration_spec
+from tl_loops.layout.segments import (
+    Segment,
+    check_segments,
+    segment_calls,
+    segments_notation,
+)
 from tl_loops.layout.selection import one_index
-
-Phase = Literal["prelude", "core", "coda"]
-PHASES: tuple[Phase, ...] = ("prelude", "core", "coda")
-
 
 Values = TypeVar("Values")
 
@@ -19,69 +24,137 @@ _ITERATION = re.compile(r"^iter\.(\d+)\.(.+)$")
 _BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)$")
 
 
-@dataclass(frozen=True)
-class BlockCoordinate:
-    """Where one unrolled block stands.
-
-    Attributes:
-        phase: ``"prelude"``, ``"core"`` or ``"coda"``.
-        iteration: The pass through the core, counted from 0; ``None`` outside the core.
-        layer: The physical layer inside its phase (inside its stack where there are several).
-        stack: The stack that this iteration calls, for models with more than one; else ``None``.
-    """
-
-    phase: Phase
-    iteration: int | None
-    layer: int
-    stack: str | None = None
-
-
-@dataclass(frozen=True)
 class LoopLayout:
-    """The unrolled depth of a looped model: sizes, coordinates, names and labels.
+    """The unrolled depth of a looped model: sizes, coordinates, names and labels. Never changes.
 
-    A core block at iteration ``t`` and layer ``l`` has index ``n_prelude + t * n_core + l``.
+    With one loop, a core block at iteration ``t`` and layer ``l`` has index
+    ``n_prelude + t * n_core + l``. With several loops (:meth:`of_segments`) every pass through one
+    counts as one iteration, numbered through all of them, and the stack of a coordinate names the
+    loop: ``"A"``, ``"B"``, ...
 
     Attributes:
         n_prelude: Blocks before the loop.
-        n_core: Blocks in one iteration.
         n_coda: Blocks after the loop.
         n_iterations: Passes through the core.
-        stacks: Name of the stack that each iteration calls (one entry an iteration), for models
+        stacks: Name of the stack that each iteration calls (one entry per iteration), for models
             whose iterations call one of several stacks; else ``None``.
         shared_stacks: Whether all stacks are the same layers.
+        segments: The loops, where there are several; else ``None``.
     """
 
-    n_prelude: int
-    n_core: int
-    n_coda: int
-    n_iterations: int
-    stacks: tuple[str, ...] | None = None
-    shared_stacks: bool = False
+    def __init__(
+        self,
+        n_prelude: int,
+        n_core: int,
+        n_coda: int,
+        n_iterations: int,
+        stacks: tuple[str, ...] | None = None,
+        shared_stacks: bool = False,
+    ):
+        """The layout of one loop.
 
-    def __post_init__(self) -> None:
-        for name in ("n_prelude", "n_coda"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("n_core", "n_iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.stacks is not None and len(self.stacks) != self.n_iterations:
+        Args:
+            n_prelude: Blocks before the loop.
+            n_core: Blocks in one iteration.
+            n_coda: Blocks after the loop.
+            n_iterations: Passes through the core.
+            stacks: As the attribute.
+            shared_stacks: As the attribute.
+
+        Raises:
+            ValueError: A size is too small, or there is not one stack per iteration.
+        """
+        for name, value, least in (
+            ("n_prelude", n_prelude, 0),
+            ("n_coda", n_coda, 0),
+            ("n_core", n_core, 1),
+            ("n_iterations", n_iterations, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if stacks is not None and len(stacks) != n_iterations:
             raise ValueError(
-                f"stacks names {len(self.stacks)} calls, but n_iterations is {self.n_iterations}"
+                f"stacks names {len(stacks)} calls, but n_iterations is {n_iterations}"
             )
+        loop = Segment(n_prelude, n_prelude + n_core, n_iterations)
+        self._set((loop,), n_coda, stacks, shared_stacks, None)
+
+    @classmethod
+    def of_segments(cls, segments: Sequence[Segment], n_coda: int) -> "LoopLayout":
+        """The layout of several loops one after the other, between a prelude and a coda.
+
+        Layers between two loops are a segment that is passed once. A block is
+        ``iter.{t}.{l}`` with ``t`` counted through and ``l`` inside its segment.
+
+        Args:
+            segments: What follows the prelude, in order, without gaps.
+            n_coda: Layers after the last segment.
+
+        Raises:
+            ValueError: The segments are empty, overlap or leave a gap.
+        """
+        segments = tuple(segments)
+        check_segments(segments)
+        stacks = tuple(name for name, _ in segment_calls(segments))
+        layout = object.__new__(cls)
+        layout._set(segments, n_coda, stacks, False, segments)
+        return layout
+
+    def _set(
+        self,
+        loops: tuple[Segment, ...],
+        n_coda: int,
+        stacks: tuple[str, ...] | None,
+        shared_stacks: bool,
+        segments: tuple[Segment, ...] | None,
+    ) -> None:
+        self.n_prelude, self.n_coda = loops[0].start, n_coda
+        self.stacks, self.shared_stacks, self.segments = stacks, shared_stacks, segments
+        self._loops = loops
+        self._calls = tuple(segment for _, segment in segment_calls(loops))
+        self.n_iterations = len(self._calls)
+        lengths = [segment.n_layers for segment in self._calls]
+        # Index of each iteration's first block, and of the coda's.
+        self._firsts = tuple(accumulate(lengths, initial=self.n_prelude))
+
+    def _key(self) -> tuple[Any, ...]:
+        return self._loops, self.n_coda, self.stacks, self.shared_stacks, self.segments
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LoopLayout) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        stacks = "" if self.stacks is None else f", stacks={self.stacks}"
+        return f"LoopLayout({self.notation(injected=False)}{stacks})"
+
+    @property
+    def n_core(self) -> int:
+        """Blocks in one iteration.
+
+        Raises:
+            LoopedSemanticsError: The iterations have different numbers of blocks.
+        """
+        if len({segment.n_layers for segment in self._calls}) > 1:
+            raise LoopedSemanticsError(
+                f"the iterations of {self.notation(injected=False)} have different numbers of "
+                "layers, so this has no one number of layers an iteration: go by unrolled block"
+            )
+        return self._calls[0].n_layers
 
     @property
     def n_layers(self) -> int:
         """Unrolled depth: the number of ``blocks``."""
-        return self.n_prelude + self.n_iterations * self.n_core + self.n_coda
+        return self.coda_start + self.n_coda
 
     @property
     def n_physical_layers(self) -> int:
         """Number of distinct sets of block weights."""
-        several = self.stacks is not None and not self.shared_stacks
-        n_stacks = len(set(self.stacks or ())) if several else 1
-        return self.n_prelude + n_stacks * self.n_core + self.n_coda
+        if self.segments is not None or self.stacks is None or self.shared_stacks:
+            return self.n_pass
+        return self.n_prelude + len(set(self.stacks)) * self.n_core + self.n_coda
 
     @property
     def core_start(self) -> int:
@@ -90,8 +163,8 @@ class LoopLayout:
 
     @property
     def coda_start(self) -> int:
-        """Index of the first block behind the core."""
-        return self.n_prelude + self.n_iterations * self.n_core
+        """Index of the first block after the core."""
+        return self._firsts[-1]
 
     def iteration_blocks(self, iteration: SupportsIndex) -> range:
         """Indices of the unrolled blocks of one iteration; negative counts from the last.
@@ -99,41 +172,52 @@ class LoopLayout:
         Raises:
             IndexError: The iteration is out of range.
         """
-        first = self.index(iteration=iteration)
-        return range(first, first + self.n_core)
+        t = one_index("iteration", iteration, self.n_iterations)
+        return range(self._firsts[t], self._firsts[t + 1])
 
     def pass_blocks(self, iteration: SupportsIndex) -> list[int]:
         """Indices of the unrolled blocks on the way through one iteration: prelude, it, coda.
 
         Raises:
             IndexError: The iteration is out of range.
+            LoopedSemanticsError: There are several loops, which stand at different depths.
         """
+        if self.segments is not None:
+            raise LoopedSemanticsError(
+                f"the loops of {self.notation(injected=False)} stand at different depths, so there "
+                "is no one way from prelude to coda through an iteration: go by unrolled block"
+            )
         coda = range(self.coda_start, self.n_layers)
         return [*range(self.n_prelude), *self.iteration_blocks(iteration), *coda]
 
     def state_path(self, iteration: int) -> str:
         """Which sequence of states an iteration's belongs to: with two stacks, that of its own."""
-        return self.stacks[iteration] if self.stacks is not None else "loop"
+        if self.stacks is None or self.segments is not None:
+            return "loop"
+        return self.stacks[iteration]
 
     @property
     def n_pass(self) -> int:
-        """Blocks on one way through the layers: prelude, core once, coda."""
-        return self.n_prelude + self.n_core + self.n_coda
+        """Blocks on one way through the layers: prelude, each loop once, coda."""
+        return self._loops[-1].stop + self.n_coda
 
     def place_in_pass(self, index: int) -> int:
         """Which block of one such way an unrolled block is, counted from 0."""
         at = self.coordinate(index)
-        if at.phase == "coda":
-            return self.n_pass - self.n_coda + at.layer
-        return at.layer + (self.n_prelude if at.phase == "core" else 0)
+        if at.iteration is not None:
+            return self._calls[at.iteration].start + at.layer
+        return at.layer + (self._loops[-1].stop if at.phase == "coda" else 0)
 
     def notation(self, injected: bool) -> str:
         """The paper's notation ``(p, k⊗t, c)``, with ``_I`` when the input is injected.
 
+        With several loops ``(2, 2⊗3, 1, 1⊗2, 4)``: a number alone is passed once.
         Source: 2604.11791, section 3.
         """
-        loop = f"{self.n_core}⊗{self.n_iterations}"
-        return f"({self.n_prelude}, {loop}, {self.n_coda})" + ("_I" if injected else "")
+        one = self._loops[0]
+        core = f"{one.n_layers}⊗{one.n_iterations}"
+        loops = core if self.segments is None else segments_notation(self.segments)
+        return f"({self.n_prelude}, {loops}, {self.n_coda})" + ("_I" if injected else "")
 
     def index(
         self,
@@ -159,16 +243,19 @@ class LoopLayout:
             phase = "core"
         if phase not in PHASES:
             raise ValueError(f"phase must be one of {', '.join(PHASES)}, got {phase!r}")
-        size = self.n_core if phase == "core" else getattr(self, f"n_{phase}")
-        layer = one_index(f"layer of the {phase}", layer, size)
         if phase == "core":
             if iteration is None:
                 raise ValueError("a core block needs iteration=...")
-            iteration = one_index("iteration", iteration, self.n_iterations)
-            return self.n_prelude + iteration * self.n_core + layer
+            blocks = self.iteration_blocks(iteration)
+            return blocks[one_index(self._layer_of(iteration), layer, len(blocks))]
+        layer = one_index(f"layer of the {phase}", layer, getattr(self, f"n_{phase}"))
         if iteration is not None:
             raise ValueError(f"the {phase} has no iterations, got iteration={iteration}")
         return layer if phase == "prelude" else self.coda_start + layer
+
+    def _layer_of(self, iteration: SupportsIndex) -> str:
+        """What a layer of an iteration is called in messages."""
+        return "layer of the core" if self.segments is None else f"layer of iteration {iteration}"
 
     def coordinate(self, index: SupportsIndex) -> BlockCoordinate:
         """Coordinate of an unrolled block; negative indices count from the last block.
@@ -181,16 +268,16 @@ class LoopLayout:
             return BlockCoordinate("prelude", None, index)
         if index >= self.coda_start:
             return BlockCoordinate("coda", None, index - self.coda_start)
-        iteration, layer = divmod(index - self.n_prelude, self.n_core)
+        iteration = bisect_right(self._firsts, index) - 1
         stack = self.stacks[iteration] if self.stacks is not None else None
-        return BlockCoordinate("core", iteration, layer, stack)
+        return BlockCoordinate("core", iteration, index - self._firsts[iteration], stack)
 
     def coordinates(self) -> Iterator[BlockCoordinate]:
         """Coordinates of all unrolled blocks in order."""
         return (self.coordinate(index) for index in range(self.n_layers))
 
     def physical_name(self, index: int) -> str:
-        """Name of the physical layer behind an unrolled block, e.g. ``"core.2"`` or ``"coda.0"``.
+        """Name of the physical layer of an unrolled block, e.g. ``"core.2"`` or ``"coda.0"``.
 
         With several stacks the core is named by the stack: ``"core.L.2"``.
         """
@@ -258,8 +345,8 @@ class LoopLayout:
             block = first + one_index(f"layer of the {outer}", int(outer_layer), size, where)
         else:
             t = one_index("iteration", int(iteration), self.n_iterations, where)
-            block = self.n_prelude + t * self.n_core
-            block += one_index("layer of the core", int(layer), self.n_core, where)
+            blocks = self.iteration_blocks(t)
+            block = blocks[one_index(self._layer_of(t), int(layer), len(blocks), where)]
         return f"blocks.{block}.{rest}"
 
     def alias(self, name: str) -> str:
@@ -308,22 +395,16 @@ class LoopLayout:
 
         Raises:
             ValueError: ``n_iterations`` is below 1.
+            LoopedSemanticsError: There are several loops.
         """
+        if self.segments is not None:
+            raise LoopedSemanticsError(
+                f"{self.notation(injected=False)} has several loops, so one number of iterations "
+                "does not say which: call tl_loops.loop(model, loops=...) again, which copies no "
+                "weight"
+            )
         stacks = self.stacks
         if stacks is not None:
             stacks = tuple(stacks[t % len(stacks)] for t in range(max(n_iterations, 0)))
-        return LoopLayout(
-            self.n_prelude, self.n_core, self.n_coda, n_iterations, stacks, self.shared_stacks
-        )
-
-
-def part_labels(layout: LoopLayout, block: int, part: str, numbers: Iterable[int]) -> list[str]:
-    """Labels of heads (part ``"H"``) or neurons (``"N"``): ``"r3.L1H4"``, ``"p.L0H2"``."""
-    at = layout.coordinate(block)
-    place = at.phase[0] if at.iteration is None else f"r{at.iteration}{at.stack or ''}"
-    return [f"{place}.L{at.layer}{part}{number}" for number in numbers]
-
-
-def part_label(layout: LoopLayout, block: int, part: str, number: int) -> str:
-    """One of :func:`part_labels`."""
-    return part_labels(layout, block, part, [number])[0]
+        sizes = self.n_prelude, self.n_core, self.n_coda
+        return LoopLayout(*sizes, n_iterations, stacks, self.shared_stacks)

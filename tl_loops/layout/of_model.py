@@ -1,18 +1,18 @@
 """The layout of a model, or one refusal where it has none."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 from tl_loops.errors import NoLoopError
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.model import Model
 
 
-def layout_of(model: Any) -> LoopLayout | None:
+def layout_of(model: Model) -> LoopLayout | None:
     """The layout of a looped model; ``None`` for a plain HookedTransformer."""
     return getattr(model, "layout", None)
 
 
-def require_layout(model: Any) -> LoopLayout:
+def require_layout(model: Model) -> LoopLayout:
     """The layout of a looped model.
 
     Raises:
@@ -27,7 +27,7 @@ def require_layout(model: Any) -> LoopLayout:
     return layout
 
 
-def with_iterations(model: Any, n_iterations: int | None) -> AbstractContextManager:
+def with_iterations(model: Model, n_iterations: int | None) -> AbstractContextManager:
     """A block of code with another number of iterations; ``None``: with the model's own.
 
     Raises:

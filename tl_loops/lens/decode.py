@@ -1,12 +1,13 @@
 """From a residual to logits: through the final norm alone, or through all that follows the loop."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_loops.errors import LoopedSemanticsError
+from tl_loops.layout.model import Model
 from tl_loops.lens.points import LensPoint, PointSet
 from tl_loops.runs.inputs import LensInputs
 from tl_loops.upstream import apply_softcap
@@ -26,7 +27,7 @@ class Lens(Protocol):
         """The points that it reads when none are asked for."""
         ...
 
-    def check(self, model: Any, points: Sequence[LensPoint]) -> None:
+    def check(self, model: Model, points: Sequence[LensPoint]) -> None:
         """Refuse a model or a point that this lens cannot read, before anything runs."""
         ...
 
@@ -36,7 +37,7 @@ class Lens(Protocol):
 
     def logits(
         self,
-        model: Any,
+        model: Model,
         resid: Float[Tensor, "batch in_pos d_model"],
         point: LensPoint,
         inputs: LensInputs,
@@ -59,7 +60,7 @@ class LogitLens:
     name = "logit"
     points: PointSet | Sequence[str] = "blocks"
 
-    def check(self, model: Any, points: Sequence[LensPoint]) -> None:
+    def check(self, model: Model, points: Sequence[LensPoint]) -> None:
         """Every model and every point can be read."""
 
     def reads_sequence(self, point: LensPoint) -> bool:
@@ -67,7 +68,7 @@ class LogitLens:
         return False
 
     def logits(
-        self, model: Any, resid: Tensor, point: LensPoint, inputs: LensInputs
+        self, model: Model, resid: Tensor, point: LensPoint, inputs: LensInputs
     ) -> Float[Tensor, "batch read d_vocab"]:
         """Logits of the residual [batch, read, d_model]."""
         final = model.cfg.readout.final_steps(_is_normed(model, point))
@@ -85,7 +86,7 @@ class CodaLens:
     name = "coda"
     points: PointSet | Sequence[str] = "states"
 
-    def check(self, model: Any, points: Sequence[LensPoint]) -> None:
+    def check(self, model: Model, points: Sequence[LensPoint]) -> None:
         """Refuse points between the two halves of a coda block.
 
         Raises:
@@ -106,7 +107,7 @@ class CodaLens:
         return True
 
     def logits(
-        self, model: Any, resid: Tensor, point: LensPoint, inputs: LensInputs
+        self, model: Model, resid: Tensor, point: LensPoint, inputs: LensInputs
     ) -> Float[Tensor, "batch read d_vocab"]:
         """Logits of the residual [batch, pos, d_model]."""
         layout, readout = model.layout, model.cfg.readout
@@ -141,7 +142,7 @@ class ExitLens(LogitLens):
     name = "exit"
     points: PointSet | Sequence[str] = "states"
 
-    def check(self, model: Any, points: Sequence[LensPoint]) -> None:
+    def check(self, model: Model, points: Sequence[LensPoint]) -> None:
         """Refuse models with a coda and points that are no exit.
 
         Raises:
@@ -166,12 +167,12 @@ class ExitLens(LogitLens):
             readout.refuse_fast_stack(point.iteration)
 
 
-def unembed(model: Any, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+def unembed(model: Model, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
     """Logits of a normed residual, with the model's soft cap where it has one."""
     return apply_softcap(model.unembed(x), model.cfg.output_logits_soft_cap)
 
 
-def _is_normed(model: Any, point: LensPoint) -> bool:
+def _is_normed(model: Model, point: LensPoint) -> bool:
     """Whether the norm between iterations is the last thing that happened to a residual."""
     at = point.iteration, point.layer
     return model.cfg.readout.is_normed(point.kind, point.phase, *at)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_loops.errors import LoopedSemanticsError
+from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout, with_iterations
 from tl_loops.lens.decode import CodaLens
 from tl_loops.lens.points import LensPoint, select_points
@@ -21,7 +22,13 @@ from tl_loops.metrics.readout import (
     overthinking,
     predicted_tokens,
 )
-from tl_loops.runs.batches import batches, check_batch_size, longest_first, token_prompts
+from tl_loops.runs.batches import (
+    batches,
+    check_batch_size,
+    longest_first,
+    token_prompts,
+    tokens_alone,
+)
 from tl_loops.runs.inputs import LensInputs
 from tl_loops.runs.moments import Moments
 
@@ -103,7 +110,7 @@ class ExitCurve:
 
 @torch.no_grad()
 def exit_curve(
-    model: Any,
+    model: Model,
     prompts: Iterable[Any],
     answers: Sequence[Any] | None = None,
     n_iterations: int | None = None,
@@ -174,7 +181,7 @@ def _check_exits(cfg: Any) -> None:
 
 
 def _with_answers(
-    model: Any, prompts: Iterable[Any], answers: Sequence[Any] | None
+    model: Model, prompts: Iterable[Any], answers: Sequence[Any] | None
 ) -> tuple[list[Int[Tensor, "_"]], list[int]]:
     """Prompts with their answers behind them, and how many of the last tokens are targets."""
     if answers is None:
@@ -186,9 +193,7 @@ def _with_answers(
     joined, n_targets = [], []
     for number, (prompt, answer) in enumerate(zip(tokens, answers, strict=True)):
         if isinstance(answer, str):
-            if model.tokenizer is None:
-                raise ValueError("this model has no tokenizer: pass answers as tokens")
-            answer = model.to_tokens(answer, prepend_bos=False, truncate=False)[0]
+            answer = tokens_alone(model, f"answer {number}", answer, prepend_bos=False)
         behind = torch.as_tensor(answer).reshape(-1).cpu()
         if not behind.numel() or behind.is_floating_point() or behind.dtype == torch.bool:
             raise ValueError(f"answer {number} is {answer!r}, expected text or integer token ids")
@@ -207,7 +212,7 @@ def _with_answers(
 
 
 def _batch(
-    model: Any,
+    model: Model,
     tokens: Int[Tensor, "batch pos"],
     n_targets: int,
     one_answer: bool,

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout, with_iterations
 from tl_loops.lens.decode import CodaLens, Lens, LogitLens
 from tl_loops.lens.fitted import check_sizes, model_sizes
@@ -55,7 +56,7 @@ class JacobianLens:
         J = self.jacobians[index]
         return (resid.to(J.dtype) @ J.T).to(resid.dtype)
 
-    def check(self, model: Any, points: Sequence[LensPoint]) -> None:
+    def check(self, model: Model, points: Sequence[LensPoint]) -> None:
         """Refuse another model, and points without a Jacobian.
 
         Raises:
@@ -76,7 +77,7 @@ class JacobianLens:
 
     def logits(
         self,
-        model: Any,
+        model: Model,
         resid: Float[Tensor, "batch in_pos d_model"],
         point: LensPoint,
         inputs: LensInputs,
@@ -88,7 +89,7 @@ class JacobianLens:
     def _reader(self) -> Lens:
         return CodaLens() if self.readout == "coda" else LogitLens()
 
-    def _target(self, model: Any, point: LensPoint) -> LensPoint:
+    def _target(self, model: Model, point: LensPoint) -> LensPoint:
         return select_points(model, self.targets[self.points.index(point.alias)])[0]
 
     def save(self, path: str | Path) -> None:
@@ -122,7 +123,7 @@ class JacobianLens:
 
 
 def fit_jacobian_lens(
-    model: Any,
+    model: Model,
     prompts: Iterable[str | Tensor],
     *,
     points: PointSet | str | Sequence[str] = "core",
@@ -200,7 +201,7 @@ def fit_jacobian_lens(
 
 
 def _targets(
-    model: Any, sources: tuple[LensPoint, ...], target: Target | str
+    model: Model, sources: tuple[LensPoint, ...], target: Target | str
 ) -> tuple[LensPoint, ...]:
     last = model.layout.n_layers - 1
     if target == "loop_ends":
@@ -225,7 +226,7 @@ def _targets(
 
 
 def _add_prompt(
-    model: Any,
+    model: Model,
     prompt: Int[Tensor, "pos"],
     sources: tuple[LensPoint, ...],
     targets: tuple[LensPoint, ...],

@@ -3,9 +3,11 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from tl_loops.layout.layout import LoopLayout, Phase
+from tl_loops.layout.coordinate import Phase
+from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
 
 PointSet = Literal["blocks", "core", "states"]
@@ -57,7 +59,7 @@ class LensPoint:
         return self.kind, self.phase, self.layer
 
 
-def select_points(model: Any, points: PointSet | str | Sequence[str]) -> tuple[LensPoint, ...]:
+def select_points(model: Model, points: PointSet | str | Sequence[str]) -> tuple[LensPoint, ...]:
     """The points that a lens reads.
 
     Args:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout, with_iterations
 from tl_loops.lens.decode import CodaLens, ExitLens, Lens, LogitLens
 from tl_loops.lens.points import LensPoint, PointSet, select_points
@@ -27,7 +28,7 @@ _POINTWISE = ("predictions", "top_tokens", "top_probabilities", "entropy")
 
 
 def read_lens(
-    model: Any,
+    model: Model,
     input: LensInput,
     lens: Lens,
     *,
@@ -98,7 +99,7 @@ def read_lens(
     return _result(lens, chosen, inputs, tracked, parts)
 
 
-def logit_lens(model: Any, input: LensInput, **options: Any) -> LensResult:
+def logit_lens(model: Model, input: LensInput, **options: Any) -> LensResult:
     """Final norm and unembedding applied to the residual behind each block.
 
     What lies between the point and the final norm is skipped: the rest of the loop, the norm
@@ -122,7 +123,7 @@ def logit_lens(model: Any, input: LensInput, **options: Any) -> LensResult:
     return read_lens(model, input, LogitLens(), **options)
 
 
-def coda_lens(model: Any, input: LensInput, **options: Any) -> LensResult:
+def coda_lens(model: Model, input: LensInput, **options: Any) -> LensResult:
     """The state of each iteration through all that the model does behind the loop.
 
     That is the norm before the coda, the coda's blocks on the whole sequence, the final norm and
@@ -146,7 +147,7 @@ def coda_lens(model: Any, input: LensInput, **options: Any) -> LensResult:
     return read_lens(model, input, CodaLens(), **options)
 
 
-def exit_lens(model: Any, input: LensInput, **options: Any) -> LensResult:
+def exit_lens(model: Model, input: LensInput, **options: Any) -> LensResult:
     """The exit of every iteration: ``model(tokens, exit_at=t)`` for all t, in one pass.
 
     Args:
@@ -167,7 +168,10 @@ def exit_lens(model: Any, input: LensInput, **options: Any) -> LensResult:
 
 
 def capture(
-    model: Any, inputs: LensInputs, points: Sequence[LensPoint], whole: Callable[[LensPoint], bool]
+    model: Model,
+    inputs: LensInputs,
+    points: Sequence[LensPoint],
+    whole: Callable[[LensPoint], bool],
 ) -> tuple[dict[str, Tensor], Float[Tensor, "batch read d_vocab"]]:
     """Run the model once; what passes the points, and its logits at the positions that are read.
 
@@ -193,21 +197,21 @@ def capture(
     return residuals, inputs.select(logits)
 
 
-def _checked_top_k(model: Any, top_k: int) -> int:
+def _checked_top_k(model: Model, top_k: int) -> int:
     vocabulary = vocabulary_size(model)
     if not 1 <= top_k <= vocabulary:
         raise ValueError(f"top_k={top_k}, expected 1 to the vocabulary of {vocabulary}")
     return top_k
 
 
-def vocabulary_size(model: Any) -> int:
+def vocabulary_size(model: Model) -> int:
     """Number of ids that are tokens: the output vocabulary without its padding."""
     padded = model.cfg.padded_vocab
     return model.cfg.d_vocab_out if padded is None else padded
 
 
 def _read(
-    model: Any,
+    model: Model,
     inputs: LensInputs,
     lens: Lens,
     points: tuple[LensPoint, ...],

@@ -1,11 +1,12 @@
 """Tokens to follow: ids for every prompt, from ids or from text, with several spellings."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+from tl_loops.layout.model import Model
 
 Spellings = int | str | Sequence[int | str]
 TrackedTokens = int | str | Sequence[Spellings] | Tensor
@@ -15,7 +16,7 @@ ABSENT = -1
 
 
 def tracked_ids(
-    model: Any, name: str, value: TrackedTokens, batch: int
+    model: Model, name: str, value: TrackedTokens, batch: int
 ) -> Int[Tensor, "batch spelling"]:
     """Ids of a tracked token for every prompt.
 
@@ -64,7 +65,7 @@ def tracked_ids(
     return torch.tensor(padded, dtype=torch.long, device=model.embed.W_E.device)
 
 
-def _id(model: Any, name: str, token: int | str) -> int:
+def _id(model: Model, name: str, token: int | str) -> int:
     if not isinstance(token, str):
         return token
     if model.tokenizer is None:

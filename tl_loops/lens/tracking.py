@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_loops.layout.model import Model
 from tl_loops.lens.decode import CodaLens, Lens
 from tl_loops.lens.points import LensPoint
 from tl_loops.lens.read import read_lens
@@ -77,7 +78,7 @@ class EntityTracks:
 
 
 def track_entities(
-    model: Any,
+    model: Model,
     input: LensInput,
     entities: Mapping[str, TrackedTokens],
     *,

@@ -4,13 +4,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import trange
 
+from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout, with_iterations
 from tl_loops.lens.decode import LogitLens
 from tl_loops.lens.fitted import check_sizes, model_sizes
@@ -50,7 +50,7 @@ class TunedLens:
         """The translated residual ``h + A h + b`` of point ``index``, in the residual's dtype."""
         return _translate(resid, self.weight[index], self.bias[index])
 
-    def check(self, model: Any, points: Sequence[LensPoint]) -> None:
+    def check(self, model: Model, points: Sequence[LensPoint]) -> None:
         """Refuse another model, and points without a translator.
 
         Raises:
@@ -70,7 +70,7 @@ class TunedLens:
 
     def logits(
         self,
-        model: Any,
+        model: Model,
         resid: Float[Tensor, "batch read d_model"],
         point: LensPoint,
         inputs: LensInputs,
@@ -99,7 +99,7 @@ class TunedLens:
 
 
 def train_tuned_lens(
-    model: Any,
+    model: Model,
     prompts: Iterable[str | Tensor],
     *,
     points: PointSet | str | Sequence[str] = "core",
@@ -185,7 +185,7 @@ def _translate(resid: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _accumulate(
-    model: Any,
+    model: Model,
     points: tuple[LensPoint, ...],
     batch: list[Tensor],
     weights: list[Tensor],

@@ -4,7 +4,7 @@ Nothing here runs remote code, unpickles, or builds a Hugging Face model.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ _MOST_SHOWN = 12
 
 def load_config(
     checkpoint: Checkpoint,
-    n_iterations: int | None = None,
+    n_iterations: SupportsIndex | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     **overrides: Any,

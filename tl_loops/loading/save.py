@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from tl_loops.config.config import LoopedTransformerConfig, dtype_name
@@ -148,25 +149,19 @@ def _check_tensors(cfg: LoopedTransformerConfig, tensors: Mapping[str, Tensor]) 
 
 
 def _write_weights(directory: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = total = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled, total = filled + size, total + size
-    if len(shards) == 1:
-        write_safetensors(directory / WEIGHTS_FILE, shards[0].items())
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(directory / file, shard.items())
-        weight_map |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    # Not by storage, as for PyTorch's state dicts: weights that are views of one tensor are written
+    # each on their own, so that each counts.
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.numel() * tensor.element_size(),
+        filename_pattern=WEIGHTS_FILE.replace(".safetensors", "{suffix}.safetensors"),
+        max_shard_size=max_shard_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
+        write_safetensors(directory / file, [(name, tensors[name]) for name in names])
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def write_safetensors(file: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:

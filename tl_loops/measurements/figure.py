@@ -9,10 +9,10 @@ from tl_loops.drawing.colours import CODA, PRELUDE, REFERENCE, iteration_colours
 from tl_loops.drawing.depth import block_colours, depth_axis, iteration_rules, phase_spans
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, Rule, Span, as_array, every_few
+from tl_loops.drawing.subject import subject_of
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.measurements.labels import metric_label, metric_title, spans_decades
 from tl_loops.measurements.profile import LoopProfile
-from tl_loops.plots.subject import subject_of
 
 _GROUPINGS = {
     "iteration": "by iteration",

@@ -4,7 +4,6 @@ Parquet and CSV say in every row what was measured, so that tables of several mo
 concatenated; JSON says it once.
 """
 
-import csv
 import io
 import json
 import math
@@ -14,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pandas
 import torch
 
 from tl_loops.layout.layout import LoopLayout
@@ -25,7 +25,7 @@ from tl_loops.runs.storage import write_whole
 _FORMAT = "tl_loops profile 1"
 _SIZES = ("n_prelude", "n_core", "n_coda")
 _SHARED = "(shared)"
-"""Behind the names of stacks: they are the same layers. No stack can be called so."""
+"""After the names of stacks: they are the same layers. No stack can be called so."""
 
 _TEXT = ("metric", "phase", "model", "weights", "notation", "tl_loops", "options", "stacks")
 _REAL = ("relative_depth", "mean", "std", "m2")
@@ -74,7 +74,7 @@ def check_file_ending(path: str | os.PathLike[str]) -> None:
     """
     encode, _ = _codec(path)
     if encode is _to_parquet:
-        _pyarrow()
+        _require_pyarrow()
 
 
 def _codec(path: str | os.PathLike[str]) -> tuple[Callable[..., bytes], Callable]:
@@ -144,64 +144,57 @@ def _from_json(content: bytes) -> tuple[Row, list[Row], dict[str, Any]]:
 # Tables.
 
 
-def _table(header: Row, rows: list[Row], options: dict[str, Any]) -> list[Row]:
+def _table(header: Row, rows: list[Row], options: dict[str, Any]) -> pandas.DataFrame:
     written = {metric: json.dumps(value, sort_keys=True) for metric, value in options.items()}
-    return [{**row, "options": written[row["metric"]], **header} for row in rows]
+    table = pandas.DataFrame([{**row, "options": written[row["metric"]], **header} for row in rows])
+    return table.astype({name: _kind(name) for name in table})
 
 
-def _untable(rows: list[Row]) -> tuple[Row, list[Row], dict[str, Any]]:
-    if not rows:
+def _kind(column: str) -> str:
+    return "string" if column in _TEXT else "float64" if column in _REAL else "Int64"
+
+
+def _untable(table: pandas.DataFrame) -> tuple[Row, list[Row], dict[str, Any]]:
+    if table.empty:
         raise ValueError("it has no row")
-    missing = [name for name in (*COLUMNS, "m2", "options", *_MODEL) if name not in rows[0]]
+    missing = [name for name in (*COLUMNS, "m2", "options", *_MODEL) if name not in table]
     if missing:
         raise ValueError(f"it lacks the column(s) {', '.join(missing)}")
-    headers = {tuple(row[name] for name in _MODEL) for row in rows}
-    if len(headers) > 1:
-        raise ValueError(f"its rows come from {len(headers)} profiles, expected one")
+    n_profiles = len(table[list(_MODEL)].drop_duplicates())
+    if n_profiles > 1:
+        raise ValueError(f"its rows come from {n_profiles} profiles, expected one")
+    rows = table.astype(object).where(table.notna(), None).to_dict("records")
     header = {name: rows[0][name] for name in _MODEL}
     return header, rows, {row["metric"]: json.loads(row["options"]) for row in rows}
 
 
 def _to_csv(header: Row, rows: list[Row], options: dict[str, Any]) -> bytes:
     table = _table(header, rows, options)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)  # floats by repr, which reads back exactly; None as an empty cell
-    return text.getvalue().encode()
+    return table.to_csv(index=False, lineterminator="\n").encode()
 
 
 def _from_csv(content: bytes) -> tuple[Row, list[Row], dict[str, Any]]:
-    def value(name: str, cell: str) -> Any:
-        if cell == "":
-            return None
-        return cell if name in _TEXT else float(cell) if name in _REAL else int(cell)
-
-    table = csv.DictReader(io.StringIO(content.decode(), newline=""))
-    return _untable([{name: value(name, cell) for name, cell in row.items()} for row in table])
+    # As text first: every float reads back exactly, and a model may be called "NA".
+    text = io.BytesIO(content)
+    table = pandas.read_csv(text, dtype="string", keep_default_na=False, na_values=[""])
+    return _untable(table.astype({name: _kind(name) for name in table}))
 
 
 def _to_parquet(header: Row, rows: list[Row], options: dict[str, Any]) -> bytes:
-    pyarrow, parquet = _pyarrow()
-    table = _table(header, rows, options)
-    kinds = {**dict.fromkeys(_TEXT, pyarrow.string()), **dict.fromkeys(_REAL, pyarrow.float64())}
-    schema = pyarrow.schema([(name, kinds.get(name, pyarrow.int64())) for name in table[0]])
-    stream = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist(table, schema), stream)
-    return stream.getvalue()
+    _require_pyarrow()
+    return _table(header, rows, options).to_parquet(None, index=False, engine="pyarrow")
 
 
 def _from_parquet(content: bytes) -> tuple[Row, list[Row], dict[str, Any]]:
-    _, parquet = _pyarrow()
-    return _untable(parquet.read_table(io.BytesIO(content)).to_pylist())
+    _require_pyarrow()
+    return _untable(pandas.read_parquet(io.BytesIO(content), engine="pyarrow"))
 
 
-def _pyarrow() -> tuple[Any, Any]:
+def _require_pyarrow() -> None:
+    """Say what to do; the message of pandas does not know of the other formats."""
     try:
-        import pyarrow
-        import pyarrow.parquet
+        import pyarrow  # noqa: F401
     except ImportError as error:
         raise ImportError(
             "Parquet needs pyarrow: pip install 'tl-loops[parquet]', or use .csv or .json"
         ) from error
-    return pyarrow, pyarrow.parquet

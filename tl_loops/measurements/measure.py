@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import layout_of, with_iterations
 from tl_loops.measurements import (
     DEFAULT_METRICS,
@@ -26,12 +27,13 @@ from tl_loops.measurements.resume import (
 from tl_loops.measurements.streaming import PlannedMetric, StreamPlan, reduce_batch
 from tl_loops.runs.batches import batches, check_batch_size, longest_first, token_prompts
 from tl_loops.runs.moments import Moments
+from tl_loops.version import __version__
 
 Metrics = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
 
 
 def measure(
-    model: Any,
+    model: Model,
     prompts: Iterable[Any],
     metrics: Metrics = DEFAULT_METRICS,
     n_iterations: int | None = None,
@@ -75,8 +77,6 @@ def measure(
         TypeError: Prompts are neither text nor tensors, or both.
         CheckpointError: The checkpoint is damaged or of another run.
     """
-    from tl_loops.version import __version__
-
     check_batch_size(batch_size)
     tokens = token_prompts(model, prompts)
     lengths = [prompt.shape[0] for prompt in tokens]
@@ -127,7 +127,7 @@ def measure(
         )
 
 
-def available_metrics(model: Any, n_iterations: int | None = None) -> tuple[str, ...]:
+def available_metrics(model: Model, n_iterations: int | None = None) -> tuple[str, ...]:
     """Names of the metrics that a model can give.
 
     Args:
@@ -146,7 +146,7 @@ def available_metrics(model: Any, n_iterations: int | None = None) -> tuple[str,
         )
 
 
-def _plan(model: Any, metrics: Metrics, shortest: int) -> list[PlannedMetric]:
+def _plan(model: Model, metrics: Metrics, shortest: int) -> list[PlannedMetric]:
     """Resolve names and options, and refuse what the model cannot give."""
     metrics = (metrics,) if isinstance(metrics, str) else metrics
     if tuple(metrics) == ("all",):

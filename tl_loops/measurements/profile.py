@@ -305,7 +305,7 @@ class LoopProfile:
             ValueError: Unknown metric or grouping.
             ImportError: The plotting library is missing.
         """
-        from tl_loops.plots import plot_profile
+        from tl_loops.measurements.figure import plot_profile
 
         return plot_profile(self, metric, by=by, **options)
 

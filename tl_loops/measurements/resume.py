@@ -1,25 +1,22 @@
-"""Runs that survive a kill: what a run is, and a file that says how far it has come."""
+"""Measurements that survive a kill: what a run is, and how far it has come."""
 
 import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from tl_loops.errors import CheckpointError
+from tl_loops.layout.model import Model
+from tl_loops.runs import storage
 from tl_loops.runs.moments import Moments
-from tl_loops.runs.storage import write_whole
 from tl_loops.upstream.config_fields import CHANGES_NO_NUMBER
 
-_KIND = "tl_loops measurement"
+_KIND = "measurement"
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class RunIdentity:
     tl_loops: str
 
 
-def model_fingerprint(model: Any) -> str:
+def model_fingerprint(model: Model) -> str:
     """Hash of a model's architecture and of every weight; the iterations are not part of it.
 
     Two models with one fingerprint give the same numbers on the same device. Reads all weights
@@ -87,8 +84,7 @@ def save_progress(
     tensors = {
         f"{m}.{name}": t for m, whole in moments.items() for name, t in whole.tensors().items()
     }
-    header = {"kind": _KIND, "identity": json.dumps(asdict(identity)), "n_done": str(n_done)}
-    write_whole(path, save({name: t.contiguous() for name, t in tensors.items()}, header))
+    storage.save_progress(path, _KIND, asdict(identity), tensors, n_done)
 
 
 def load_progress(
@@ -107,33 +103,12 @@ def load_progress(
         CheckpointError: The file is damaged, is none of a measurement, or belongs to another run;
             the message says in what it differs.
     """
-    if not Path(path).exists():
+    found = storage.load_progress(path, _KIND, asdict(identity))
+    if found is None:
         return None
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is no readable checkpoint of a measurement ({error}); delete it or give "
-            "another path"
-        ) from error
-    if header.get("kind") != _KIND:
-        raise CheckpointError(f"{path} is no checkpoint of a measurement; give another path")
-    theirs = json.loads(header["identity"])
-    ours = json.loads(json.dumps(asdict(identity)))
-    for field, value in ours.items():
-        if theirs.get(field) != value:
-            raise CheckpointError(
-                f"{path} belongs to another run: {field} is {_short(theirs.get(field))} there and "
-                f"{_short(value)} here; delete it or give another path"
-            )
+    tensors, n_done = found
     moments = {
         metric: Moments(**{n: tensors[f"{metric}.{n}"] for n in Moments.__dataclass_fields__})
         for metric in identity.metrics
     }
-    return moments, int(header["n_done"])
-
-
-def _short(value: Any) -> str:
-    return ", ".join(value) if isinstance(value, dict) else repr(value)
+    return moments, n_done

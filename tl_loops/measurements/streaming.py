@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.model import Model
 from tl_loops.measurements import Activation, Measurement, core_calls
 from tl_loops.metrics.patterns import check_pattern
 
@@ -124,7 +125,7 @@ class StreamPlan:
 
 @torch.no_grad()
 def reduce_batch(
-    model: Any, tokens: Int[Tensor, "batch pos"], plan: StreamPlan
+    model: Model, tokens: Int[Tensor, "batch pos"], plan: StreamPlan
 ) -> dict[str, Float[Tensor, "block batch"]]:
     """Run prompts of equal length and reduce what they give.
 
@@ -156,14 +157,14 @@ def reduce_batch(
     return batch.finish()
 
 
-def _run(model: Any, tokens: Tensor, hooks: list[Hook], **arguments: Any) -> None:
+def _run(model: Model, tokens: Tensor, hooks: list[Hook], **arguments: Any) -> None:
     # With an explicit mask no token is taken for padding because it has the padding's id.
     mask = torch.ones_like(tokens)
     model.run_with_hooks(tokens, fwd_hooks=hooks, attention_mask=mask, **arguments)
 
 
 def _last_calls(
-    model: Any, tokens: Tensor, plan: StreamPlan
+    model: Model, tokens: Tensor, plan: StreamPlan
 ) -> tuple[dict[CallKey, Tensor], Tensor]:
     """What the last call of each core layer gives, and the initial state that it came from."""
     assert plan.layout is not None

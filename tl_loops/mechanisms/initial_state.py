@@ -34,8 +34,7 @@ class InitialState(nn.Module):
         super().__init__()
         self.cfg, self.rule = cfg, rule
         add_parameters(self, state_weights("it", rule, cfg.d_model), "it", cfg.dtype, device)
-        self._drawn: Tensor | None = None
-        self._drawn_for: tuple = ()
+        self._drawn: tuple[tuple, Tensor] | None = None  # one object, as threads share it
 
     def forward(
         self, e: Float[Tensor, "batch pos d_model"], positions: Int[Tensor, "batch pos"]
@@ -48,7 +47,8 @@ class InitialState(nn.Module):
         if rule == "learned":
             return self.state.expand_as(e).clone()
         if self.cfg.state_seed is None:
-            return self._truncated_normal(torch.rand(e.shape)).to(e)
+            uniform = torch.rand(e.shape, dtype=torch.float32, device="cpu")
+            return self._truncated_normal(uniform).to(e)
         return self._by_position(int(positions.max()) + 1)[positions.cpu()].to(e)
 
     def _truncated_normal(self, uniform: Tensor) -> Tensor:
@@ -65,13 +65,16 @@ class InitialState(nn.Module):
         neighbours, the length of the prompt, or on what a key-value cache already holds.
         """
         key = (self.cfg.state_seed, self.cfg.initial_state_std, self.cfg.d_model)
-        known = self._drawn if self._drawn_for == key else None
+        drawn = self._drawn
+        known = drawn[1] if drawn is not None and drawn[0] == key else None
         first = 0 if known is None else known.shape[0]
         if n_positions > first:
             # Grown ahead, so that decoding token by token does not draw at every step.
             last = max(n_positions, 2 * first, 16)
-            uniforms = torch.empty(last - first, self.cfg.d_model)
-            generator = torch.Generator()
+            # The draw is of float32 on the CPU, whatever torch's default dtype and device are.
+            shape = (last - first, self.cfg.d_model)
+            uniforms = torch.empty(shape, dtype=torch.float32, device="cpu")
+            generator = torch.Generator(device="cpu")
             for position in range(first, last):
                 generator.manual_seed(_mix(int(self.cfg.state_seed or 0), position))
                 uniforms[position - first].uniform_(generator=generator)
@@ -79,7 +82,7 @@ class InitialState(nn.Module):
             known = new if known is None else torch.cat([known, new])
             if known.is_inference():
                 return known
-            self._drawn, self._drawn_for = known, key
+            self._drawn = key, known
         assert known is not None
         return known
 

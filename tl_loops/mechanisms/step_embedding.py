@@ -24,7 +24,8 @@ def sinusoids(values: Int[Tensor, "*batch"], width: int) -> Float[Tensor, "*batc
 
     Source: Vaswani et al. 2017 (1706.03762), section 3.5.
     """
-    exponents = torch.arange(0, width, 2, device=values.device) / width
+    steps = torch.arange(0, width, 2, dtype=torch.float32, device=values.device)
+    exponents = steps / width
     angles = values.unsqueeze(-1) * torch.exp(-math.log(TIMESCALE) * exponents)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 

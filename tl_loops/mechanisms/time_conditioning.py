@@ -35,7 +35,8 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, time: float) -> Float[Tensor, "d_model"]:
         half = N_FREQUENCIES // 2
-        frequencies = torch.exp(-math.log(_MAX_PERIOD) * torch.arange(half) / half)
+        steps = torch.arange(half, dtype=torch.float32, device="cpu")
+        frequencies = torch.exp(-math.log(_MAX_PERIOD) * steps / half)
         angles = (time * frequencies).to(self.W_in.device)
         sinusoids = torch.cat([angles.cos(), angles.sin()]).to(self.W_in.dtype)
         hidden = F.silu(F.linear(sinusoids, self.W_in.T, self.b_in))

@@ -8,6 +8,8 @@ or the tokens of a prompt.
 import math
 from dataclasses import dataclass
 
+import networkx
+import numpy
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -108,11 +110,17 @@ def reasoning_graph(
     edge = (walk[:-1] * n_nodes + walk[1:])[moves]
     weights = weights.scatter_reduce(0, edge, length[moves], "amin").reshape(n_nodes, n_nodes)
 
+    directed = networkx.DiGraph()
+    directed.add_nodes_from(range(n_nodes))
+    directed.add_weighted_edges_from(
+        (start, end, float(weights[start, end]))
+        for start, end in weights.isfinite().nonzero().tolist()
+    )
+    undirected = networkx.Graph(directed.edges)
+    undirected.add_nodes_from(directed)
     first_count, max_count = _loop_counts(walk.tolist())
-    reached = _off_diagonal(_shortest_paths(weights))
-    undirected = weights.isfinite() | weights.isfinite().T
-    hops = torch.where(undirected, 1.0, math.inf).to(length)
-    hop_length = _mean(_off_diagonal(_shortest_paths(hops)))
+    reached = _path_lengths(directed, "weight")
+    hop_length = _mean(_path_lengths(undirected, None))
     clustering = _clustering_coefficient(undirected)
     return ReasoningGraph(
         nodes=nodes,
@@ -120,7 +128,7 @@ def reasoning_graph(
         has_loop=max_count > 0,
         loop_count=first_count,
         max_loop_count=max_count,
-        diameter=float(reached.max()) if reached.numel() else 0.0,
+        diameter=max(reached, default=0.0),
         path_length=_mean(reached),
         clustering=clustering,
         hop_length=hop_length,
@@ -170,40 +178,26 @@ def _loop_counts(walk: list[int]) -> tuple[int, int]:
     return first_count, max(visits.values()) - 1
 
 
-def _shortest_paths(weights: Tensor) -> Tensor:
-    """Floyd-Warshall: shortest path between all nodes, inf where there is none."""
-    distance = weights.clone()
-    distance.fill_diagonal_(0.0)
-    for via in range(distance.shape[0]):
-        distance = torch.minimum(distance, distance[:, via, None] + distance[None, via])
-    return distance
+def _path_lengths(graph: networkx.Graph, weight: str | None) -> list[float]:
+    """Lengths of the shortest paths between different nodes, where there is one."""
+    length = networkx.floyd_warshall_numpy(graph, weight=weight)
+    different = ~numpy.eye(len(graph), dtype=bool)
+    return length[different & numpy.isfinite(length)].tolist()
 
 
-def _off_diagonal(distance: Tensor) -> Tensor:
-    """Finite distances between different nodes, in one row."""
-    different = ~torch.eye(distance.shape[0], dtype=torch.bool, device=distance.device)
-    return distance[different & distance.isfinite()]
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
 
 
-def _mean(values: Tensor) -> float:
-    return float(values.mean()) if values.numel() else math.nan
-
-
-def _clustering_coefficient(adjacent: Tensor) -> float:
+def _clustering_coefficient(graph: networkx.Graph) -> float:
     """Share of adjacent pairs of neighbours, mean over nodes with at least two neighbours."""
-    a = adjacent.double()
-    degree = a.sum(-1)
-    triangles = torch.einsum("ij,jk,ki->i", a, a, a) / 2
-    eligible = degree >= 2
-    if not eligible.any():
-        return 0.0
-    pairs = degree * (degree - 1) / 2
-    return float((triangles[eligible] / pairs[eligible]).mean())
+    eligible = [node for node, degree in graph.degree if degree >= 2]
+    return networkx.average_clustering(graph, eligible) if eligible else 0.0
 
 
-def _small_world(adjacent: Tensor, clustering: float, hop_length: float) -> float:
-    n_nodes = adjacent.shape[0]
-    mean_degree = float(adjacent.double().sum()) / n_nodes
+def _small_world(graph: networkx.Graph, clustering: float, hop_length: float) -> float:
+    n_nodes = len(graph)
+    mean_degree = 2 * graph.number_of_edges() / n_nodes
     if mean_degree <= 1:
         return math.nan
     clustering_random = mean_degree / (n_nodes - 1)

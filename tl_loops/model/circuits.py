@@ -11,7 +11,7 @@ from tl_loops.cache.carry import Carrier, Rows
 from tl_loops.cache.path import FrozenNorm, Inject, Read, Site, Target, path_steps, working
 from tl_loops.cache.places import freshly_normed
 from tl_loops.errors import LoopedSemanticsError
-from tl_loops.layout.layout import part_labels
+from tl_loops.layout.labels import part_labels
 from tl_loops.upstream import FactoredMatrix, composition_scores
 
 

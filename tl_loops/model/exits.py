@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import LoopedSemanticsError
+from tl_loops.layout.selection import is_index
 from tl_loops.metrics.exits import exit_distribution
 
 
@@ -74,17 +75,20 @@ class ExitMode:
             raise LoopedSemanticsError(
                 "an exit needs every iteration; do not combine it with a start inside the loop"
             )
-        if self.at is not None and not 0 <= self.at < cfg.n_iterations:
+        if self.at is not None and not (is_index(self.at) and 0 <= self.at < cfg.n_iterations):
             raise ValueError(
-                f"exit_at={self.at} is out of range: there are {cfg.n_iterations} iterations, "
+                f"exit_at={self.at!r} is out of range: there are {cfg.n_iterations} iterations, "
                 "counted from 0"
             )
         if self.at is not None:
             readout.refuse_fast_stack(self.at)
         if self.at is None and not cfg.exit_gate:
             raise ValueError("exit_threshold and weighted_exit need a model with an exit gate")
-        if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
-            raise ValueError(f"exit_threshold is a probability, got {self.threshold}")
+        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
+        if self.threshold is not None and not (number and 0.0 <= self.threshold <= 1.0):
+            raise ValueError(
+                f"exit_threshold is a probability, a number from 0 to 1, got {self.threshold!r}"
+            )
 
 
 def exit_probabilities(

@@ -5,8 +5,8 @@ embedding with positions of its own making, which leaves out learned positions a
 embedding; so tokens go through ``forward`` here.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_loops.model.iterations import iterations
+from tl_loops.model.iterations import at_iterations
 from tl_loops.model.start import key_value_sharing, read_text_or_tokens
 from tl_loops.nn.kv_cache import SharedKeyValueCache
 from tl_loops.upstream import (
@@ -23,6 +23,9 @@ from tl_loops.upstream import (
     LocallyOverridenDefaults,
     sample_logits,
 )
+
+_EVERY_STEP = ("exit_at", "exit_threshold", "weighted_exit", "kv_sharing", "prefix_mask")
+"""Arguments of the forward pass that generation passes on."""
 
 
 @torch.no_grad()
@@ -43,7 +46,7 @@ def generate(
     return_type: str | None = "input",
     verbose: bool = True,
     *,
-    n_iterations: int | None = None,
+    n_iterations: SupportsIndex | None = None,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     **forward_kwargs: Any,
 ) -> str | list[str] | Tensor:
@@ -82,12 +85,11 @@ def generate(
         )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    _check_forward_arguments(forward_kwargs)
+    self = at_iterations(self, n_iterations)
     stops = _stop_tokens(self, eos_token_id) if stop_at_eos else []
     self.eval()
-    with (
-        iterations(self, n_iterations),
-        LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side),
-    ):
+    with LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
         prompt, attention_mask, kind = _prompt(self, input, attention_mask)
         steps = _decode(
             self,
@@ -224,6 +226,8 @@ def _prompt(model: Any, input: Any, attention_mask: Tensor | None) -> tuple[Tens
             "input must be text, tokens [batch, pos] or embeddings [batch, pos, d_model], "
             f"got a tensor of shape {tuple(prompt.shape)}"
         )
+    if attention_mask is None and kind == "tokens":
+        attention_mask = read_text_or_tokens(model, prompt).mask
     if attention_mask is None:
         attention_mask = torch.ones(prompt.shape[:2], dtype=torch.int, device=device)
     return prompt, attention_mask.to(device), kind
@@ -246,7 +250,8 @@ def _decode(
     past = model.make_kv_cache(batch, sharing) if use_cache else None
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
     given = prompt if not prompt.is_floating_point() else prompt.new_zeros(batch, 0).long()
-    do_sample = sampling.pop("do_sample")
+    do_sample, penalty = sampling.pop("do_sample"), sampling.pop("freq_penalty")
+    temperature = sampling.pop("temperature")
     sampled = given[:, :0]
     step, step_mask = prompt, mask
     prefix = forward_kwargs.pop("prefix_mask", None)
@@ -262,7 +267,9 @@ def _decode(
             **(forward_kwargs if prefix is None else {**forward_kwargs, "prefix_mask": prefix}),
         )[:, -1]
         if do_sample:
-            new = sample_logits(logits, tokens=torch.cat([given, sampled], 1), **sampling)
+            seen = torch.cat([given, sampled], 1)
+            logits = _less_frequent(logits, seen, mask[:, -seen.shape[1] :], penalty, temperature)
+            new = sample_logits(logits, temperature=temperature, **sampling)
         else:
             new = logits.argmax(-1)
         new = new.to(device)
@@ -282,6 +289,38 @@ def _decode(
             step, step_mask = torch.cat([prompt, model.embed(sampled)], 1), mask
         else:
             step, step_mask = torch.cat([prompt, sampled], 1), mask
+
+
+def _less_frequent(
+    logits: Float[Tensor, "batch d_vocab"],
+    tokens: Int[Tensor, "batch pos"],
+    mask: Tensor,
+    penalty: float,
+    temperature: float,
+) -> Float[Tensor, "batch d_vocab"]:
+    """Logits minus the penalty for each time that a token occurs; padding is no token.
+
+    As TransformerLens does it, the penalty is of the logits after their division by temperature.
+    """
+    if not penalty or not tokens.shape[1]:
+        return logits
+    counts = torch.zeros_like(logits).scatter_add_(1, tokens, mask.to(logits))
+    return logits - temperature * penalty * counts
+
+
+def _check_forward_arguments(given: Mapping[str, Any]) -> None:
+    """Raise for arguments of the forward pass that have no meaning step by step.
+
+    Raises:
+        ValueError: There is one.
+    """
+    for name in given:
+        if name not in _EVERY_STEP:
+            raise ValueError(
+                f"generate() cannot pass {name!r} to every step; it takes "
+                f"{', '.join(_EVERY_STEP)}. A state before iteration 0 follows from the config "
+                "(initial_state, state_seed), or edit hook_initial_state with a hook"
+            )
 
 
 def make_kv_cache(self: Any, batch: int = 1, kv_sharing: str | None = None) -> KeyValueCache:

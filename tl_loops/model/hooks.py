@@ -1,15 +1,19 @@
 """Hook names by coordinate, wherever TransformerLens takes a hook name."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, SupportsIndex
+
+from torch import Tensor
 
 from tl_loops.cache.cache import LoopedActivationCache
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import did_you_mean
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.names import spec_of
-from tl_loops.model.iterations import iterations, set_iterations
+from tl_loops.model.iterations import at_iterations, iterations, set_iterations
+from tl_loops.model.start import real_tokens
 from tl_loops.upstream import HookPoint, Slice, TransformerBase
 
 HookName = str | Callable[[str], bool]
@@ -39,7 +43,7 @@ class CoordinateHooks(TransformerBase):
         """Coordinates and names of the unrolled blocks."""
         return self.cfg.layout
 
-    def set_iterations(self, n_iterations: int) -> None:
+    def set_iterations(self, n_iterations: SupportsIndex) -> None:
         """Change the number of iterations in place; no weight is copied.
 
         Iterations that remain keep their hooks; those that go lose them.
@@ -50,7 +54,7 @@ class CoordinateHooks(TransformerBase):
         """
         set_iterations(self, n_iterations)
 
-    def iterations(self, n_iterations: int) -> AbstractContextManager[Any]:
+    def iterations(self, n_iterations: SupportsIndex) -> AbstractContextManager[Any]:
         """Run a block of code with another number of iterations; hooks are restored after it.
 
         Raises:
@@ -154,10 +158,12 @@ class CoordinateHooks(TransformerBase):
         with super().hooks(forward, backward, reset_hooks_end, clear_contexts):
             yield self
 
-    def run_with_hooks(self, *args: Any, n_iterations: int | None = None, **kwargs: Any) -> Any:
+    def run_with_hooks(
+        self, *args: Any, n_iterations: SupportsIndex | None = None, **kwargs: Any
+    ) -> Any:
         """Run with temporary hooks; names are those of the layout with ``n_iterations``."""
-        with iterations(self, n_iterations):
-            return super().run_with_hooks(*args, **kwargs)
+        parent: Any = super(CoordinateHooks, at_iterations(self, n_iterations))
+        return parent.run_with_hooks(*args, **kwargs)
 
     def add_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> dict:
         """Add hooks that cache; as in TransformerLens, with aliases."""
@@ -206,7 +212,7 @@ class CoordinateHooks(TransformerBase):
         *args: Any,
         return_cache_object: bool = True,
         remove_batch_dim: bool = False,
-        n_iterations: int | None = None,
+        n_iterations: SupportsIndex | None = None,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
         """Run and cache activations; as in TransformerLens, with aliases.
@@ -218,13 +224,34 @@ class CoordinateHooks(TransformerBase):
         Raises:
             HookNameError: ``names_filter`` names no hook point.
         """
-        with iterations(self, n_iterations):
-            output, cache = super().run_with_cache(
-                *args, return_cache_object=False, remove_batch_dim=remove_batch_dim, **kwargs
-            )
-            if return_cache_object:
-                cache = LoopedActivationCache(cache, self, has_batch_dim=not remove_batch_dim)
+        model = at_iterations(self, n_iterations)
+        parent: Any = super(CoordinateHooks, model)
+        output, cache = parent.run_with_cache(
+            *args, return_cache_object=False, remove_batch_dim=remove_batch_dim, **kwargs
+        )
+        if return_cache_object:
+            mask = self._mask_of_run(args, kwargs)
+            mask = mask[0] if mask is not None and remove_batch_dim else mask
+            cache = LoopedActivationCache(cache, model, not remove_batch_dim, mask)
+            cache.model = self
         return output, cache
+
+    def _mask_of_run(self, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+        """Which tokens of a run are real, as a cache of it keeps them; ``None``: all."""
+        signature = inspect.signature(self.forward)
+        names = [name for name in kwargs if name in signature.parameters]
+        given = signature.bind(*args, **{name: kwargs[name] for name in names}).arguments
+        starts = (given.get("start_at_layer"), given.get("start_at_iteration"))
+        mask = real_tokens(
+            self,
+            given["input"],
+            given.get("attention_mask"),
+            given.get("prepend_bos"),
+            given.get("padding_side"),
+            from_tokens=starts == (None, None),
+        )
+        positions = Slice.unwrap(kwargs.get("pos_slice"))
+        return mask if mask is None else positions.apply(mask, dim=1)
 
 
 def _at_positions(name: str, save: Callable, positions: Slice) -> Callable:

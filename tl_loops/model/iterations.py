@@ -1,57 +1,138 @@
-"""Changing how often a loop runs: blocks and hook points come and go, weights stay."""
+"""How often a loop runs: for one call by a view of the model, or in place; weights stay.
+
+A call with ``n_iterations=`` runs on a view: another object over the same weights, with blocks and
+hook points for that number. The model itself is not changed, so an interrupt leaves nothing behind
+and several threads can call one model. Changing a model in place is all or nothing: everything new
+is made first, and what was there comes back if anything stops the change.
+"""
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, SupportsIndex
 
 from torch import nn
 
-from tl_loops.nn.unrolling import unroll
+from tl_loops.config.checks import whole_iterations
+from tl_loops.nn.unrolling import tied_copy, unroll
+from tl_loops.upstream import HookPoint, copy_hooks
+
+_CONTEXTS = "_iteration_contexts"
 
 
-def set_iterations(model: Any, n_iterations: int) -> None:
-    """Change the number of iterations of a model in place; see ``model.set_iterations``.
+@dataclass
+class _State:
+    """What of a model depends on the number of iterations."""
 
-    All that can fail is made first, by a config of its own; the model changes last.
+    n_iterations: int
+    blocks: nn.ModuleList
+    iter: nn.ModuleList
+
+
+def at_iterations(model: Any, n_iterations: SupportsIndex | None) -> Any:
+    """The model with another number of iterations, for one call; ``None``: the model itself.
+
+    The view has the model's weights, tokenizer, flags and hooks. Blocks that both have are the same
+    modules, but for the coda's, whose names differ.
+
+    Raises:
+        ConfigError: ``n_iterations`` is not an integer of at least 1, or more than there are
+            weights for.
+        LoopedSemanticsError: The model has several loops.
     """
+    if n_iterations is None:
+        return model
+    n_iterations = whole_iterations(n_iterations)
     if n_iterations == model.cfg.n_iterations:
-        return
-    old, blocks, physical = model.layout, list(model.blocks), model.physical_blocks()
+        return model
     cfg = copy.copy(model.cfg)
     cfg.set_iterations(n_iterations)
-    kept = [
-        [blocks[i] for i in old.iteration_blocks(t)]
-        for t in range(min(old.n_iterations, n_iterations))
-    ]
-    layout = cfg.layout
-    unrolled = unroll(layout, physical, reuse=kept)
-    core = unrolled[layout.core_start : layout.coda_start]
-    new_blocks = nn.ModuleList([*blocks[: old.core_start], *core, *blocks[old.coda_start :]])
-    new_iter = nn.ModuleList(model.iteration_hooks(cfg, model.iter))
-    _assign(model, n_iterations, new_blocks, new_iter)
+    coda = [_with_hooks(block) for block in model.blocks[model.layout.coda_start :]]
+    new = _unrolled(model, cfg, coda)
+    view = object.__new__(type(model))
+    vars(view).update(vars(model), cfg=cfg, _modules=dict(model._modules))
+    view._modules.update(blocks=new.blocks, iter=new.iter)
+    view.setup()
+    return view
+
+
+def set_iterations(model: Any, n_iterations: SupportsIndex) -> None:
+    """Change the number of iterations of a model in place; see ``model.set_iterations``."""
+    n_iterations = whole_iterations(n_iterations)
+    if n_iterations == model.cfg.n_iterations:
+        return
+    cfg = copy.copy(model.cfg)
+    cfg.set_iterations(n_iterations)
+    old = _State(model.cfg.n_iterations, model.blocks, model.iter)
+    new = _unrolled(model, cfg, list(model.blocks[model.layout.coda_start :]))
+    try:
+        _assign(model, new)
+    except BaseException:
+        _assign(model, old)
+        raise
 
 
 @contextmanager
-def iterations(model: Any, n_iterations: int | None) -> Iterator[Any]:
-    """Run a block of code with another number of iterations; ``None``: with the present one.
+def iterations(model: Any, n_iterations: SupportsIndex) -> Iterator[Any]:
+    """Change a model in place for a block of code; see ``model.iterations``.
 
-    This is the one way in which a call takes ``n_iterations``. Blocks and hook points of before
-    come back after it, with their hooks.
+    Contexts may end in any order: each takes back its own change alone.
     """
-    if n_iterations is None:
-        yield model
-        return
-    before, blocks, hooks = model.cfg.n_iterations, model.blocks, model.iter
-    set_iterations(model, n_iterations)
+    contexts: list[_State] = vars(model).setdefault(_CONTEXTS, [])
+    before = _State(model.cfg.n_iterations, model.blocks, model.iter)
+    contexts.append(before)
     try:
+        set_iterations(model, n_iterations)
         yield model
     finally:
-        if model.cfg.n_iterations != before or model.blocks is not blocks:
-            _assign(model, before, blocks, hooks)
+        try:
+            _leave(model, contexts, before)
+        except BaseException:
+            _leave(model, contexts, before)
+            raise
 
 
-def _assign(model: Any, n_iterations: int, blocks: nn.ModuleList, hooks: nn.ModuleList) -> None:
-    model.cfg.set_iterations(n_iterations)
-    model.blocks, model.iter = blocks, hooks
+def _leave(model: Any, contexts: list[_State], before: _State) -> None:
+    """End a context: the last one restores the model, another hands its state to the next."""
+    at = next((i for i, state in enumerate(contexts) if state is before), None)
+    if at is None:
+        return
+    if at == len(contexts) - 1:
+        _assign(model, before)
+        contexts.pop()
+        return
+    later = contexts[at + 1]
+    later.n_iterations, later.blocks, later.iter = before.n_iterations, before.blocks, before.iter
+    del contexts[at]
+
+
+def _unrolled(model: Any, cfg: Any, coda: list[nn.Module]) -> _State:
+    """Blocks and hook points for a config with another number of iterations; nothing is changed."""
+    old, new, blocks = model.layout, cfg.layout, model.blocks
+    kept = [
+        [blocks[i] for i in old.iteration_blocks(t)]
+        for t in range(min(old.n_iterations, new.n_iterations))
+    ]
+    unrolled = unroll(new, model.physical_blocks(), reuse=kept)
+    core = unrolled[new.core_start : new.coda_start]
+    return _State(
+        cfg.n_iterations,
+        nn.ModuleList([*blocks[: old.core_start], *core, *coda]),
+        nn.ModuleList(model.iteration_hooks(cfg, model.iter)),
+    )
+
+
+def _with_hooks(block: nn.Module) -> nn.Module:
+    """A copy of a block over its weights, with the hooks that the block has."""
+    twin = tied_copy(block)
+    for point, other in zip(block.modules(), twin.modules(), strict=True):
+        if isinstance(point, HookPoint) and isinstance(other, HookPoint):
+            copy_hooks(point, other)
+    return twin
+
+
+def _assign(model: Any, state: _State) -> None:
+    model.cfg.set_iterations(state.n_iterations)
+    model._modules.update(blocks=state.blocks, iter=state.iter)
     model.setup()

@@ -2,8 +2,9 @@
 
 import copy
 from collections.abc import Iterable
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import ConfigError, LoopedSemanticsError
 from tl_loops.loading import open as loading
+from tl_loops.loading.arguments import check_arguments
 from tl_loops.loading.tokenizer import load_tokenizer
 from tl_loops.model import generation, readout, state_dicts
 from tl_loops.model.exits import ExitMode
 from tl_loops.model.hooks import CoordinateHooks
-from tl_loops.model.iterations import iterations
+from tl_loops.model.iterations import at_iterations
 from tl_loops.model.start import block_index, check_return_type, key_value_sharing, start_run
 from tl_loops.model.state_dicts import without_unsupported
 from tl_loops.model.weights import PhysicalWeights, Weights, owners
@@ -163,7 +165,7 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
         stop_at_layer: int | None = None,
         past_kv_cache: KeyValueCache | None = None,
         *,
-        n_iterations: int | None = None,
+        n_iterations: SupportsIndex | None = None,
         initial_state: Float[Tensor, "..."] | None = None,
         injection: Float[Tensor, "..."] | None = None,
         start_at_iteration: int | None = None,
@@ -222,25 +224,23 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
             ValueError: Arguments of the wrong shape, out of range, or that contradict each other.
             LoopedSemanticsError: The exit asked for has no meaning on this model.
         """
-        with iterations(self, n_iterations):
-            check_return_type(return_type)
-            mode = ExitMode(exit_at, exit_threshold, weighted_exit).or_of(self.cfg)
-            sharing = key_value_sharing(self, kv_sharing, past_kv_cache)
-            with LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
-                where = (start_at_layer, start_at_iteration, past_kv_cache, prefix_mask)
-                start = start_run(self, input, tokens, attention_mask, *where)
-            if (stop := stop_at_layer) is not None:
-                stop = block_index(self.cfg.n_layers, stop, "stop_at_layer")
-            mode.check(self.cfg, start.first_iteration())
-            start.carry(sharing, stop, initial_state, injection, other_state)
-            start.run.keep_states = mode.early and stop is None
-            trajectory = start.go(stop)
-            if stop is not None:
-                return trajectory.resid
-            logits = readout.logits_of(self, mode, trajectory, return_type is not None)
-            return readout.output(
-                self, return_type, logits, start.tokens, start.mask, loss_per_token
-            )
+        model = at_iterations(self, n_iterations)
+        check_return_type(return_type)
+        mode = ExitMode(exit_at, exit_threshold, weighted_exit).or_of(model.cfg)
+        sharing = key_value_sharing(model, kv_sharing, past_kv_cache)
+        with LocallyOverridenDefaults(model, prepend_bos=prepend_bos, padding_side=padding_side):
+            where = (start_at_layer, start_at_iteration, past_kv_cache, prefix_mask)
+            start = start_run(model, input, tokens, attention_mask, *where)
+        if (stop := stop_at_layer) is not None:
+            stop = block_index(model.cfg.n_layers, stop, "stop_at_layer")
+        mode.check(model.cfg, start.first_iteration())
+        start.carry(sharing, stop, initial_state, injection, other_state)
+        start.run.keep_states = mode.early and stop is None
+        trajectory = start.go(stop)
+        if stop is not None:
+            return trajectory.resid
+        logits = readout.logits_of(model, mode, trajectory, return_type is not None)
+        return readout.output(model, return_type, logits, start.tokens, start.mask, loss_per_token)
 
     # Tokenizers are taken as they are, where TransformerLens makes special tokens up.
     set_tokenizer: Any = set_tokenizer
@@ -279,7 +279,7 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
         first_n_layers: int | None = None,
         n_ctx: int | None = None,
         *,
-        n_iterations: int | None = None,
+        n_iterations: SupportsIndex | None = None,
         state_seed: int | None = 0,
         **hub_kwargs: Any,
     ) -> "LoopedTransformer":
@@ -317,6 +317,7 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
             UnknownModelError: The name is not known; near matches are suggested.
             CheckpointError: The checkpoint cannot be loaded exactly.
             LoopedSemanticsError: An argument above that is refused.
+            TypeError: An argument that there is not; the message says what to pass instead.
         """
         for name, value, default, instead in (
             ("checkpoint_index", checkpoint_index, None, "pass revision=... for a hub revision"),
@@ -327,6 +328,7 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
         ):
             if value != default:
                 raise LoopedSemanticsError(f"{name}={value!r} has no meaning here: {instead}")
+        check_arguments(hub_kwargs, tuple(signature(cls.from_pretrained).parameters)[:-1])
         source = loading.resolve(model_name, **hub_kwargs)
         overrides = {"n_ctx": n_ctx, "default_prepend_bos": default_prepend_bos}
         cfg = loading.load_config(
@@ -354,7 +356,7 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
             refactor_factored_attn_matrices=refactor_factored_attn_matrices,
             fold_value_biases=fold_value_biases,
         )
-        return model
+        return model.eval()
 
     @classmethod
     def from_pretrained_no_processing(

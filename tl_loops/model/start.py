@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from tl_loops.errors import LoopedSemanticsError
@@ -17,7 +18,7 @@ from tl_loops.nn.context import make_context
 from tl_loops.nn.kv_cache import SharedKeyValueCache
 from tl_loops.nn.loop.run import StackRun
 from tl_loops.upstream import USE_DEFAULT_VALUE, KeyValueCache
-from tl_loops.upstream.inputs import ModelInput, model_input
+from tl_loops.upstream.inputs import ModelInput, attention_needs, model_input
 
 
 @dataclass(eq=False)
@@ -191,7 +192,7 @@ def start_run(
     if from_tokens:
         x = model.hook_embed(model.embed(tokens))
         if cfg.positional_embedding_type == "standard":
-            x = x + model.hook_pos_embed(model.pos_embed(context.positions))
+            x = x + model.hook_pos_embed(model.pos_embed.at(context.positions))
     run = StackRun(model, model.layout, cfg, context, block, past=past)
     return Start(run, x, tokens, padding, start_at_layer, start_at_iteration)
 
@@ -224,12 +225,41 @@ def read_tokens(
     read = read_text_or_tokens(model, input)
     if attention_mask is None:
         padding = None if read.mask is None else read.mask.int()
-        keeps = past is not None or model.cfg.attention_dir != "causal"
-        if padding is None or keeps or bool((padding[:, 0] == 0).any()):
+        if past is not None or attention_needs(read.mask, model.cfg):
             attention_mask = padding
     else:
         padding = attention_mask[:, -read.tokens.shape[1] :]
     return read.tokens, padding, _with_past(attention_mask, read.tokens, past)
+
+
+def real_tokens(
+    model: Any,
+    input: Any,
+    attention_mask: Tensor | None,
+    prepend_bos: bool | None = USE_DEFAULT_VALUE,
+    padding_side: str | None = USE_DEFAULT_VALUE,
+    from_tokens: bool = True,
+) -> Bool[Tensor, "batch pos"] | None:
+    """Which tokens of a forward pass are real, with its arguments; ``None``: all.
+
+    Args:
+        model: The model.
+        input: What it is given.
+        attention_mask: What it is given; over a key-value cache's tokens and the new ones, or the
+            new ones alone.
+        prepend_bos: What it is given.
+        padding_side: What it is given.
+        from_tokens: Whether the input is text or tokens, not a residual stream.
+    """
+    if from_tokens and (attention_mask is None or isinstance(input, (str, list))):
+        read = model_input(model, input, prepend_bos=prepend_bos, padding_side=padding_side)
+        found, n_new = read.mask, read.tokens.shape[1]
+    else:
+        found, n_new = None, input.shape[-1 if from_tokens else 1]
+    if attention_mask is None:
+        return found
+    mask = attention_mask[:, -n_new:].bool()
+    return None if bool(mask.all()) else mask
 
 
 def read_text_or_tokens(

@@ -1,7 +1,7 @@
 """Methods of HookedTransformer that assume distinct blocks: replaced by exact ones, or refused."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -92,7 +92,7 @@ def load_and_process_state_dict(
     """
     if refactor_factored_attn_matrices:
         self.refactor_factored_attn_matrices(state_dict)
-    self.load_physical_state_dict(_physical(self, state_dict))
+    self.load_physical_state_dict(physical_entries(self, state_dict))
     self.process_weights_(
         fold_ln=fold_ln,
         center_writing_weights=center_writing_weights,
@@ -101,11 +101,36 @@ def load_and_process_state_dict(
     )
 
 
-def _physical(model: Any, state_dict: StateDict) -> StateDict:
+def check_fits(model: Any, state_dict: Mapping[str, Tensor], strict: bool) -> None:
+    """Raise for a state dict that would be loaded in part, or to iterations that differ.
+
+    Raises:
+        RuntimeError: Names are missing or unexpected (with ``strict``), shapes differ, or entries
+            of one shared weight do; as torch raises it.
+    """
+    own = model.state_dict()
+    problems = [
+        f"size mismatch for {name}: expected {tuple(own[name].shape)}, got {tuple(tensor.shape)}"
+        for name, tensor in state_dict.items()
+        if name in own and own[name].shape != tensor.shape
+    ]
+    if strict:
+        problems += [f"missing key {name!r}" for name in own if name not in state_dict]
+        problems += [f"unexpected key {name!r}" for name in state_dict if name not in own]
+    if problems:
+        shown = "; ".join(problems[:12]) + (" ..." if len(problems) > 12 else "")
+        raise RuntimeError(f"the state dict does not fit, nothing was loaded: {shown}")
+    try:
+        physical_entries(model, {name: x for name, x in state_dict.items() if name in own})
+    except ValueError as error:
+        raise RuntimeError(f"the state dict does not fit, nothing was loaded: {error}") from error
+
+
+def physical_entries(model: Any, state_dict: StateDict) -> StateDict:
     """A state dict with each weight once, under its physical name."""
     layout, cfg = model.layout, model.cfg
     blocks = {int(match.group(1)) for match in map(_BLOCK.match, state_dict) if match}
-    if blocks:
+    if blocks and max(blocks) + 1 != layout.n_layers:
         core, rest = divmod(max(blocks) + 1 - layout.n_prelude - layout.n_coda, cfg.n_core)
         if core < 1 or rest:
             raise ValueError(
@@ -201,7 +226,7 @@ def get_residual(
             positions = positions.expand(embed.shape[:2])
         else:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, pos_offset:]
-        residual = embed + self.hook_pos_embed(self.pos_embed(positions))
+        residual = embed + self.hook_pos_embed(self.pos_embed.at(positions))
     return (residual, None) if return_shortformer_pos_embed else residual
 
 

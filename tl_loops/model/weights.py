@@ -1,7 +1,7 @@
 """Weights that exist once: physical names, stacks over physical layers, moving, folding."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.mechanisms import MECHANISMS
-from tl_loops.model import circuits
+from tl_loops.model import circuits, state_dicts
+from tl_loops.model.ties import check_ties, tie
 from tl_loops.upstream import TransformerBase
 
 Weights = Iterable[tuple[str, Tensor]]
@@ -59,8 +60,35 @@ class PhysicalWeights(TransformerBase):
                 yield f"{prefix}.{name}", parameter
 
     def physical_state_dict(self) -> dict[str, Tensor]:
-        """Every weight once, detached but not copied; what ``save_pretrained`` saves."""
+        """Every weight once, detached but not copied; what ``save_pretrained`` saves.
+
+        Raises:
+            LoopedSemanticsError: Iterations no longer share their weights.
+        """
+        check_ties(self)
         return {name: parameter.detach() for name, parameter in self.physical_named_parameters()}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As in torch, for weights that iterations share.
+
+        With ``assign=True`` the blocks share the new tensors. Nothing is loaded if the state dict
+        does not fit.
+
+        Raises:
+            RuntimeError: Names are missing or unexpected (with ``strict``), shapes differ, or
+                entries of one shared weight do.
+        """
+        state_dicts.check_fits(self, state_dict, strict)
+        result = nn.Module.load_state_dict(self, state_dict, strict=strict, assign=assign)
+        tie(self)
+        return result
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._apply(*args, **kwargs)
+        tie(self)  # Where a conversion makes new Parameters, it does so block by block.
+        return result
 
     def load_physical_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Copy weights in place, so that every iteration sees them.

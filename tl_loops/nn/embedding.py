@@ -53,8 +53,27 @@ class PosEmbed(nn.Module):
         super().__init__()
         add_parameters(self, physical_tensors(cfg), "pos_embed", cfg.dtype, device)
 
-    def forward(self, positions: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+    def at(self, positions: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """The embeddings of absolute positions."""
         return F.embedding(positions, self.W_pos)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        past_kv_pos_offset: int = 0,
+        attention_mask: Int[Tensor, "batch key"] | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """As in TransformerLens, so that ``embed(tokens) + pos_embed(tokens)`` is the stream.
+
+        Args:
+            tokens: The tokens whose positions are embedded; their ids do not matter.
+            past_kv_pos_offset: Number of tokens before them.
+            attention_mask: 1 for tokens, 0 for padding, over those before and these.
+        """
+        n_past, n_keys = past_kv_pos_offset, past_kv_pos_offset + tokens.shape[1]
+        if attention_mask is None:
+            return self.at(torch.arange(n_past, n_keys, device=tokens.device).expand(tokens.shape))
+        return self.at((attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, n_past:])
 
 
 class Unembed(nn.Module):

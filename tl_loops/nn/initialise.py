@@ -24,7 +24,9 @@ def initialise(
             if leaf == "w":
                 parameter.fill_(1.0)
             elif leaf.lstrip("_").startswith("W_") or leaf in ("W", "state"):
-                draw = torch.randn(parameter.shape, generator=generator) * std
-                parameter.copy_(draw)
+                draw = torch.randn(
+                    parameter.shape, generator=generator, dtype=torch.float32, device="cpu"
+                )
+                parameter.copy_(draw * std)
             else:
                 parameter.zero_()

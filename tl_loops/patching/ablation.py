@@ -9,19 +9,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import layout_of
 from tl_loops.layout.selection import Selection
 from tl_loops.metrics.massive import massive_activations
-from tl_loops.patching.activation import Metric, logits_score, patch_grid
+from tl_loops.patching.activation import patch_grid
 from tl_loops.runs.activations import check_cache, take
 from tl_loops.runs.cells import Cell, Edit
-from tl_loops.runs.checks import as_tokens, check_batch_size, check_metric, logits_shape
 from tl_loops.runs.grid import Grid, make_grid
+from tl_loops.runs.inputs import real_positions, run_inputs
 from tl_loops.runs.rerun import BaseRun
+from tl_loops.runs.scoring import Metric, logits_score, start_run
 
 
 def ablate(
-    model: Any,
+    model: Model,
     tokens: Any,
     metric: Metric,
     activation: str = "z",
@@ -35,6 +37,7 @@ def ablate(
     progress: bool = True,
     window: int = 1,
     where: Mapping[str, Selection] | None = None,
+    gradients: bool = False,
     **forward_arguments: Any,
 ) -> Float[Tensor, "..."]:
     """The effect of removing each part of an activation.
@@ -50,12 +53,14 @@ def ablate(
             cells.
         reference: Cache of the reference prompts, for ``"mean"`` and ``"resample"``.
         mean_over: Whether the mean is over prompts, or over prompts and positions (which also lets
-            reference prompts have another length; not for patterns).
+            reference prompts have another length; not for patterns). Padding, by the cache's
+            ``mask``, enters neither.
         seed: Of the draw of ``"resample"``.
         batch_size: As in :func:`tl_loops.patching.activation_patch`.
         progress: Show a progress bar.
         window: As in :func:`tl_loops.patching.activation_patch`.
         where: As in :func:`tl_loops.patching.activation_patch`.
+        gradients: As in :func:`tl_loops.patching.activation_patch`.
         **forward_arguments: As in :func:`tl_loops.patching.activation_patch`.
 
     Returns:
@@ -68,9 +73,8 @@ def ablate(
 
     Source: zero and mean ablation as in 2211.00593, section 2; resampling as in causal scrubbing.
     """
-    tokens = as_tokens(model, tokens)
-    check_batch_size(batch_size)
-    grid = make_grid(model, activation, axes, tokens.shape[1], window, where)
+    run = start_run(model, tokens, metric, batch_size, forward_arguments, gradients)
+    grid = make_grid(model, activation, axes, run.n_pos, window, where)
     if method not in ("zero", "mean", "resample"):
         raise ValueError(f"method must be 'zero', 'mean' or 'resample', got {method!r}")
     if (reference is None) != (method == "zero"):
@@ -78,21 +82,18 @@ def ablate(
         raise ValueError(f"method={method!r} {need}")
     if reference is not None:
         check_cache(reference, model, grid.names)
-    run = BaseRun(model, tokens, arguments=forward_arguments)
-    shape = (tokens.shape[0], tokens.shape[1])
     if method == "zero":
-        values = _zeros(model, grid, shape)
+        values = _zeros(model, grid, run.n_pos)
     elif method == "mean":
-        values = _means(model, grid, reference, shape, mean_over)
+        values = _means(model, grid, reference, run.n_pos, mean_over)
     else:
-        values = _resampled(model, grid, reference, shape, seed)
-    check_metric(metric, model, logits_shape(model, tokens))
+        values = _resampled(model, grid, reference, run.shape, seed)
     return patch_grid(run, grid, values, logits_score(metric), batch_size, progress)
 
 
-def _zeros(model: Any, grid: Grid, shape: tuple[int, int]) -> dict[str, Tensor]:
+def _zeros(model: Model, grid: Grid, n_pos: int) -> dict[str, Tensor]:
     zero = torch.zeros((), device=next(model.parameters()).device)
-    heads, (_, n_pos) = grid.activation.n_heads(model.cfg), shape
+    heads = grid.activation.n_heads(model.cfg)
     # The last axis broadcasts, whatever its width.
     size: tuple[int, ...] = (1, n_pos, 1)
     if grid.activation.kind == "heads":
@@ -103,9 +104,9 @@ def _zeros(model: Any, grid: Grid, shape: tuple[int, int]) -> dict[str, Tensor]:
 
 
 def _means(
-    model: Any, grid: Grid, reference: Any, shape: tuple[int, int], mean_over: str
+    model: Model, grid: Grid, reference: Any, n_pos: int, mean_over: str
 ) -> dict[str, Tensor]:
-    activation, heads, (_, n_pos) = grid.activation, grid.activation.n_heads(model.cfg), shape
+    activation, heads = grid.activation, grid.activation.n_heads(model.cfg)
     if mean_over not in ("batch", "batch_pos"):
         raise ValueError(f"mean_over must be 'batch' or 'batch_pos', got {mean_over!r}")
     if mean_over == "batch_pos" and activation.kind == "pattern":
@@ -115,16 +116,23 @@ def _means(
         value = reference[name]
         length = n_pos if mean_over == "batch" else value.shape[activation.pos_dim]
         value = take(reference, activation, name, (value.shape[0], length), heads)
+        real = real_positions(reference, value.shape[0], length).to(value.device)
         if mean_over == "batch":
-            values[name] = value.float().mean(0, keepdim=True)
+            # Where no prompt has a token all rows are padding: their mean.
+            weights = torch.where(real.any(0), real, True)
+            shape = [1] * value.ndim
+            shape[0], shape[activation.pos_dim] = weights.shape
+            weights = weights.reshape(shape)
+            total = torch.where(weights, value.float(), 0.0).sum(0, keepdim=True)
+            values[name] = total / weights.sum(0, keepdim=True)
         else:
-            mean = value.float().mean((0, 1), keepdim=True)
+            mean = value.float()[real].mean(0)[None, None]
             values[name] = mean.expand(1, n_pos, *mean.shape[2:])
     return values
 
 
 def _resampled(
-    model: Any, grid: Grid, reference: Any, shape: tuple[int, int], seed: int
+    model: Model, grid: Grid, reference: Any, shape: tuple[int, int], seed: int
 ) -> dict[str, Tensor]:
     heads, (batch, n_pos) = grid.activation.n_heads(model.cfg), shape
     n_reference = reference[grid.names[0]].shape[0]
@@ -160,7 +168,7 @@ class MassiveSite:
 
 
 def find_massive_sites(
-    model: Any,
+    model: Model,
     tokens: Any,
     magnitude: float | int = 100,
     ratio: float | int = 1000,
@@ -183,20 +191,18 @@ def find_massive_sites(
 
     Source: 2402.17762, section 2.
     """
-    tokens = as_tokens(model, tokens)
-    run = BaseRun(model, tokens, arguments=forward_arguments)
+    inputs = run_inputs(model, tokens, forward_arguments)
+    run = BaseRun(model, inputs)
     layout, n_layers = layout_of(model), model.cfg.n_layers
-    real = None if run.mask is None else run.mask.bool()
     present: dict[str, dict[tuple[int, ...], float]] = {}
 
     def look(name: str, resid: Tensor) -> None:
-        found = massive_activations(resid, magnitude, ratio, real)
+        found = massive_activations(resid, magnitude, ratio, inputs.mask)
         where = map(tuple, found.index.tolist())
         present[name] = dict(zip(where, found.value.tolist(), strict=True))
 
     names = [f"blocks.{i}.hook_resid_{end}" for i in range(n_layers) for end in ("pre", "post")]
-    with torch.no_grad():
-        run.execute([], {name: partial(look, name) for name in names})
+    run.execute([], {name: partial(look, name) for name in names})
     sites = []
     for block in range(-1, n_layers):
         before = present[f"blocks.{block}.hook_resid_pre"] if block >= 0 else {}
@@ -209,7 +215,7 @@ def find_massive_sites(
 
 
 def ablate_massive(
-    model: Any,
+    model: Model,
     tokens: Any,
     metric: Metric,
     sites: Sequence[MassiveSite],
@@ -245,8 +251,7 @@ def ablate_massive(
     Source: 2402.17762 (zero and mean); 2510.06477 (the MLP at that position); 2604.11791,
     appendix E.3 (the whole MLP output).
     """
-    tokens = as_tokens(model, tokens)
-    check_batch_size(batch_size)
+    run = start_run(model, tokens, metric, batch_size, forward_arguments)
     if not sites:
         raise ValueError(
             "there are no sites to ablate: lower magnitude or ratio in find_massive_sites"
@@ -254,15 +259,11 @@ def ablate_massive(
     if method not in ("zero", "mean", "mlp_pos", "mlp"):
         raise ValueError(f"method must be 'zero', 'mean', 'mlp_pos' or 'mlp', got {method!r}")
     for site in sites:
-        inside = site.row < tokens.shape[0] and site.pos < tokens.shape[1]
+        inside = site.row < run.batch and site.pos < run.n_pos
         if not (inside and -1 <= site.block < model.cfg.n_layers and site.dim < model.cfg.d_model):
-            raise ValueError(
-                f"{site} is not in prompts of shape {tuple(tokens.shape)} on this model"
-            )
+            raise ValueError(f"{site} is not in prompts of shape {run.shape} on this model")
         if site.block < 0 and method.startswith("mlp"):
             raise ValueError(f"method={method!r} needs a block, but {site} is the embedding's")
-    run = BaseRun(model, tokens, arguments=forward_arguments)
-    check_metric(metric, model, logits_shape(model, tokens))
     names = [_site_hook(site, method) for site in sites]
     seen: dict[str, Tensor] = {}
     observe = {name: partial(seen.__setitem__, name) for name in names} if method == "mean" else {}

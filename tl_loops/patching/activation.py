@@ -1,25 +1,23 @@
 """Activation patching over named axes: put the clean run's activations into the corrupted run."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.layout.model import Model
 from tl_loops.layout.selection import Selection
 from tl_loops.runs.activations import Activation, check_cache, take
 from tl_loops.runs.cells import Cell, Edit, Score
-from tl_loops.runs.checks import as_tokens, check_batch_size, check_metric, logits_shape
 from tl_loops.runs.grid import Grid, Region, make_grid
 from tl_loops.runs.rerun import BaseRun
-
-Metric = Callable[[Tensor], Any]
+from tl_loops.runs.scoring import Metric, logits_score, start_run
 
 
 def activation_patch(
-    model: Any,
+    model: Model,
     corrupted_tokens: Any,
     clean_cache: Any,
     metric: Metric,
@@ -30,6 +28,7 @@ def activation_patch(
     *,
     window: int = 1,
     where: Mapping[str, Selection] | None = None,
+    gradients: bool = False,
     **forward_arguments: Any,
 ) -> Float[Tensor, "..."]:
     """The effect of putting each part of an activation of the clean run into the corrupted run.
@@ -58,12 +57,14 @@ def activation_patch(
         progress: Show a progress bar.
         window: Cell t patches iterations (or blocks) t to t + window - 1 together.
         where: Values to which an axis, named or not, is restricted, e.g. ``{"pos": -1}``.
+        gradients: Whether the result carries gradients where they are enabled; without, no cell
+            keeps a graph.
         **forward_arguments: ``attention_mask``, ``initial_state``, ``exit_at``,
             ``exit_threshold`` or ``weighted_exit`` of every run.
 
     Returns:
-        One axis a name, in float32 (float64 where the metric is). It carries gradients where they
-        are enabled. :func:`axis_labels` gives labels for plots.
+        One axis a name, in float32 (float64 where the metric is). :func:`axis_labels` gives labels
+        for plots.
 
     Raises:
         ValueError: Prompts of different length, an unknown or unsuitable activation or axis, a
@@ -73,13 +74,10 @@ def activation_patch(
 
     Source: 2202.05262 (causal tracing); the definition of a cell is transformer_lens.patching's.
     """
-    tokens = as_tokens(model, corrupted_tokens)
-    check_batch_size(batch_size)
-    grid = make_grid(model, activation, axes, tokens.shape[1], window, where)
+    run = start_run(model, corrupted_tokens, metric, batch_size, forward_arguments, gradients)
+    grid = make_grid(model, activation, axes, run.n_pos, window, where)
     check_cache(clean_cache, model, grid.names)
-    values = take_all(model, grid, clean_cache, (tokens.shape[0], tokens.shape[1]))
-    run = BaseRun(model, tokens, arguments=forward_arguments)
-    check_metric(metric, model, logits_shape(model, tokens))
+    values = take_all(model, grid, clean_cache, run.shape)
     score = logits_score(metric)
     return patch_grid(run, grid, values, score, batch_size, progress, clean_cache.keys())
 
@@ -106,7 +104,7 @@ def patch_grid(
     """
     changes: dict[str, Tensor] = {}
     observe, explicit = {}, []
-    if not torch.is_grad_enabled():
+    if not run.gradients:
         # Where both runs agree to the last bit a patch does nothing. With gradients it does: the
         # patched value no longer depends on the corrupted prompt.
         observe = {
@@ -153,12 +151,7 @@ def replace(
     return edit
 
 
-def logits_score(metric: Metric) -> Score:
-    """Scores a cell by a metric on its logits."""
-    return lambda output: metric(output.logits)
-
-
-def take_all(model: Any, grid: Grid, cache: Any, shape: tuple[int, int]) -> dict[str, Tensor]:
+def take_all(model: Model, grid: Grid, cache: Any, shape: tuple[int, int]) -> dict[str, Tensor]:
     """All that a grid puts in, from a cache; see :func:`tl_loops.runs.activations.take`."""
     heads = grid.activation.n_heads(model.cfg)
     return {name: take(cache, grid.activation, name, shape, heads) for name in grid.names}

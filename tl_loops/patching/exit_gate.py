@@ -10,21 +10,24 @@ from torch import Tensor
 
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import layout_of
 from tl_loops.layout.selection import Selection, distinct_indices
-from tl_loops.patching.activation import Metric, patch_grid, take_all
+from tl_loops.patching.activation import patch_grid, take_all
 from tl_loops.runs.activations import check_cache
+from tl_loops.runs.batches import check_batch_size
 from tl_loops.runs.cells import CellOutput
-from tl_loops.runs.checks import as_tokens, check_batch_size, check_metric
 from tl_loops.runs.grid import make_grid
+from tl_loops.runs.inputs import run_inputs
 from tl_loops.runs.rerun import BaseRun
+from tl_loops.runs.scoring import Metric, check_metric
 
 FORCED = 100.0
 """Halting logit of a forced decision: its sigmoid is 0 or 1 in every floating point type."""
 
 
 def exit_gate_logits(
-    model: Any, tokens: Any, **forward_arguments: Any
+    model: Model, tokens: Any, **forward_arguments: Any
 ) -> Float[Tensor, "iteration batch pos"]:
     """The halting logit behind every iteration (positive: stop).
 
@@ -37,13 +40,13 @@ def exit_gate_logits(
         LoopedSemanticsError: The model has no gate.
     """
     layout = _gated(model)
-    run = BaseRun(model, as_tokens(model, tokens), _gates(layout), forward_arguments)
+    run = BaseRun(model, run_inputs(model, tokens, forward_arguments), _gates(layout))
     run.execute([])
     return torch.stack([run.values[name].squeeze(-1) for name in _gates(layout)])
 
 
 def probe_exit_gate(
-    model: Any, cache: Any, activation: str = "resid_post"
+    model: Model, cache: Any, activation: str = "resid_post"
 ) -> Float[Tensor, "iteration layer batch pos"]:
     """The halting logit that the gate would give if it read the stream inside an iteration.
 
@@ -81,7 +84,7 @@ def probe_exit_gate(
 
 
 def patch_exit_gate(
-    model: Any,
+    model: Model,
     corrupted_tokens: Any,
     clean_cache: Any,
     metric: Metric,
@@ -92,6 +95,7 @@ def patch_exit_gate(
     *,
     window: int = 1,
     where: Mapping[str, Selection] | None = None,
+    gradients: bool = False,
     **forward_arguments: Any,
 ) -> Float[Tensor, "..."]:
     """Activation patching with a metric on the halting logits instead of the output logits.
@@ -108,6 +112,7 @@ def patch_exit_gate(
         progress: As there.
         window: As there.
         where: As there.
+        gradients: As there.
         **forward_arguments: As there.
 
     Returns:
@@ -119,14 +124,13 @@ def patch_exit_gate(
         IndexError: As there.
     """
     layout = _gated(model)
-    tokens = as_tokens(model, corrupted_tokens)
-    check_batch_size(batch_size)
-    shape = (tokens.shape[0], tokens.shape[1])
-    grid = make_grid(model, activation, axes, tokens.shape[1], window, where)
+    check_batch_size(batch_size, or_none=True)
+    inputs = run_inputs(model, corrupted_tokens, forward_arguments)
+    check_metric(metric, model, (layout.n_iterations, *inputs.shape), "halting logits")
+    run = BaseRun(model, inputs, _gates(layout), gradients)
+    grid = make_grid(model, activation, axes, run.n_pos, window, where)
     check_cache(clean_cache, model, grid.names)
-    values = take_all(model, grid, clean_cache, shape)
-    run = BaseRun(model, tokens, _gates(layout), forward_arguments)
-    check_metric(metric, model, (layout.n_iterations, *shape), "halting logits")
+    values = take_all(model, grid, clean_cache, run.shape)
 
     def score(output: CellOutput) -> Any:
         return metric(torch.stack([output.read[name].squeeze(-1) for name in _gates(layout)]))
@@ -135,7 +139,7 @@ def patch_exit_gate(
 
 
 def force_exit(
-    model: Any, iteration: int, positions: Selection | None = None
+    model: Model, iteration: int, positions: Selection | None = None
 ) -> list[tuple[str, Any]]:
     """Hooks that make the gate stop behind one iteration and at no earlier one.
 
@@ -168,7 +172,7 @@ def _force(positions: Any, logit: float, value: Tensor, hook: Any) -> Tensor:
     return value
 
 
-def _gated(model: Any) -> LoopLayout:
+def _gated(model: Model) -> LoopLayout:
     layout = layout_of(model)
     if layout is None or not model.cfg.exit_gate:
         raise LoopedSemanticsError(

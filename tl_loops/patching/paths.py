@@ -9,13 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.layout.model import Model
 from tl_loops.layout.selection import Selection
-from tl_loops.patching.activation import Metric, logits_score, replace
+from tl_loops.patching.activation import replace
 from tl_loops.runs.activations import Activation, check_cache, find_activation, take
 from tl_loops.runs.cells import Cell, Edit
-from tl_loops.runs.checks import as_tokens, check_batch_size, check_metric, logits_shape
 from tl_loops.runs.grid import Grid, make_grid
 from tl_loops.runs.rerun import BaseRun
+from tl_loops.runs.scoring import Metric, logits_score, start_run
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Site:
     head: Selection | None = None
     pos: Selection | None = None
 
-    def grid(self, model: Any, n_pos: int) -> Grid:
+    def grid(self, model: Model, n_pos: int) -> Grid:
         """The single region that the site covers.
 
         Raises:
@@ -54,7 +55,7 @@ Sites = Site | Sequence[Site]
 
 
 def path_patch(
-    model: Any,
+    model: Model,
     corrupted_tokens: Any,
     clean_cache: Any,
     metric: Metric,
@@ -64,6 +65,7 @@ def path_patch(
     freeze: Sequence[str] = ("attn_out", "mlp_out"),
     batch_size: int | None = None,
     progress: bool = True,
+    gradients: bool = False,
     **forward_arguments: Any,
 ) -> Float[Tensor, "sender receiver"]:
     """The effect of what each sender tells each receiver directly.
@@ -86,6 +88,7 @@ def path_patch(
         freeze: Outputs that are held fixed; ``("attn_out",)`` lets the MLPs pass effects on.
         batch_size: Cells in one forward pass; ``None``: chosen.
         progress: Show a progress bar.
+        gradients: As in :func:`tl_loops.patching.activation_patch`.
         **forward_arguments: As in :func:`tl_loops.patching.activation_patch`.
 
     Returns:
@@ -97,8 +100,7 @@ def path_patch(
 
     Source: 2304.05969 (definition, with MLPs fixed); 2211.00593, section 3.1 (with MLPs run).
     """
-    tokens = as_tokens(model, corrupted_tokens)
-    check_batch_size(batch_size)
+    run = start_run(model, corrupted_tokens, metric, batch_size, forward_arguments, gradients)
     if not len(senders) or not len(receivers):
         raise ValueError("path patching needs at least one sender and one receiver")
     frozen = [find_activation(model, name) for name in freeze]
@@ -108,14 +110,13 @@ def path_patch(
                 f"freeze names outputs of a block such as 'attn_out' or 'mlp_out', got "
                 f"{activation.name!r}"
             )
-    n_pos = tokens.shape[1]
+    n_pos = run.n_pos
     sending = [[site.grid(model, n_pos) for site in _group(sites)] for sites in senders]
     receiving = [[site.grid(model, n_pos) for site in _group(sites)] for sites in receivers]
     check_cache(clean_cache, model, [n for grids in sending for grid in grids for n in grid.names])
-    shape = (tokens.shape[0], n_pos)
-    clean = [[_clean_edits(model, grid, clean_cache, shape) for grid in grids] for grids in sending]
-    run = BaseRun(model, tokens, arguments=forward_arguments)
-    check_metric(metric, model, logits_shape(model, tokens))
+    clean = [
+        [_clean_edits(model, grid, clean_cache, run.shape) for grid in grids] for grids in sending
+    ]
 
     starts = [min(run.stage(n) for grid in grids for n in grid.names) for grids in sending]
     held: dict[str, Tensor] = {}
@@ -155,7 +156,7 @@ def _group(sites: Sites) -> Sequence[Site]:
 
 
 def _clean_edits(
-    model: Any, grid: Grid, cache: Any, shape: tuple[int, int]
+    model: Model, grid: Grid, cache: Any, shape: tuple[int, int]
 ) -> list[tuple[str, Edit]]:
     activation, (region,) = grid.activation, grid.regions
     heads = activation.n_heads(model.cfg)

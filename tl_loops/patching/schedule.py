@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
 from tl_loops.layout.selection import distinct_indices
 
@@ -22,7 +23,7 @@ _AT_ITERATION = re.compile(r"^(iter\.(\d+)\.|blocks\.(\d+)\.)(.+)$")
 
 
 def run_schedule(
-    model: Any,
+    model: Model,
     tokens: Any,
     schedule: Sequence[int],
     fwd_hooks: Sequence[tuple[str, Callable]] = (),
@@ -73,7 +74,7 @@ def run_schedule(
             return model.run_with_cache(tokens, names_filter=names_filter, **forward_arguments)
 
 
-def skip_schedule(model: Any, iterations: int | Sequence[int]) -> list[int]:
+def skip_schedule(model: Model, iterations: int | Sequence[int]) -> list[int]:
     """The schedule without some iterations.
 
     Raises:
@@ -88,7 +89,7 @@ def skip_schedule(model: Any, iterations: int | Sequence[int]) -> list[int]:
     return kept
 
 
-def repeat_schedule(model: Any, iteration: int, times: int = 2) -> list[int]:
+def repeat_schedule(model: Model, iteration: int, times: int = 2) -> list[int]:
     """The schedule in which one iteration runs several times in a row.
 
     Raises:
@@ -102,7 +103,7 @@ def repeat_schedule(model: Any, iteration: int, times: int = 2) -> list[int]:
     return [t for t in range(n) for _ in range(times if t == repeated else 1)]
 
 
-def swap_schedule(model: Any, a: int, b: int) -> list[int]:
+def swap_schedule(model: Model, a: int, b: int) -> list[int]:
     """The schedule in which two iterations change places.
 
     Raises:
@@ -114,7 +115,7 @@ def swap_schedule(model: Any, a: int, b: int) -> list[int]:
     return order
 
 
-def skip_hooks(model: Any, iterations: int | Sequence[int]) -> HookList:
+def skip_hooks(model: Model, iterations: int | Sequence[int]) -> HookList:
     """Hooks that skip iterations in a run of unchanged depth: the state passes them as it came.
 
     Equals :func:`run_schedule` with :func:`skip_schedule`, but hook names keep their numbers.
@@ -137,7 +138,7 @@ def skip_hooks(model: Any, iterations: int | Sequence[int]) -> HookList:
     return hooks
 
 
-def swap_hooks(model: Any, cache: Any, a: int, b: int, what: str = "state") -> HookList:
+def swap_hooks(model: Model, cache: Any, a: int, b: int, what: str = "state") -> HookList:
     """Hooks by which two iterations trade what a recorded run shows of them.
 
     Args:

@@ -6,17 +6,17 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
 from tl_loops.layout.selection import Selection, contiguous_parts, distinct_indices
-from tl_loops.patching.activation import Metric, logits_score, replace
+from tl_loops.patching.activation import replace
 from tl_loops.runs.activations import find_activation, take
 from tl_loops.runs.cells import Cell
-from tl_loops.runs.checks import as_tokens, check_batch_size, check_metric, logits_shape
-from tl_loops.runs.rerun import BaseRun
+from tl_loops.runs.scoring import Metric, logits_score, start_run
 
 
 def transplant_states(
-    model: Any,
+    model: Model,
     corrupted_tokens: Any,
     clean_cache: Any,
     metric: Metric,
@@ -27,6 +27,7 @@ def transplant_states(
     pos: Selection | None = None,
     batch_size: int | None = None,
     progress: bool = True,
+    gradients: bool = False,
     **forward_arguments: Any,
 ) -> Float[Tensor, "source target"]:
     """The effect of putting the state of iteration a of one run into iteration b of another.
@@ -44,6 +45,7 @@ def transplant_states(
         pos: Positions that are transplanted; ``None``: all.
         batch_size: As in :func:`tl_loops.patching.activation_patch`.
         progress: Show a progress bar.
+        gradients: As in :func:`tl_loops.patching.activation_patch`.
         **forward_arguments: As in :func:`tl_loops.patching.activation_patch`.
 
     Returns:
@@ -59,23 +61,19 @@ def transplant_states(
         raise ValueError(
             f"activation must be 'state_in', 'injected' or 'state_out', got {activation!r}"
         )
-    tokens = as_tokens(model, corrupted_tokens)
-    check_batch_size(batch_size)
+    run = start_run(model, corrupted_tokens, metric, batch_size, forward_arguments, gradients)
     found = find_activation(model, activation)
     n_sources = _cached_iterations(clean_cache, found.rest)
     source = distinct_indices("source iteration", n_sources, sources)
     target = distinct_indices("target iteration", layout.n_iterations, targets)
-    parts = contiguous_parts(distinct_indices("pos", tokens.shape[1], pos))
-    shape = (tokens.shape[0], tokens.shape[1])
+    parts = contiguous_parts(distinct_indices("pos", run.n_pos, pos))
     missing = [t for t in source if found.hook_name(t) not in clean_cache.keys()]
     if missing:
         raise ValueError(
             f"the cache lacks {found.hook_name(missing[0])!r}: run run_with_cache on the clean "
             "prompt with a names_filter that keeps it"
         )
-    states = {t: take(clean_cache, found, found.hook_name(t), shape, None) for t in source}
-    run = BaseRun(model, tokens, arguments=forward_arguments)
-    check_metric(metric, model, logits_shape(model, tokens))
+    states = {t: take(clean_cache, found, found.hook_name(t), run.shape, None) for t in source}
     cells = []
     for a in source:
         for b in target:

@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_loops.drawing.depth import block_values
+from tl_loops.drawing.subject import subject_of
 from tl_loops.drawing.views import CircuitsView, Component, ViewPart
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.selection import Selection, chosen_indices, one_index
-from tl_loops.plots.subject import subject_of
 
 
 def attention_view(

@@ -11,7 +11,8 @@ from tl_loops.drawing.colours import DISTINCT, iteration_colours, layer_colours
 from tl_loops.drawing.depth import depth_axis, iteration_rules, phase_spans
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, as_array, every_few
-from tl_loops.plots.subject import subject_of
+from tl_loops.drawing.subject import subject_of
+from tl_loops.layout.model import Model
 
 
 def plot_curves(
@@ -25,7 +26,7 @@ def plot_curves(
     colours: str = "distinct",
     log: bool = False,
     std: Mapping[str, Float[Tensor, "point"]] | None = None,
-    model: Any = None,
+    model: Model | str | None = None,
     prompts: Any = None,
     backend: str | None = None,
     **options: Any,

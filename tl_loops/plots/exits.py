@@ -10,9 +10,10 @@ from torch import Tensor
 from tl_loops.drawing.colours import DISTINCT
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Bars, Figure, Line, Panel, as_array
+from tl_loops.drawing.subject import subject_of
+from tl_loops.layout.model import Model
 from tl_loops.lens.exit_curve import ExitCurve
 from tl_loops.measurements.profile import LoopProfile
-from tl_loops.plots.subject import subject_of
 
 _CURVES = {
     "loss": ("Loss", "cross entropy (nats per token)"),
@@ -34,7 +35,7 @@ def plot_exits(
     source: Exits,
     *,
     n_iterations: int | None = None,
-    model: Any = None,
+    model: Model | str | None = None,
     prompts: Any = None,
     title: str | None = None,
     backend: str | None = None,
@@ -111,7 +112,7 @@ def plot_exit_curves(
     curve: ExitCurve,
     *,
     std: bool = False,
-    model: Any = None,
+    model: Model | str | None = None,
     prompts: Any = None,
     title: str | None = None,
     backend: str | None = None,

@@ -10,11 +10,12 @@ from torch import Tensor
 from tl_loops.drawing.colours import layer_colours
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Figure, Line, Panel, as_array, every_few
+from tl_loops.drawing.subject import subject_of
+from tl_loops.layout.model import Model
 from tl_loops.measurements.figure import profile_panel
 from tl_loops.measurements.labels import metric_label, metric_title, spans_decades
 from tl_loops.measurements.profile import LoopProfile
 from tl_loops.metrics.dynamics import fixed_point_distance, successive_difference
-from tl_loops.plots.subject import subject_of
 
 _DEFAULT = ("successive_difference", "fixed_point_distance")
 
@@ -24,7 +25,7 @@ def plot_fixed_points(
     metrics: Sequence[str] | None = None,
     *,
     std: bool = False,
-    model: Any = None,
+    model: Model | str | None = None,
     prompts: Any = None,
     title: str | None = None,
     backend: str | None = None,

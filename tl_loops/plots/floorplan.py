@@ -12,9 +12,9 @@ from torch import Tensor
 from tl_loops.drawing.depth import PHASES, block_groups, block_values
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Box, ColourScale, Figure, Heat, Mark, Panel, as_array
-from tl_loops.drawing.subject import Subject
+from tl_loops.drawing.subject import Subject, subject_of
 from tl_loops.layout.layout import LoopLayout
-from tl_loops.plots.subject import subject_of
+from tl_loops.layout.model import Model
 
 _BETWEEN_TILES, _BETWEEN_GROUPS = 1, 4
 _WIDEST = 1400
@@ -27,7 +27,7 @@ def plot_floorplan(
     row: int = 0,
     tile: int = 64,
     iterations_per_row: int | None = None,
-    model: Any = None,
+    model: Model | str | None = None,
     prompts: Any = None,
     title: str | None = None,
     backend: str | None = None,

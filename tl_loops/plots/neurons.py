@@ -7,9 +7,10 @@ import numpy as np
 from tl_loops.drawing.colours import CODA, DISTINCT, PRELUDE
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, Span, as_array
+from tl_loops.drawing.subject import subject_of
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.model import Model
 from tl_loops.metrics.neurons import PredictionSuppression
-from tl_loops.plots.subject import subject_of
 
 _KINDS = ("prediction", "suppression")
 
@@ -19,7 +20,7 @@ def plot_neurons(
     reference: PredictionSuppression | None = None,
     *,
     partition: bool = False,
-    model: Any = None,
+    model: Model | str | None = None,
     title: str | None = None,
     backend: str | None = None,
     **options: Any,

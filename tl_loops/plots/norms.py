@@ -10,9 +10,10 @@ from tl_loops.drawing.colours import DISTINCT
 from tl_loops.drawing.depth import block_values, depth_axis, iteration_rules, phase_spans
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, as_array
+from tl_loops.drawing.subject import subject_of
+from tl_loops.layout.model import Model
 from tl_loops.measurements.figure import profile_panel
 from tl_loops.measurements.profile import LoopProfile
-from tl_loops.plots.subject import subject_of
 
 _CURVES = ("first token", "largest of the others", "mean of the others")
 
@@ -21,7 +22,7 @@ def plot_residual_norms(
     source: LoopProfile | Float[Tensor, "block *batch pos d_model"] | Any,
     *,
     std: bool = False,
-    model: Any = None,
+    model: Model | str | None = None,
     prompts: Any = None,
     title: str | None = None,
     backend: str | None = None,

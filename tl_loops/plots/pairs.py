@@ -10,9 +10,9 @@ from torch import Tensor
 from tl_loops.drawing.depth import block_ticks, block_values, matrix_marks
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, ColourScale, Figure, Heat, Panel, as_array
-from tl_loops.drawing.subject import shown_text
+from tl_loops.drawing.subject import shown_text, subject_of
+from tl_loops.layout.model import Model
 from tl_loops.metrics.pairwise import pairwise_cosine, pairwise_pattern_distance
-from tl_loops.plots.subject import subject_of
 
 _WHAT = {
     "cosine": ("Residual stream: cosine between all pairs of blocks", "cosine, mean over tokens"),
@@ -28,7 +28,7 @@ def plot_pairs(
     source: Any,
     what: str = "cosine",
     *,
-    model: Any = None,
+    model: Model | str | None = None,
     prompts: Any = None,
     title: str | None = None,
     backend: str | None = None,

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import ColourScale, Figure, Heat, Panel, as_array
+from tl_loops.drawing.subject import subject_of
+from tl_loops.layout.model import Model
 from tl_loops.plots.pairs import named_axis
-from tl_loops.plots.subject import subject_of
 from tl_loops.runs.grid import axis_labels
 
 _SYNONYMS = {"head_index": "head", "dest_pos": "pos"}
@@ -31,7 +32,7 @@ def plot_patching(
     effect: Float[Tensor, "..."],
     axes: Sequence[str],
     *,
-    model: Any = None,
+    model: Model | str | None = None,
     tokens: Int[Tensor, "*batch pos"] | None = None,
     labels: Sequence[Sequence[str]] | None = None,
     facet: str | None = None,
@@ -150,7 +151,7 @@ def _labels(
     values: np.ndarray,
     axes: Sequence[str],
     names: Sequence[str],
-    model: Any,
+    model: Model | str | None,
     tokens: Tensor | None,
     labels: Sequence[Sequence[str]] | None,
 ) -> dict[str, list[str]]:

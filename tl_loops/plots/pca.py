@@ -10,10 +10,10 @@ from tl_loops.drawing.colours import MUTED, iteration_colours
 from tl_loops.drawing.depth import PHASES, block_groups, block_values
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, as_array, every_few
-from tl_loops.drawing.subject import Subject
+from tl_loops.drawing.subject import Subject, subject_of
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.model import Model
 from tl_loops.metrics.pca import PCATrajectory, pca_trajectory, random_walk_null
-from tl_loops.plots.subject import subject_of
 
 
 def plot_pca(
@@ -24,7 +24,7 @@ def plot_pca(
     seed: int = 0,
     position: int = -1,
     row: int = 0,
-    model: Any = None,
+    model: Model | str | None = None,
     prompts: Any = None,
     title: str | None = None,
     backend: str | None = None,

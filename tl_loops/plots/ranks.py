@@ -7,10 +7,11 @@ import numpy as np
 from tl_loops.drawing.colours import CODA, DISTINCT, PRELUDE, layer_colours
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, Rule, Span, as_array, every_few
+from tl_loops.drawing.subject import subject_of
+from tl_loops.layout.model import Model
 from tl_loops.lens.points import LensPoint
 from tl_loops.lens.result import LensResult, point_series
 from tl_loops.lens.tracking import EntityTracks
-from tl_loops.plots.subject import subject_of
 
 _MOST_LABELS = 30
 
@@ -19,7 +20,7 @@ def plot_ranks(
     result: LensResult | EntityTracks,
     by: str = "depth",
     *,
-    model: Any = None,
+    model: Model | str | None = None,
     prompts: Any = None,
     title: str | None = None,
     backend: str | None = None,

@@ -10,11 +10,12 @@ from torch import Tensor
 from tl_loops.drawing.colours import REFERENCE, iteration_colours
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, as_array, every_few
+from tl_loops.drawing.subject import subject_of
+from tl_loops.layout.model import Model
 from tl_loops.measurements.figure import pass_limits, pass_spans
 from tl_loops.measurements.labels import metric_label, metric_title
 from tl_loops.measurements.profile import LoopProfile
 from tl_loops.metrics.stages import StageAlignment, align_stages
-from tl_loops.plots.subject import subject_of
 
 Curves = Float[Tensor, "depth"] | Float[Tensor, "iteration depth"]
 
@@ -26,7 +27,7 @@ def plot_stages(
     alignment: StageAlignment | None = None,
     *,
     outer: bool = True,
-    model: Any = None,
+    model: Model | str | None = None,
     prompts: Any = None,
     title: str | None = None,
     backend: str | None = None,

@@ -9,12 +9,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_loops.drawing.figure import as_array
+from tl_loops.drawing.subject import subject_of
 from tl_loops.drawing.views import CircuitsView, ViewPart, as_text
+from tl_loops.layout.model import Model
 from tl_loops.layout.selection import Selection, chosen_indices
 from tl_loops.lens.result import LensResult
 from tl_loops.metrics.readout import token_rank
 from tl_loops.plots.attention import prompt_text, token_texts
-from tl_loops.plots.subject import subject_of
 
 _BLUE, _ORANGE = "#1f6fb4", "#d1642b"
 
@@ -26,7 +27,7 @@ def colored_tokens(
     *,
     unit: str = "",
     limits: tuple[float | int, float | int] | None = None,
-    model: Any = None,
+    model: Model | str | None = None,
     height: int = 30,
     digits: int = 3,
 ) -> CircuitsView:
@@ -93,7 +94,7 @@ def colored_tokens(
 def token_log_probs(
     source: LensResult | Float[Tensor, "iteration pos d_vocab"],
     tokens: Any,
-    model: Any,
+    model: Model,
     *,
     iterations: Selection | None = None,
     row: int = 0,

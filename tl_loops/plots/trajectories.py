@@ -9,12 +9,13 @@ from torch import Tensor
 from tl_loops.drawing.colours import DISTINCT
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Figure, Line, Panel, as_array
+from tl_loops.drawing.subject import subject_of
+from tl_loops.layout.model import Model
 from tl_loops.metrics.trajectories import (
     TRAJECTORY_LABELS,
     TrajectoryClassification,
     classify_trajectory,
 )
-from tl_loops.plots.subject import subject_of
 
 _TYPICAL = {
     # The example of a class is the token for which this is largest.
@@ -29,7 +30,7 @@ def plot_trajectories(
     source: TrajectoryClassification | Float[Tensor, "iteration *tokens d_model"],
     *,
     examples: int = 1,
-    model: Any = None,
+    model: Model | str | None = None,
     prompts: Any = None,
     title: str | None = None,
     backend: str | None = None,

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 import torch
 
 from tl_loops import plots
+from tl_loops.layout.model import Model
 from tl_loops.lens import coda_lens
 from tl_loops.lens.exit_curve import exit_curve
 from tl_loops.report.section import (
@@ -23,7 +23,7 @@ from tl_loops.tasks.prompts import PromptText
 _BATCH = 64
 
 
-def readout_section(model: Any, prompts: Sequence[PromptText], progress: bool) -> Section:
+def readout_section(model: Model, prompts: Sequence[PromptText], progress: bool) -> Section:
     """Accuracy per iteration where the answers are single tokens, else loss."""
     answers = [answer_token(model, p.answer) for p in prompts]
     known = [a for a in answers if a is not None]
@@ -62,7 +62,7 @@ def readout_section(model: Any, prompts: Sequence[PromptText], progress: bool) -
     return Section("readout", title, paragraphs, [plotly_figure(figure)], finding=finding)
 
 
-def answers_section(model: Any, prompts: Sequence[PromptText]) -> Section:
+def answers_section(model: Model, prompts: Sequence[PromptText]) -> Section:
     """The answer that the coda lens reads from the state after each iteration."""
     T = model.cfg.n_iterations
     heads = "".join(f"<th>{t}</th>" for t in range(T))
@@ -103,7 +103,7 @@ def answers_section(model: Any, prompts: Sequence[PromptText]) -> Section:
     return Section("answers", "The answer after each iteration", [text], figures, finding=finding)
 
 
-def _ranks(model: Any, prompts: Sequence[PromptText]) -> str:
+def _ranks(model: Model, prompts: Sequence[PromptText]) -> str:
     """Rank of the final answer, and of what was the answer after the first iteration."""
     tokens, _ = by_length(model, prompts, [None] * len(prompts))[0]
     predictions = coda_lens(model, tokens, positions="last", top_k=1).predictions[..., 0]

@@ -1,13 +1,12 @@
 """Attention patterns: all of them on one page, and the core's in detail."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from tl_loops import plots
 from tl_loops.cache.cache import LoopedActivationCache
+from tl_loops.layout.model import Model
 from tl_loops.report.section import Section, as_text, html_figure, plotly_figure
 
 _ATTENTION_BYTES = 1_200_000
@@ -15,7 +14,7 @@ _BYTES_A_WEIGHT = 6
 _FLOORPLAN_WEIGHTS = 160_000
 
 
-def floorplan_section(model: Any, cache: LoopedActivationCache, prompt: str) -> Section:
+def floorplan_section(model: Model, cache: LoopedActivationCache, prompt: str) -> Section:
     """Every pattern of the model at once."""
     layout = model.layout
     n_pos = cache["pattern", 0].shape[-1]
@@ -38,7 +37,7 @@ def floorplan_section(model: Any, cache: LoopedActivationCache, prompt: str) -> 
 
 
 def attention_section(
-    model: Any, tokens: Int[Tensor, "1 pos"], cache: LoopedActivationCache
+    model: Model, tokens: Int[Tensor, "1 pos"], cache: LoopedActivationCache
 ) -> Section:
     """Attention patterns of the core, drawn by circuitsvis, one view an iteration."""
     words, cfg, layout = model.to_str_tokens(tokens[0]), model.cfg, model.layout

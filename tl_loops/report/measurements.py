@@ -1,12 +1,10 @@
 """Attention, residual stream and dynamics by iteration and layer, from one measurement."""
 
-from typing import Any
-
 import torch
 
 from tl_loops import plots
 from tl_loops.cache.cache import LoopedActivationCache
-from tl_loops.layout.segments import SegmentedLayout
+from tl_loops.layout.model import Model
 from tl_loops.measurements.profile import LoopProfile
 from tl_loops.metrics import TRAJECTORY_LABELS, classify_trajectory, prediction_suppression_neurons
 from tl_loops.report.section import Section, columns, percent, plotly_figure
@@ -34,7 +32,7 @@ def stages_section(profile: LoopProfile) -> Section:
     """Sink rate, mixing score, ColSum concentration and residual entropy in two groupings."""
     layout = profile.layout
     metrics = (*ATTENTION, "residual_entropy")
-    if isinstance(layout, SegmentedLayout):
+    if layout is not None and layout.segments is not None:
         figures = [plotly_figure(plots.plot_profile(profile, m, by="unrolled")) for m in metrics]
         text = (
             "Definitions of arXiv 2604.11791: means over heads, then over prompts, each prompt at "
@@ -68,7 +66,7 @@ def stages_section(profile: LoopProfile) -> Section:
 
 
 def dynamics_section(
-    model: Any, profile: LoopProfile, cache: LoopedActivationCache, prompt: str
+    model: Model, profile: LoopProfile, cache: LoopedActivationCache, prompt: str
 ) -> Section:
     """Whether the states settle: steps, distances, path and trajectory classes."""
     T = model.cfg.n_iterations
@@ -120,7 +118,7 @@ def pairs_section(cache: LoopedActivationCache, prompt: str) -> Section:
     return Section("pairs", "All pairs of blocks", [text], [columns(figures)])
 
 
-def neurons_section(model: Any) -> Section | None:
+def neurons_section(model: Model) -> Section | None:
     """Prediction and suppression neurons; ``None`` where they cost too much or do not exist."""
     cfg = model.cfg
     if not cfg.d_mlp or cfg.n_physical_layers * cfg.d_mlp * cfg.d_vocab > _MOST_NEURON_TERMS:
@@ -136,7 +134,7 @@ def neurons_section(model: Any) -> Section | None:
     return Section("neurons", "Prediction and suppression neurons", [text], [plotly_figure(figure)])
 
 
-def exits_section(model: Any, profile: LoopProfile) -> Section | None:
+def exits_section(model: Model, profile: LoopProfile) -> Section | None:
     """Where the model's own halting gate would stop; ``None`` without a gate."""
     if "exit_probability" not in profile.metrics:
         return None

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
 from jinja2 import Environment
@@ -15,6 +14,7 @@ from jinja2 import Environment
 from tl_loops import tasks
 from tl_loops.drawing.views import circuitsvis_script
 from tl_loops.errors import LoopedSemanticsError
+from tl_loops.layout.model import Model
 from tl_loops.measurements.measure import available_metrics, measure
 from tl_loops.report.answers import answers_section, readout_section
 from tl_loops.report.attention import attention_section, floorplan_section
@@ -30,6 +30,7 @@ from tl_loops.report.patching import patching_section
 from tl_loops.report.section import Section, last_tokens, shortened
 from tl_loops.runs.storage import write_whole
 from tl_loops.tasks.prompts import SAMPLE, PromptText, from_task
+from tl_loops.version import __version__
 
 MOST_BYTES = 6_000_000
 """A page is never larger than this."""
@@ -60,7 +61,7 @@ class ReportPrompts:
             object.__setattr__(self, "evaluated", self.shown)
 
 
-def default_prompts(model: Any) -> ReportPrompts:
+def default_prompts(model: Model) -> ReportPrompts:
     """The embedded model's task for the embedded model, else a few general sentences."""
     if model.cfg.model_name != EMBEDDED:
         return ReportPrompts([PromptText(text) for text in SAMPLE], what="the built-in sample")
@@ -76,7 +77,7 @@ def default_prompts(model: Any) -> ReportPrompts:
 
 
 def report_html(
-    model: Any,
+    model: Model,
     prompts: ReportPrompts | Sequence[PromptText | str] | None = None,
     *,
     n_iterations: int | None = None,
@@ -118,7 +119,7 @@ def report_html(
 
 
 def write_report(
-    model: Any,
+    model: Model,
     out: str | os.PathLike[str],
     prompts: ReportPrompts | Sequence[PromptText | str] | None = None,
     *,
@@ -146,7 +147,7 @@ def write_report(
     return Path(out).resolve()
 
 
-def _sections(model: Any, prompts: ReportPrompts, progress: bool) -> list[Section]:
+def _sections(model: Model, prompts: ReportPrompts, progress: bool) -> list[Section]:
     """Every section that applies to the model."""
     texts = [p.text for p in prompts.evaluated]
     available = available_metrics(model)
@@ -190,7 +191,7 @@ def _is_pictured(name: str) -> bool:
     return name.endswith(("hook_pattern", "hook_resid_post", "hook_state_out"))
 
 
-def _model_section(model: Any, n_prompts: int, what: str) -> Section:
+def _model_section(model: Model, n_prompts: int, what: str) -> Section:
     """What the model is."""
     cfg = model.cfg
     return Section(
@@ -206,9 +207,7 @@ def _model_section(model: Any, n_prompts: int, what: str) -> Section:
     )
 
 
-def _render(model: Any, sections: Sequence[Section]) -> str:
-    from tl_loops.version import __version__
-
+def _render(model: Model, sections: Sequence[Section]) -> str:
     folder = resources.files("tl_loops.report") / "templates"
     source = (folder / "report.html").read_text("utf-8")
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(

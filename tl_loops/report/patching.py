@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_loops import plots
+from tl_loops.layout.model import Model
 from tl_loops.patching.activation import activation_patch
 from tl_loops.report.section import Section, as_text, last_tokens, plotly_figure
 from tl_loops.runs.grid import axis_labels
@@ -15,7 +16,7 @@ from tl_loops.tasks.prompts import PromptText
 _WORTH_NAMING = 0.1
 
 
-def patching_section(model: Any, prompts: Sequence[PromptText], progress: bool) -> Section:
+def patching_section(model: Model, prompts: Sequence[PromptText], progress: bool) -> Section:
     """Where patching the residual stream of a clean prompt restores its answer."""
     pair = _pair(model, prompts)
     title = "Patching over iteration, layer and position"
@@ -65,11 +66,13 @@ def patching_section(model: Any, prompts: Sequence[PromptText], progress: bool) 
     return Section("patching", title, text, [plotly_figure(figure)], finding=path)
 
 
-def _word(model: Any, token: int) -> str:
+def _word(model: Model, token: int) -> str:
     return repr(model.to_single_str_token(token))
 
 
-def _pair(model: Any, prompts: Sequence[PromptText]) -> tuple[Tensor, Tensor, int, int, str] | None:
+def _pair(
+    model: Model, prompts: Sequence[PromptText]
+) -> tuple[Tensor, Tensor, int, int, str] | None:
     """A clean and a corrupted prompt of one length whose answers differ."""
     tokens = [last_tokens(model, p.text) for p in prompts]
     for prompt, clean in zip(prompts, tokens, strict=True):
@@ -86,7 +89,7 @@ def _pair(model: Any, prompts: Sequence[PromptText]) -> tuple[Tensor, Tensor, in
 
 
 def _corruptions(
-    model: Any, prompt: PromptText, clean: Tensor, others: Sequence[Tensor]
+    model: Model, prompt: PromptText, clean: Tensor, others: Sequence[Tensor]
 ) -> list[Tensor]:
     """The given counterpart, or else one token replaced by one of another prompt."""
     if prompt.corrupted is not None:

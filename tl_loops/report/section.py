@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_loops.layout.model import Model
 from tl_loops.tasks.prompts import PromptText
 
 LONGEST = 64
@@ -110,17 +111,17 @@ def shortened(text: str, most: int = 160) -> str:
     return text if len(text) <= most else f"… {text[-most:].split(' ', 1)[-1]}"
 
 
-def as_text(model: Any, tokens: Int[Tensor, "1 pos"]) -> str:
+def as_text(model: Model, tokens: Int[Tensor, "1 pos"]) -> str:
     """Tokens as a text of a readable length."""
     return shortened(model.to_string(tokens[0]), 240)
 
 
-def last_tokens(model: Any, text: str) -> Int[Tensor, "1 pos"]:
+def last_tokens(model: Model, text: str) -> Int[Tensor, "1 pos"]:
     """The end of a prompt that figures show."""
     return model.to_tokens(text)[:1, -LONGEST:]
 
 
-def answer_token(model: Any, answer: str | None) -> int | None:
+def answer_token(model: Model, answer: str | None) -> int | None:
     """The single token of an answer, with or without a space before it."""
     for text in () if answer is None else (f" {answer.strip()}", answer.strip()):
         tokens = model.to_tokens(text, prepend_bos=False)[0]
@@ -130,7 +131,7 @@ def answer_token(model: Any, answer: str | None) -> int | None:
 
 
 def by_length(
-    model: Any, prompts: Sequence[PromptText], answers: Sequence[int | None]
+    model: Model, prompts: Sequence[PromptText], answers: Sequence[int | None]
 ) -> list[tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch"]]]:
     """Prompts of one length together, so that nothing is padded; the largest group first."""
     groups: dict[int, list[tuple[Tensor, int]]] = {}

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from tl_loops.errors import LoopedSemanticsError, did_you_mean
+from tl_loops.layout.model import Model
 from tl_loops.layout.names import Place, activation_name, hook_specs, spec_of
 from tl_loops.layout.of_model import layout_of
 from tl_loops.upstream import is_bridge
@@ -90,7 +91,7 @@ class Activation:
         return cfg.n_heads
 
 
-def find_activation(model: Any, name: str) -> Activation:
+def find_activation(model: Model, name: str) -> Activation:
     """Describe an activation by its shorthand.
 
     Args:
@@ -135,7 +136,7 @@ def find_activation(model: Any, name: str) -> Activation:
     return found
 
 
-def _described(model: Any, name: str) -> Activation:
+def _described(model: Model, name: str) -> Activation:
     """What a shorthand or a name means, wherever it stands."""
     full = name if "hook_" in name else f"hook_{name}"
     for place in ("iteration", "run"):
@@ -203,7 +204,7 @@ def take(
     return value
 
 
-def check_cache(cache: Mapping[str, Tensor] | Any, model: Any, names: list[str]) -> None:
+def check_cache(cache: Mapping[str, Tensor] | Any, model: Model, names: list[str]) -> None:
     """Refuse a cache that does not hold what is to be patched.
 
     Raises:

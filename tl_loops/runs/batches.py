@@ -7,10 +7,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_loops.upstream import number_of_ids
+from tl_loops.layout.model import Model
+from tl_loops.upstream import model_input
 
 
-def token_prompts(model: Any, prompts: Iterable[Any], at_least: int = 1) -> list[Int[Tensor, "_"]]:
+def token_prompts(
+    model: Model, prompts: Iterable[Any], at_least: int = 1
+) -> list[Int[Tensor, "_"]]:
     """Tokenise prompts one by one: nothing is padded and nothing is cut off.
 
     Args:
@@ -46,9 +49,33 @@ def token_prompts(model: Any, prompts: Iterable[Any], at_least: int = 1) -> list
         )
     if len(kinds) > 1:
         raise TypeError("prompts mixes strings and token tensors: pass one kind")
-    if kinds == {"text"} and model.tokenizer is None:
-        raise ValueError("this model has no tokenizer: pass prompts as 1-D token tensors")
     return [_checked(model, number, prompt, at_least) for number, prompt in enumerate(listed)]
+
+
+def tokens_alone(
+    model: Model, what: str, text: str | Tensor, prepend_bos: bool | None = None
+) -> Int[Tensor, "pos"]:
+    """Tokens of one text, or of 1-D tokens, without padding and not cut off.
+
+    Args:
+        model: As for :func:`token_prompts`.
+        what: What it is called in an error, such as ``"prompt 3"``.
+        text: Text or tokens.
+        prepend_bos: As for :func:`tl_loops.upstream.inputs.model_input`.
+
+    Returns:
+        int64 [pos], on the CPU.
+
+    Raises:
+        ValueError: It cannot be fed to the model.
+    """
+    # No token is padding, whatever its id.
+    real = None if isinstance(text, str) else torch.ones_like(text)
+    try:
+        fed = model_input(model, text, real, prepend_bos=prepend_bos, truncate=False)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+    return fed.tokens[0].cpu()
 
 
 def longest_first(keys: Sequence[Hashable], lengths: Sequence[int]) -> list[int]:
@@ -90,14 +117,21 @@ def batches(
         yield batch
 
 
-def check_batch_size(batch_size: int) -> None:
-    """Refuse a batch size below 1.
+def check_batch_size(batch_size: int | None, or_none: bool = False) -> None:
+    """Check that a batch size is an integer of at least 1.
+
+    Args:
+        batch_size: What was given.
+        or_none: Whether ``None``, an automatic choice, is allowed too.
 
     Raises:
-        ValueError: It is.
+        ValueError: It is none.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if batch_size is None and or_none:
+        return
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        allowed = "1 or None" if or_none else "1"
+        raise ValueError(f"batch_size must be at least {allowed}, got {batch_size!r}")
 
 
 def _kind(prompt: Any) -> str | None:
@@ -106,18 +140,13 @@ def _kind(prompt: Any) -> str | None:
     return "tokens" if isinstance(prompt, Tensor) else None
 
 
-def _checked(model: Any, number: int, prompt: str | Tensor, at_least: int) -> Int[Tensor, "pos"]:
-    if isinstance(prompt, str):
-        tokens = model.to_tokens(prompt, truncate=False)[0].cpu()
-    else:
-        tokens = prompt.detach().cpu()
-        if tokens.ndim != 1:
-            raise ValueError(
-                f"prompt {number} has shape {list(tokens.shape)}, expected [pos]: one prompt a "
-                "tensor, without padding"
-            )
-        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-            raise ValueError(f"prompt {number} is {tokens.dtype}, expected integer token ids")
+def _checked(model: Model, number: int, prompt: str | Tensor, at_least: int) -> Int[Tensor, "pos"]:
+    if isinstance(prompt, Tensor) and prompt.ndim != 1:
+        raise ValueError(
+            f"prompt {number} has shape {list(prompt.shape)}, expected [pos]: one prompt a "
+            "tensor, without padding"
+        )
+    tokens = tokens_alone(model, f"prompt {number}", prompt)
     n_tokens, cfg = tokens.shape[0], model.cfg
     if n_tokens < at_least:
         raise ValueError(
@@ -129,10 +158,4 @@ def _checked(model: Any, number: int, prompt: str | Tensor, at_least: int) -> In
             f"prompt {number} has {n_tokens} tokens, but the context is cfg.n_ctx={cfg.n_ctx}; "
             "shorten it"
         )
-    n_ids = number_of_ids(cfg)
-    if not 0 <= int(tokens.min()) <= int(tokens.max()) < n_ids:
-        raise ValueError(
-            f"prompt {number} holds ids from {int(tokens.min())} to {int(tokens.max())}, expected "
-            f"0 to {n_ids - 1}"
-        )
-    return tokens.long()
+    return tokens

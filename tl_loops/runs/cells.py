@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.layout.model import Model
+
 Edit = Callable[[Tensor], None]
 """Edits in place a private copy of one cell's rows of an activation. Positions in front may be left
 out: what is there are the last ones."""
@@ -43,7 +45,7 @@ class CellOutput:
 
 
 @contextmanager
-def hooked(model: Any, hooks: Sequence[tuple[str, Callable]]) -> Iterator[None]:
+def hooked(model: Model, hooks: Sequence[tuple[str, Callable]]) -> Iterator[None]:
     """``model.hooks`` without its visit to every hook point of the model when it ends.
 
     A run has as many stages as there are blocks, so that visit would cost more than the stages.

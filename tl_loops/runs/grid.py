@@ -8,6 +8,7 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import layout_of
 from tl_loops.layout.selection import Selection, contiguous_parts, distinct_indices
 from tl_loops.runs.activations import AXES, Activation, find_activation
@@ -69,7 +70,7 @@ class Grid:
 
 
 def make_grid(
-    model: Any,
+    model: Model,
     activation: str,
     axes: Sequence[str],
     n_pos: int,
@@ -121,7 +122,7 @@ def make_grid(
 
 
 def axis_labels(
-    model: Any,
+    model: Model,
     axes: Sequence[str],
     tokens: Int[Tensor, "*batch pos"] | None = None,
     activation: str = "resid_pre",
@@ -175,7 +176,7 @@ def axis_labels(
 
 
 def _checked_axes(
-    model: Any, activation: Activation, axes: Sequence[str], what: str = "axes"
+    model: Model, activation: Activation, axes: Sequence[str], what: str = "axes"
 ) -> tuple[str, ...]:
     if isinstance(axes, str):
         axes = (axes,)
@@ -203,7 +204,11 @@ def _checked_axes(
 
 
 def _ranges(
-    model: Any, activation: Activation, axes: tuple[str, ...], n_pos: int, where: Mapping[str, Any]
+    model: Model,
+    activation: Activation,
+    axes: tuple[str, ...],
+    n_pos: int,
+    where: Mapping[str, Any],
 ) -> dict[str, int]:
     """Size of every axis in use; the depth is either 'block' or 'iteration' and 'layer'."""
     layout, used = layout_of(model), {*axes, *where}
@@ -249,7 +254,7 @@ def _windows(axis: str, values: tuple[int, ...], window: int) -> list[tuple[int,
 
 
 def _hook_names(
-    model: Any, activation: Activation, cover: Mapping[str, tuple[int, ...]]
+    model: Model, activation: Activation, cover: Mapping[str, tuple[int, ...]]
 ) -> tuple[str, ...]:
     if activation.kind == "run":
         return (activation.hook_name(),)

@@ -1,18 +1,96 @@
-"""What a lens is run on: tokens, mask, and the positions that are read, checked before any pass."""
+"""What an analysis is run on: tokens, mask, forward arguments, positions; checked beforehand."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_loops.upstream import model_input
+from tl_loops.layout.model import Model
+from tl_loops.layout.of_model import layout_of
+from tl_loops.layout.selection import Selection, distinct_indices
+from tl_loops.upstream import attention_needs, model_input
+
+FORWARD_ARGUMENTS = (
+    "attention_mask",
+    "initial_state",
+    "exit_at",
+    "exit_threshold",
+    "weighted_exit",
+)
+"""Arguments of the model's forward pass that every run can be given."""
 
 # Shapes are checked below, with messages of their own.
 LensInput = str | list[str] | Tensor
 Positions = int | Sequence[int] | Tensor | Literal["all", "last"]
+
+
+@dataclass(frozen=True, eq=False)
+class RunInputs:
+    """Prompts and the forward arguments that every run of them gets.
+
+    Attributes:
+        tokens: Token ids, [batch, pos].
+        mask: True at real tokens, False at padding; ``None``: no padding.
+        attention_mask: The mask, where attention is given it; not for right padding of a causal
+            model, unless the caller gave the mask.
+        initial_state: State before iteration 0, [batch, pos, d_model]; ``None``: the model's rule.
+        exits: ``exit_at``, ``exit_threshold`` and ``weighted_exit``, where they are given.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"] | None = None
+    attention_mask: Bool[Tensor, "batch pos"] | None = None
+    initial_state: Float[Tensor, "batch pos d_model"] | None = None
+    exits: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of prompts and of positions."""
+        return (self.tokens.shape[0], self.tokens.shape[1])
+
+    @property
+    def forward_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the model's forward pass on these prompts."""
+        given = {"attention_mask": self.attention_mask, "initial_state": self.initial_state}
+        return {name: value for name, value in given.items() if value is not None} | dict(
+            self.exits
+        )
+
+
+def run_inputs(model: Model, input: Any, arguments: Mapping[str, Any] | None = None) -> RunInputs:
+    """Tokenise, find the padding, and check the forward arguments of every run.
+
+    Args:
+        model: A looped model or a plain HookedTransformer.
+        input: Text, or tokens [batch, pos] or [pos].
+        arguments: Some of :data:`FORWARD_ARGUMENTS`.
+
+    Raises:
+        ValueError: Prompts that cannot be fed, or an argument that is unknown or does not fit.
+    """
+    given = dict(arguments or {})
+    for name in given:
+        if name not in FORWARD_ARGUMENTS:
+            hint = (
+                "run the whole call inside `with model.iterations(n):`"
+                if name == "n_iterations"
+                else f"those that are: {', '.join(FORWARD_ARGUMENTS)}"
+            )
+            raise ValueError(f"{name!r} is not an argument of the patched runs; {hint}")
+        if layout_of(model) is None and name != "attention_mask":
+            raise ValueError(f"{name!r} needs a looped model")
+    explicit = given.pop("attention_mask", None)
+    fed = model_input(model, input, explicit)
+    needed = explicit is not None or attention_needs(fed.mask, model.cfg)
+    initial_state = given.pop("initial_state", None)
+    _check_initial_state(model, fed.tokens, initial_state)
+    # exit_at=0 is the first iteration, not a flag that is off.
+    exits = {name: v for name, v in given.items() if v is not None and v is not False}
+    attention_mask = fed.mask if needed else None
+    return RunInputs(fed.tokens, fed.mask, attention_mask, initial_state, exits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +130,7 @@ class LensInputs:
 
 
 def lens_inputs(
-    model: Any,
+    model: Model,
     input: LensInput,
     positions: Positions,
     attention_mask: Tensor | None = None,
@@ -78,13 +156,49 @@ def lens_inputs(
     """
     fed = model_input(model, input, attention_mask)
     tokens, mask = fed.tokens, fed.mask
+    _check_initial_state(model, tokens, initial_state)
+    return LensInputs(tokens, mask, _resolve(positions, tokens, mask), initial_state)
+
+
+def real_positions(
+    cache: Any, batch: int, n_pos: int, pos: Selection | None = None
+) -> Bool[Tensor, "batch pos"]:
+    """Which positions of a cached run a selection names, counted along each prompt's real tokens.
+
+    Args:
+        cache: A cache; its ``mask``, where it has one, tells real tokens from padding.
+        batch: Number of prompts in it.
+        n_pos: Number of positions in it.
+        pos: Which of each prompt's real tokens, so that -1 is its last; ``None``: all.
+
+    Returns:
+        True at what is chosen, on the CPU.
+
+    Raises:
+        IndexError: A prompt has no such token.
+        ValueError: The selection is empty.
+    """
+    mask = getattr(cache, "mask", None)
+    real = torch.ones(batch, n_pos, dtype=torch.bool)
+    if mask is not None:
+        real = mask.cpu().reshape(batch, n_pos)
+    if pos is None:
+        return real
+    chosen = torch.zeros_like(real)
+    for row in range(batch):
+        (where,) = real[row].nonzero(as_tuple=True)
+        index = distinct_indices("pos", len(where), pos)
+        chosen[row, where[list(index)]] = True
+    return chosen
+
+
+def _check_initial_state(model: Model, tokens: Tensor, initial_state: Tensor | None) -> None:
     expected = (*tokens.shape, model.cfg.d_model)
     if initial_state is not None and tuple(initial_state.shape) != expected:
         raise ValueError(
             f"initial_state must be [batch, pos, d_model] = {expected}, "
             f"got {tuple(initial_state.shape)}"
         )
-    return LensInputs(tokens, mask, _resolve(positions, tokens, mask), initial_state)
 
 
 def _resolve(positions: Positions, tokens: Tensor, mask: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
+from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import layout_of
 from tl_loops.runs.cells import (
     Cell,
@@ -29,23 +30,14 @@ from tl_loops.runs.cells import (
     scalar,
     show_to,
 )
+from tl_loops.runs.inputs import RunInputs
 from tl_loops.runs.stages import crossing_block, stage_of
 from tl_loops.upstream import (
     KeyValueCache,
     KeyValueCacheEntry,
     can_restart,
-    get_attention_mask,
     has_hooks,
 )
-
-FORWARD_ARGUMENTS = (
-    "attention_mask",
-    "initial_state",
-    "exit_at",
-    "exit_threshold",
-    "weighted_exit",
-)
-"""Arguments of the model's forward pass that every run can be given."""
 
 _POSITION_GROUPS = 4
 _MEMORY = 512 * 2**20
@@ -61,32 +53,24 @@ class BaseRun:
 
     Args:
         model: A looped model or a plain HookedTransformer.
-        tokens: [batch, pos].
+        inputs: Prompts and forward arguments of every run.
         read: Hook points between iterations whose values :class:`CellOutput` carries.
-        arguments: Some of :data:`FORWARD_ARGUMENTS`.
-
-    Raises:
-        ValueError: Tokens of the wrong kind, or an argument that does not fit.
+        gradients: Whether what the runs give carries gradients where they are enabled. Otherwise
+            no run keeps a graph.
     """
 
     def __init__(
-        self,
-        model: Any,
-        tokens: Tensor,
-        read: Sequence[str] = (),
-        arguments: Mapping[str, Any] | None = None,
+        self, model: Model, inputs: RunInputs, read: Sequence[str] = (), gradients: bool = False
     ):
         self.model, self.cfg, self.layout = model, model.cfg, layout_of(model)
-        self.tokens, self.read = tokens, tuple(read)
-        self.batch, self.n_pos = tokens.shape
-        arguments = dict(arguments or {})
-        self._check_arguments(arguments)
-        self.mask = self._attention_mask(arguments.pop("attention_mask", None))
-        self.initial_state: Tensor | None = arguments.pop("initial_state", None)
-        # exit_at=0 is the first iteration, not a flag that is off.
-        self.exit_arguments = {
-            k: v for k, v in arguments.items() if v is not None and v is not False
-        }
+        self.tokens, self.read = inputs.tokens, tuple(read)
+        self.batch, self.n_pos = self.shape = inputs.shape
+        # Explicit also where the model would find it, since a restart sees no tokens.
+        given = inputs.attention_mask
+        self.mask = None if given is None else given.long()
+        self.initial_state = inputs.initial_state
+        self.exit_arguments = dict(inputs.exits)
+        self.gradients = gradients and torch.is_grad_enabled()
 
         cfg = self.cfg
         exits = bool(self.exit_arguments) or any(
@@ -115,39 +99,6 @@ class BaseRun:
         self.values: dict[str, Tensor] = {}
         self.past: KeyValueCache | None = None
         self.logits: Tensor | None = None
-
-    def _check_arguments(self, arguments: dict[str, Any]) -> None:
-        for name in arguments:
-            if name not in FORWARD_ARGUMENTS:
-                hint = (
-                    "run the whole call inside `with model.iterations(n):`"
-                    if name == "n_iterations"
-                    else f"those that are: {', '.join(FORWARD_ARGUMENTS)}"
-                )
-                raise ValueError(f"{name!r} is not an argument of the patched runs; {hint}")
-            if self.layout is None and name != "attention_mask":
-                raise ValueError(f"{name!r} needs a looped model")
-        state = arguments.get("initial_state")
-        expected = (self.batch, self.n_pos, self.cfg.d_model)
-        if state is not None and tuple(state.shape) != expected:
-            raise ValueError(
-                f"initial_state must be [batch, pos, d_model] = {expected}, got "
-                f"{tuple(state.shape)}"
-            )
-
-    def _attention_mask(self, mask: Tensor | None) -> Tensor | None:
-        """The mask that the model would use: explicit, since a restart sees no tokens."""
-        if mask is not None:
-            if mask.shape != self.tokens.shape:
-                raise ValueError(
-                    f"attention_mask must be [batch, pos] = {tuple(self.tokens.shape)}, got "
-                    f"{tuple(mask.shape)}"
-                )
-            return mask.to(self.tokens.device)
-        tokenizer = getattr(self.model, "tokenizer", None)
-        if tokenizer is None or tokenizer.padding_side != "left":
-            return None
-        return get_attention_mask(tokenizer, self.tokens, bool(self.cfg.default_prepend_bos))
 
     def stage(self, name: str) -> int:
         """The block at which a run must start, at the latest, so that a hook point fires."""
@@ -200,7 +151,7 @@ class BaseRun:
             self.past = arguments["past_kv_cache"] = self._empty_past()
             if arguments.get("attention_mask") is None:
                 arguments["attention_mask"] = torch.ones_like(self.tokens)
-        with hooked(self.model, hooks):
+        with torch.set_grad_enabled(self.gradients), hooked(self.model, hooks):
             self.logits = self.model(self.tokens, **arguments)
         if drawn:  # All cells share the draw of the base run.
             self.initial_state = self.values["hook_initial_state"]
@@ -245,16 +196,17 @@ class BaseRun:
             batch_size: Cells in one forward pass; ``None``: as many as fit in half a gigabyte.
             progress: Show a progress bar.
             description: Its text.
-            keep_graph: With gradients enabled, keep what the backward pass needs. Otherwise the
-                runs are repeated in the backward pass, so that memory stays bounded by
-                ``batch_size`` there, too.
+            keep_graph: With gradients, keep what the backward pass needs. Otherwise the runs are
+                repeated in the backward pass, so that memory stays bounded by ``batch_size``
+                there, too.
 
         Returns:
             One number a cell, in float32 (float64 where ``score`` gives float64).
         """
         assert self.logits is not None
         results: list[Tensor | None] = [None] * len(cells)
-        with tqdm(total=len(cells), disable=not progress, desc=description) as bar:
+        bar = tqdm(total=len(cells), disable=not progress, desc=description)
+        with bar, torch.set_grad_enabled(self.gradients):
             unedited = [i for i, cell in enumerate(cells) if not cell.edits]
             if unedited:
                 base = CellOutput(self.logits, {name: self.values[name] for name in self.read})
@@ -264,12 +216,12 @@ class BaseRun:
                 bar.update(len(unedited))
             for batch in self._plan(cells, batch_size):
                 run = partial(self._score_batch, [cells[i] for i in batch], score)
-                repeat = torch.is_grad_enabled() and not keep_graph
+                repeat = self.gradients and not keep_graph
                 values = checkpoint(run, use_reentrant=False) if repeat else run()
                 for i, value in zip(batch, values, strict=True):
                     results[i] = value
                 bar.update(len(batch))
-        return torch.stack([value for value in results if value is not None])
+            return torch.stack([value for value in results if value is not None])
 
     def automatic_batch_size(self) -> int:
         """Cells in one forward pass so that its tensors take about half a gigabyte."""

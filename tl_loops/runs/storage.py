@@ -1,14 +1,16 @@
-"""Files that are there whole or not at all."""
+"""Files that survive a kill: artefacts and progress, there whole or not at all."""
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from tl_loops.errors import CheckpointError
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
@@ -69,3 +71,74 @@ def load_artefact(
     if missing:
         raise ValueError(f"{path} lacks the tensor(s) {', '.join(missing)}")
     return tensors, json.loads(header["metadata"])
+
+
+def save_progress(
+    path: str | os.PathLike[str],
+    kind: str,
+    identity: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    n_done: int,
+) -> None:
+    """Write how far a run has come; a kill at any moment leaves this state or the one before.
+
+    Args:
+        path: Of the file.
+        kind: What is run, such as ``"measurement"``.
+        identity: What decides the result of the run, in JSON's types.
+        tensors: What the run holds.
+        n_done: How much of it is done.
+
+    Raises:
+        FileNotFoundError: The directory does not exist.
+    """
+    header = {
+        "kind": f"tl_loops {kind}",
+        "identity": json.dumps(identity),
+        "n_done": str(n_done),
+    }
+    write_whole(path, save({name: t.contiguous() for name, t in tensors.items()}, header))
+
+
+def load_progress(
+    path: str | os.PathLike[str], kind: str, identity: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], int] | None:
+    """How far a run has come.
+
+    Args:
+        path: Of the file.
+        kind: As given to :func:`save_progress`.
+        identity: Of the run that wants to go on.
+
+    Returns:
+        The tensors and how much is done; ``None`` if there is no file.
+
+    Raises:
+        CheckpointError: The file is damaged, is of another kind, or belongs to another run; the
+            message says in what it differs.
+    """
+    if not Path(path).exists():
+        return None
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is no readable checkpoint of a {kind} ({error}); delete it or give another "
+            "path"
+        ) from error
+    if header.get("kind") != f"tl_loops {kind}":
+        raise CheckpointError(f"{path} is no checkpoint of a {kind}; give another path")
+    theirs = json.loads(header["identity"])
+    for field, value in json.loads(json.dumps(identity)).items():
+        if theirs.get(field) != value:
+            raise CheckpointError(
+                f"{path} belongs to another run: {field} is {_short(theirs.get(field))} there and "
+                f"{_short(value)} here; delete it or give another path"
+            )
+    return tensors, int(header["n_done"])
+
+
+def _short(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, dict) else repr(value)

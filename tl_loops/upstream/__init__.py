@@ -30,8 +30,14 @@ from tl_loops.upstream.bridges import is_bridge
 from tl_loops.upstream.classes import BaseConfig, HookedTransformer, Output, TransformerBase
 from tl_loops.upstream.from_pretrained import install_from_pretrained, uninstall_from_pretrained
 from tl_loops.upstream.guards import install_guards, uninstall_guards
-from tl_loops.upstream.hook_points import has_editing_hooks, has_hooks, unshared
-from tl_loops.upstream.inputs import TRUNCATE_TEXT, ModelInput, model_input, number_of_ids
+from tl_loops.upstream.hook_points import copy_hooks, has_editing_hooks, has_hooks, unshared
+from tl_loops.upstream.inputs import (
+    TRUNCATE_TEXT,
+    ModelInput,
+    attention_needs,
+    model_input,
+    number_of_ids,
+)
 from tl_loops.upstream.made_caches import install_made_caches, uninstall_made_caches
 from tl_loops.upstream.root import can_restart, complete_norm, init_root
 from tl_loops.upstream.text import TextMethods
@@ -59,6 +65,7 @@ __all__ = [
     "TransformerBase",
     "apply_softcap",
     "can_restart",
+    "copy_hooks",
     "complete_norm",
     "composition_scores",
     "get_attention_mask",
@@ -70,6 +77,7 @@ __all__ = [
     "install_made_caches",
     "is_bridge",
     "lm_cross_entropy_loss",
+    "attention_needs",
     "model_input",
     "number_of_ids",
     "sample_logits",

@@ -1,5 +1,7 @@
 """What listens at a hook point."""
 
+from typing import Literal
+
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
@@ -7,6 +9,25 @@ from transformer_lens.hook_points import HookPoint
 def has_hooks(point: HookPoint) -> bool:
     """Whether anything listens at a hook point, be it added by TransformerLens or by torch."""
     return bool(point._forward_hooks or point._forward_pre_hooks or point._backward_hooks)
+
+
+def copy_hooks(source: HookPoint, target: HookPoint) -> None:
+    """Add the hooks of one hook point to another, where they see the other's name.
+
+    Hooks that were registered by torch's own methods come along as they are.
+    """
+    ours: set[int] = set()
+    directions: tuple[Literal["fwd", "bwd"], ...] = ("fwd", "bwd")
+    for direction in directions:
+        for handle in source.fwd_hooks if direction == "fwd" else source.bwd_hooks:
+            ours.add(handle.hook.id)
+            if handle.user_hook is not None:
+                permanent, level = handle.is_permanent, handle.context_level
+                target.add_hook(handle.user_hook, direction, permanent, level)
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+        for key, hook in getattr(source, name).items():
+            if key not in ours:
+                getattr(target, name)[key] = hook
 
 
 def has_editing_hooks(point: HookPoint) -> bool:

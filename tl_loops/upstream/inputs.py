@@ -83,6 +83,14 @@ def model_input(
     return ModelInput(tokens.to(device), mask)
 
 
+def attention_needs(mask: Tensor | None, cfg: Any) -> bool:
+    """Whether padding reaches a real token where attention is not given the mask.
+
+    Right padding of a causal model does not, and TransformerLens leaves its mask out.
+    """
+    return mask is not None and (cfg.attention_dir != "causal" or not bool(mask[:, 0].all()))
+
+
 def number_of_ids(cfg: Any) -> int:
     """How many token ids a model can embed: 0 to one below this number."""
     # After the vocabulary there may be more embeddings, and one more id that stands for zeros.
@@ -108,7 +116,7 @@ def _tokenised(
         raise ValueError("the prompts are empty: got a list without texts")
     tokenizer = model.tokenizer
     if tokenizer is None:
-        raise ValueError("this model has no tokenizer: give tokens [batch, pos]")
+        raise ValueError("this model has no tokenizer: give tokens instead of text")
     cfg, bridge = model.cfg, is_bridge(model)
     wanted = getattr(cfg, "default_prepend_bos", True) if prepend_bos is None else prepend_bos
     by_itself = getattr(cfg, "tokenizer_prepends_bos", True)

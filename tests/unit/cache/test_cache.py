@@ -10,9 +10,11 @@ from torch.testing import assert_close
 import tl_loops
 from tests.feedforward import plain_model
 from tests.models import ARCHITECTURES, any_model, tiny_model, tiny_tokens
+from tests.unit.upstream.test_inputs import TEXTS
+from tests.unit.upstream.test_inputs import looped as looped_with_tokenizer
 from tl_loops import LoopedSemanticsError
 from tl_loops.cache.cache import LoopedActivationCache
-from tl_loops.upstream import ActivationCache, Slice
+from tl_loops.upstream import ActivationCache, Slice, model_input
 
 TOKENS = tiny_tokens()
 CLOSE = dict(rtol=1e-4, atol=1e-5)
@@ -256,3 +258,35 @@ def test_a_cache_of_another_model_stays_what_it_is():
     made = ActivationCache({"hook_embed": torch.zeros(1, 2, 3)}, plain_model(**SMALL))
     assert type(made) is ActivationCache
     assert type(copy.deepcopy(made)) is ActivationCache
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_a_cache_carries_the_mask_of_its_run(side):
+    model = looped_with_tokenizer(side)
+    _, cache = model.run_with_cache(TEXTS)
+    expected = model_input(model, TEXTS).mask
+    assert cache.mask is not None and expected is not None
+    assert torch.equal(cache.mask, expected) and cache.mask.sum() == 11
+    assert torch.equal(cache.to("cpu").mask, expected)
+    row = cache.apply_slice_to_batch_dim(slice(0, 1))
+    assert torch.equal(row.mask, expected[:1])
+    assert torch.equal(cache.apply_slice_to_batch_dim(0).mask, expected[0])
+    assert torch.equal(row.remove_batch_dim().mask, expected[0])
+    assert torch.equal(model.run_with_cache(TEXTS, pos_slice=(-3, None))[1].mask, expected[:, -3:])
+    # A single text has no padding, although it ends in the padding token.
+    assert model.run_with_cache("a b <eos>")[1].mask is None
+
+
+@torch.no_grad()
+def test_a_cache_carries_the_mask_that_the_run_was_given():
+    model = looped_with_tokenizer()
+    tokens = model.to_tokens(TEXTS[1])
+    mask = torch.ones_like(tokens)
+    mask[:, :2] = 0
+    _, cache = model.run_with_cache(tokens, attention_mask=mask, names_filter="hook_embed")
+    assert torch.equal(cache.mask, mask.bool())
+    resid = model(tokens, stop_at_layer=0)
+    _, later = model.run_with_cache(resid, start_at_layer=0, attention_mask=mask)
+    assert torch.equal(later.mask, mask.bool())
+    assert model.run_with_cache(resid, start_at_layer=0)[1].mask is None

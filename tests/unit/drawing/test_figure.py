@@ -28,10 +28,9 @@ from tl_loops.drawing.figure import (
     every_few,
     explained,
 )
-from tl_loops.drawing.subject import shown_text
+from tl_loops.drawing.subject import shown_text, subject_of
 from tl_loops.layout.layout import LoopLayout
-from tl_loops.layout.segments import Segment, SegmentedLayout
-from tl_loops.plots.subject import subject_of
+from tl_loops.layout.segments import Segment
 from tl_loops.tasks.fact_chain import sample_pair
 
 NAN = float("nan")
@@ -132,7 +131,7 @@ def test_prelude_and_coda_are_where_the_layout_says():
     assert [name for name, _, _ in block_groups(LoopLayout(0, 3, 1, 2))] == [
         "iteration 0", "iteration 1", "coda"
     ]  # fmt: skip
-    unequal = SegmentedLayout((Segment(1, 3, 2), Segment(3, 4)), 1)
+    unequal = LoopLayout.of_segments((Segment(1, 3, 2), Segment(3, 4)), 1)
     assert [blocks for _, _, blocks in block_groups(unequal)] == [[0], [1, 2], [3, 4], [5], [6]]
     long = LoopLayout(2, 4, 2, 128)
     ticks = block_ticks(long, range(long.n_layers))

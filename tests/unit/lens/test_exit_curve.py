@@ -2,7 +2,6 @@
 
 import math
 from functools import cache
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +9,8 @@ from torch import Tensor
 
 from tests.feedforward import plain_model
 from tests.models import ARCHITECTURES, tiny_model
+from tests.unit.upstream.test_inputs import BOS
+from tests.unit.upstream.test_inputs import looped as with_tokenizer
 from tl_loops.lens.exit_curve import exit_curve
 from tl_loops.metrics.readout import answer_flips, kl_divergence, oracle_headroom, overthinking
 
@@ -107,19 +108,10 @@ def test_an_answer_is_right_when_all_of_its_tokens_are():
     assert both.accuracy[-1] == 0.5 and both.std("accuracy")[-1] == pytest.approx(0.5**0.5)
 
 
-def test_answers_given_as_text_are_tokenised_without_bos(monkeypatch):
-    model = tiny_model("retrofitted")
-    seen = []
-
-    def to_tokens(text: str, prepend_bos: bool = True, truncate: bool = True) -> Tensor:
-        seen.append((text, prepend_bos, truncate))
-        return torch.tensor([[1] * prepend_bos + [ord(letter) % 50 for letter in text]])
-
-    monkeypatch.setattr(model, "tokenizer", SimpleNamespace(padding_side="right"))
-    monkeypatch.setattr(model, "to_tokens", to_tokens)
-    got = curve(model, ["abc"], ["de"])
-    assert seen == [("abc", True, False), ("de", False, False)]
-    prompt, answer = torch.tensor([1, 47, 48, 49]), torch.tensor([0, 1])
+def test_answers_given_as_text_are_tokenised_without_bos():
+    model = with_tokenizer()
+    got = curve(model, ["a b c"], ["d e"])
+    prompt, answer = torch.tensor([BOS, 3, 4, 5]), torch.tensor([6, 7])
     assert torch.equal(got.loss, curve(model, [prompt], [answer]).loss)
 
 

@@ -10,7 +10,7 @@ from tests.unit.plots.reading import BACKENDS, colours, curves, words
 from tl_loops.drawing.colours import CODA, ITERATIONS, LAYERS, PRELUDE
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
-from tl_loops.layout.segments import Segment, SegmentedLayout
+from tl_loops.layout.segments import Segment
 from tl_loops.measurements.profile import LoopProfile, Provenance
 from tl_loops.plots import plot_fixed_points, plot_profile, plot_residual_norms
 from tl_loops.runs.moments import Moments
@@ -152,7 +152,7 @@ def test_a_feedforward_profile_is_unrolled():
 
 
 def test_iterations_of_unequal_length_are_drawn_unrolled():
-    p = profile(SegmentedLayout((Segment(1, 3, 2), Segment(3, 4)), 1))
+    p = profile(LoopLayout.of_segments((Segment(1, 3, 2), Segment(3, 4)), 1))
     figure = plot_profile(p, "sink_rate", by="unrolled", backend="plotly")
     np.testing.assert_allclose(curves(figure)["mean"][1], p.mean("sink_rate"))
     with pytest.raises(LoopedSemanticsError, match="go by unrolled block"):

@@ -449,7 +449,9 @@ def test_gradients_reach_weights_and_clean_activations(models, architecture):
     given = {name: cache[name].clone().requires_grad_() for name in names}
     weight = model.blocks[1].mlp.W_in
 
-    found = activation_patch(model, corrupted, given, metric, axes=("block", "pos"), progress=False)
+    found = activation_patch(
+        model, corrupted, given, metric, axes=("block", "pos"), progress=False, gradients=True
+    )
     coefficients = torch.linspace(-1, 1, found.numel()).reshape(found.shape)
     (found * coefficients).sum().backward()
     gradients = {name: given[name].grad.clone() for name in names}
@@ -466,6 +468,20 @@ def test_gradients_reach_weights_and_clean_activations(models, architecture):
     torch.testing.assert_close(weight_gradient, weight.grad, atol=1e-3, rtol=1e-3)
     assert weight_gradient.abs().max() > 0
     model.zero_grad()
+
+
+def test_no_graph_is_kept_unless_gradients_are_asked_for(models):
+    model = models["retrofitted"]
+    clean, corrupted = prompts()
+    _, cache = model.run_with_cache(clean)
+    found = activation_patch(model, corrupted, cache, metric, axes=("block",), progress=False)
+    assert not found.requires_grad
+    with torch.no_grad():
+        without = activation_patch(
+            model, corrupted, cache, metric, axes=("block",), progress=False, gradients=True
+        )
+    assert not without.requires_grad
+    agree(found, without)
 
 
 @pytest.mark.parametrize("architecture", ["huginn", "ouro", "olmo_grouped"])

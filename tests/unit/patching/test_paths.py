@@ -241,7 +241,7 @@ def test_gradients_pass_both_runs(models):
     given = {name: clean[name].clone().requires_grad_()}
     sender, receiver = Site("attn_out", block=1), Site("resid_pre", block=4)
     path_patch(
-        model, corrupted, given, metric, [sender], [receiver], progress=False
+        model, corrupted, given, metric, [sender], [receiver], progress=False, gradients=True
     ).sum().backward()
     gradient = given[name].grad
     assert gradient is not None

@@ -2,23 +2,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from tests.models import tiny_model
+from tests.unit.upstream.test_inputs import BOS, EOS, looped
 from tl_loops.runs.batches import batches, check_batch_size, longest_first, token_prompts
 
 FAST = settings(deadline=None, max_examples=25)
-
-
-class WordTokenizer:
-    """Stands in for a model's own tokenisation."""
-
-    def __init__(self, model):
-        self.model, self.calls = model, []
-
-    def __call__(self, text: str, truncate: bool = True, **kwargs) -> Tensor:
-        self.calls.append(truncate)
-        return torch.tensor([[1, *(len(word) for word in text.split())]])
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +23,11 @@ def test_tokens_are_taken_as_they_are(model):
     assert [t.tolist() for t in token_prompts(model, iter(given))] == [[3, 1, 4], [1]]
 
 
-def test_text_is_tokenised_alone_and_never_cut(model, monkeypatch):
-    tokenize = WordTokenizer(model)
-    monkeypatch.setattr(model, "tokenizer", object())
-    monkeypatch.setattr(model, "to_tokens", tokenize)
-    assert [t.tolist() for t in token_prompts(model, ["a bb", "ccc"])] == [[1, 1, 2], [1, 3]]
-    assert tokenize.calls == [False, False]
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_text_is_tokenised_alone_and_never_cut(side):
+    model = looped(side, n_ctx=64)
+    found = [t.tolist() for t in token_prompts(model, ["a b", "c", "a <eos>"])]
+    assert found == [[BOS, 3, 4], [BOS, 5], [BOS, 3, EOS]]
     with pytest.raises(ValueError, match=r"prompt 1 has 66 tokens.*n_ctx=64"):
         token_prompts(model, ["a", "b " * 65])
     with pytest.raises(ValueError, match=r"prompt 0 has 1 token.*at least 2: ''"):
@@ -56,9 +44,13 @@ def test_text_is_tokenised_alone_and_never_cut(model, monkeypatch):
         (["text", torch.tensor([1])], TypeError, "mixes"),
         ([torch.tensor([1]), [1, 2]], TypeError, "prompt 1 is a list"),
         ([torch.tensor([[1, 2]])], ValueError, r"prompt 0 has shape \[1, 2\]"),
-        ([torch.tensor([1.0])], ValueError, "prompt 0 is torch.float32"),
-        ([torch.tensor([1]), torch.tensor([], dtype=torch.int64)], ValueError, "prompt 1 has 0"),
-        ([torch.tensor([1, 50])], ValueError, "ids from 1 to 50, expected 0 to 49"),
+        ([torch.tensor([1.0])], ValueError, "prompt 0: .*got a torch.float32"),
+        ([torch.tensor([1]), torch.tensor([], dtype=torch.int64)], ValueError, "prompt 1: .*empty"),
+        (
+            [torch.tensor([1, 50])],
+            ValueError,
+            "prompt 0: .*from 1 to 50, but the model embeds 0 to 49",
+        ),
         ([torch.tensor([-1])], ValueError, "ids from -1"),
         ([torch.zeros(65, dtype=torch.int64)], ValueError, "n_ctx=64"),
     ],

@@ -1,7 +1,8 @@
 """A bridged looped model under the names of its iterations."""
 
 import re
-from typing import Any
+import threading
+from typing import Any, SupportsIndex
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from tl_loops.model.bridged.family import BridgedFamily
 from tl_loops.model.bridged.routing import routed
 from tl_loops.model.bridged.taps import Tap
 from tl_loops.model.hooks import HookNameError
-from tl_loops.model.iterations import iterations
+from tl_loops.model.iterations import at_iterations
 from tl_loops.model.looped import LoopedTransformer
 from tl_loops.model.start import block_index, check_return_type, read_tokens
 from tl_loops.model.weights import Weights
@@ -22,6 +23,10 @@ from tl_loops.upstream import USE_DEFAULT_VALUE, HookPoint, LocallyOverridenDefa
 
 _WRAPPED = re.compile(r"\._original_component\b")
 _OWN_BLOCKS = "call model.looped(), a LoopedTransformer over the same weights in memory, which can"
+
+
+_ENGINE = threading.RLock()
+"""The Hugging Face model is one engine with settings of its own: one call at a time."""
 
 
 class UnrolledBridge(LoopedTransformer):
@@ -122,7 +127,7 @@ class UnrolledBridge(LoopedTransformer):
         stop_at_layer: int | None = None,
         past_kv_cache: Any = None,
         *,
-        n_iterations: int | None = None,
+        n_iterations: SupportsIndex | None = None,
         initial_state: Float[Tensor, "..."] | None = None,
         prefix_mask: Tensor | None = None,
         **others: Any,
@@ -171,21 +176,22 @@ class UnrolledBridge(LoopedTransformer):
                         else ""
                     )
                 )
-        with (
-            iterations(self, n_iterations),
-            LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side),
-        ):
-            tokens, padding, mask = read_tokens(self, input, attention_mask)
-            arguments = self._arguments(self._bridged, tokens, mask, initial_state)
+        model = at_iterations(self, n_iterations)
+        defaults = LocallyOverridenDefaults(
+            model, prepend_bos=prepend_bos, padding_side=padding_side
+        )
+        with _ENGINE, defaults:
+            tokens, padding, mask = read_tokens(model, input, attention_mask)
+            arguments = model._arguments(model._bridged, tokens, mask, initial_state)
             if prefix_mask is not None:
                 arguments["token_type_ids"] = prefix_mask.long()
             stop = stop_at_layer
             if stop is not None:
-                stop = block_index(self.cfg.n_layers, stop, "stop_at_layer")
-            result = self._run(tokens, arguments, stop)
+                stop = block_index(model.cfg.n_layers, stop, "stop_at_layer")
+            result = model._run(tokens, arguments, stop)
             if stop is not None:
                 return result
-            return readout.output(self, return_type, result, tokens, padding, loss_per_token)
+            return readout.output(model, return_type, result, tokens, padding, loss_per_token)
 
     def _arguments(
         self,

@@ -2,22 +2,32 @@
 
 import copy
 import dataclasses
-from typing import Any
+from typing import Any, SupportsIndex
 
+from tl_loops.config.checks import whole_iterations
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import ConfigError
 from tl_loops.layout.layout import LoopLayout
-from tl_loops.layout.segments import SegmentedLayout
+from tl_loops.layout.segments import Segment, named_segments
 from tl_loops.upstream import POST_NORM_ARCHITECTURES, BaseConfig
 
 
-@dataclasses.dataclass(repr=False)
+@dataclasses.dataclass(repr=False, eq=False)
 class RepeatedConfig(LoopedTransformerConfig):
     """The config of a HookedTransformer, with a layout in which some of its blocks repeat.
 
-    Made by :meth:`of`. Fields of TransformerLens keep the original's values (``n_layers`` is the
-    unrolled depth); those of the loop say that nothing happens between iterations.
+    Fields of TransformerLens keep the original's values (``n_layers`` is the unrolled depth); those
+    of the loop say that nothing happens between iterations.
+
+    Attributes:
+        segments: With several loops, ``(start, stop, n_iterations)`` of each and of the blocks
+            between them, in order; ``None``: one loop.
+
+    Raises:
+        ConfigError: The sizes or segments do not fit.
     """
+
+    segments: Any = dataclasses.field(default=None, kw_only=True)
 
     @classmethod
     def of(cls, original: BaseConfig, layout: LoopLayout, n_params: int) -> "RepeatedConfig":
@@ -28,19 +38,43 @@ class RepeatedConfig(LoopedTransformerConfig):
             layout: Of the looped model.
             n_params: Scalars of the original, which are all there are.
         """
-        cfg = object.__new__(cls)
-        for field in dataclasses.fields(LoopedTransformerConfig):
-            if field.default is not dataclasses.MISSING:
-                cfg.__dict__[field.name] = field.default
-        cfg.__dict__.update(copy.copy(vars(original)))
-        post_branch = cfg.original_architecture in POST_NORM_ARCHITECTURES
-        sandwich = cfg.use_normalization_before_and_after
-        cfg.block_norm = "post_branch" if post_branch else "sandwich" if sandwich else "pre"
-        cfg.attn_bias = cfg.unembed_bias = True
-        cfg.mlp_bias = not (cfg.attn_only or cfg.num_experts)
-        cfg.n_params = n_params
-        cfg._place(layout)
+        names = {field.name for field in dataclasses.fields(cls)}
+        given = copy.copy(vars(original))
+        post_branch = given.get("original_architecture") in POST_NORM_ARCHITECTURES
+        sandwich = given.get("use_normalization_before_and_after")
+        given |= dict(
+            block_norm="post_branch" if post_branch else "sandwich" if sandwich else "pre",
+            attn_bias=True,
+            unembed_bias=True,
+            mlp_bias=not (given.get("attn_only") or given.get("num_experts")),
+            n_params=n_params,
+            n_prelude=layout.n_prelude,
+            n_coda=layout.n_coda,
+            n_iterations=layout.n_iterations,
+        )
+        if layout.segments is None:
+            given["n_core"] = layout.n_core
+        else:
+            given["segments"] = layout.segments
+        cfg = cls(**{name: value for name, value in given.items() if name in names})
+        for name in given.keys() - names:  # TransformerLens may keep more than its fields.
+            setattr(cfg, name, given[name])
         return cfg
+
+    def __post_init__(self) -> None:
+        # The fields are those of a model that exists: there is nothing to check but the layout.
+        try:
+            if self.segments is None:
+                sizes = (self.n_prelude, self._given_n_core, self.n_coda, self.n_iterations)
+                self._place(LoopLayout(*sizes))
+            else:
+                self.segments = tuple(Segment(*segment) for segment in self.segments)
+                self._place(LoopLayout.of_segments(self.segments, self.n_coda))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"the loops do not fit: {error}") from error
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self.to_dict() == other.to_dict()
 
     def _place(self, layout: LoopLayout) -> None:
         self._layout = layout
@@ -53,29 +87,35 @@ class RepeatedConfig(LoopedTransformerConfig):
         return self._layout
 
     @property
-    def n_core(self) -> int:  # type: ignore[override]
-        """Blocks in one iteration; refused where iterations differ."""
+    def n_core(self) -> int:  # pyright: ignore  # a field of the base, here it follows
+        """Blocks in one iteration.
+
+        Raises:
+            LoopedSemanticsError: Iterations differ.
+        """
         return self._layout.n_core
 
     @n_core.setter
     def n_core(self, value: int) -> None:
-        raise ConfigError(f"n_core follows from the layout, got {value}: call tl_loops.loop again")
+        if "_layout" in vars(self):
+            raise ConfigError(
+                f"n_core follows from the layout, got {value}: call tl_loops.loop again"
+            )
+        self._given_n_core = value
 
     @property
     def branch_norms(self) -> tuple[str, str]:
-        """Names of the norms behind the attention and behind the MLP, where there are any."""
+        """Names of the norms after the attention and after the MLP, where there are any."""
         return ("ln1", "ln2") if self.block_norm == "post_branch" else ("ln1_post", "ln2_post")
 
-    def set_iterations(self, n_iterations: int) -> None:
+    def set_iterations(self, n_iterations: SupportsIndex) -> None:
         """Set ``n_iterations`` and with it ``n_layers``.
 
         Raises:
             ConfigError: ``n_iterations`` is not an integer of at least 1.
             LoopedSemanticsError: The layout has several loops.
         """
-        if isinstance(n_iterations, bool) or not isinstance(n_iterations, int) or n_iterations < 1:
-            raise ConfigError(f"n_iterations must be an integer of at least 1, got {n_iterations}")
-        self._place(self._layout.with_iterations(n_iterations))
+        self._place(self._layout.with_iterations(whole_iterations(n_iterations)))
 
     def count_parameters(self) -> int:
         """Number of trained scalars, each physical weight counted once."""
@@ -83,11 +123,13 @@ class RepeatedConfig(LoopedTransformerConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields; with several loops, ``segments`` says what ``n_core`` cannot."""
-        if not isinstance(self._layout, SegmentedLayout):
-            return super().to_dict()
-        names = [f.name for f in dataclasses.fields(self) if f.name != "n_core"]
-        segments = [dataclasses.astuple(segment) for segment in self._layout.segments]
-        return {**{name: getattr(self, name) for name in names}, "segments": segments}
+        names = [field.name for field in dataclasses.fields(self)]
+        if self.segments is not None:
+            names.remove("n_core")
+        fields = {name: getattr(self, name) for name in names}
+        if self.segments is not None:
+            fields["segments"] = tuple(dataclasses.astuple(s) for s in self.segments)
+        return fields
 
     def describe(self) -> str:
         """The data flow of one forward pass in a few lines."""
@@ -99,8 +141,8 @@ class RepeatedConfig(LoopedTransformerConfig):
         first = layout.n_prelude
         if first:
             lines.append(f"prelude  blocks 0 to {first - 1}")
-        if isinstance(layout, SegmentedLayout):
-            for name, segment in zip(dict.fromkeys(layout.stacks or ()), layout.segments):  # noqa: B905
+        if layout.segments is not None:
+            for name, segment in named_segments(layout.segments):
                 lines.append(
                     _repeated(f"core {name}", segment.start, segment.stop, segment.n_iterations)
                 )

@@ -5,7 +5,7 @@ from typing import Any
 
 from tl_loops.errors import ConfigError, LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
-from tl_loops.layout.segments import Segment, SegmentedLayout
+from tl_loops.layout.segments import Segment
 from tl_loops.model.repeated.transformer import RepeatedTransformer
 from tl_loops.upstream import HAS_HOOKED_TRANSFORMER, HookedTransformer
 
@@ -33,9 +33,9 @@ def loop(
         loop(model, loops=[(2, 4, 3), (6, 8, 2)])   # two loops, with blocks 4 and 5 in between
 
     The first is Encode-Think-Decode (2510.07358) and other loops without training. It gives a
-    :class:`LoopLayout`, and ``set_iterations`` changes its number of iterations. The others give a
-    :class:`~tl_loops.layout.segments.SegmentedLayout`, whose coordinates name the loop (``"A"``,
-    ``"B"``, ...).
+    layout of one loop, and ``set_iterations`` changes its number of iterations. The others give
+    one of several loops (:meth:`LoopLayout.of_segments`), whose coordinates name the loop
+    (``"A"``, ``"B"``, ...).
 
     Args:
         model: Any HookedTransformer, of any config; not one that is looped already.
@@ -72,7 +72,7 @@ def loop(
         )
         return RepeatedTransformer(model, layout)
     segments = _filled([_segment(given, depth) for given in loops])
-    return RepeatedTransformer(model, SegmentedLayout(segments, depth - segments[-1].stop))
+    return RepeatedTransformer(model, LoopLayout.of_segments(segments, depth - segments[-1].stop))
 
 
 def _check_model(model: Any) -> None:

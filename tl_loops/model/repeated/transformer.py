@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from inspect import signature
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +12,7 @@ from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.model import readout
 from tl_loops.model.hooks import CoordinateHooks
-from tl_loops.model.iterations import iterations
+from tl_loops.model.iterations import at_iterations
 from tl_loops.model.repeated.config import RepeatedConfig
 from tl_loops.model.repeated.weights import BorrowedWeights
 from tl_loops.model.start import (
@@ -117,7 +117,7 @@ class RepeatedTransformer(CoordinateHooks, BorrowedWeights):
         stop_at_layer: int | None = None,
         past_kv_cache: KeyValueCache | None = None,
         *,
-        n_iterations: int | None = None,
+        n_iterations: SupportsIndex | None = None,
         initial_state: Float[Tensor, "batch pos d_model"] | None = None,
         start_at_iteration: int | None = None,
         kv_sharing: str | None = None,
@@ -149,52 +149,52 @@ class RepeatedTransformer(CoordinateHooks, BorrowedWeights):
             LoopedSemanticsError: Another ``kv_sharing``.
         """
         _check_sharing(kv_sharing)
-        with iterations(self, n_iterations):
-            check_return_type(return_type)
-            check_starts(self.cfg, start_at_layer, start_at_iteration, past_kv_cache)
-            layout, depth = self.layout, self.cfg.n_layers
-            start, stop = 0, depth
-            resid: Any
-            with LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
-                if start_at_layer is None and start_at_iteration is None:
-                    text = isinstance(input, (str, list))
-                    ids, known = self._read(input, past_kv_cache) if text else (input, None)
-                    resid, tokens, shortformer_pos_embed, attention_mask = self.input_to_embed(
-                        ids,
-                        attention_mask=known if attention_mask is None else attention_mask,
-                        past_kv_cache=past_kv_cache,
-                    )
-                else:
-                    check_residual(self.cfg, input)
-                    resid = input
-                    if start_at_iteration is not None:
-                        start = layout.index(iteration=start_at_iteration)
-                    else:
-                        start = block_index(depth, start_at_layer or 0, "start_at_layer")
-            if stop_at_layer is not None:
-                stop = block_index(depth, stop_at_layer, "stop_at_layer")
-            check_state("initial_state", initial_state, resid)
-            enter = start_at_iteration is not None or start_at_layer in (None, 0)
-            for index in range(start, stop):
-                if index > start or enter:
-                    begins = index > start or start_at_iteration is None
-                    resid = self._enter(index, resid, initial_state, begins)
-                resid = self.blocks[index](
-                    resid,
-                    past_kv_cache_entry=None if past_kv_cache is None else past_kv_cache[index],
-                    shortformer_pos_embed=shortformer_pos_embed,
-                    attention_mask=attention_mask,
+        model = at_iterations(self, n_iterations)
+        check_return_type(return_type)
+        check_starts(model.cfg, start_at_layer, start_at_iteration, past_kv_cache)
+        layout, depth = model.layout, model.cfg.n_layers
+        start, stop = 0, depth
+        resid: Any
+        with LocallyOverridenDefaults(model, prepend_bos=prepend_bos, padding_side=padding_side):
+            if start_at_layer is None and start_at_iteration is None:
+                text = isinstance(input, (str, list))
+                ids, known = model._read(input, past_kv_cache) if text else (input, None)
+                resid, tokens, shortformer_pos_embed, attention_mask = model.input_to_embed(
+                    ids,
+                    attention_mask=known if attention_mask is None else attention_mask,
+                    past_kv_cache=past_kv_cache,
                 )
-                if index < depth - 1 or stop_at_layer is None:
-                    resid = self._leave(index, resid)
-            if stop_at_layer is not None:
-                return self._enter(stop, resid, initial_state) if start < stop < depth else resid
-            if self.cfg.normalization_type is not None:
-                resid = self.ln_final(resid)
-            if return_type is None:
-                return None
-            logits = readout.unembed(self, resid)
-            return readout.output(self, return_type, logits, tokens, attention_mask, loss_per_token)
+            else:
+                check_residual(model.cfg, input)
+                resid = input
+                if start_at_iteration is not None:
+                    start = layout.index(iteration=start_at_iteration)
+                else:
+                    start = block_index(depth, start_at_layer or 0, "start_at_layer")
+        if stop_at_layer is not None:
+            stop = block_index(depth, stop_at_layer, "stop_at_layer")
+        check_state("initial_state", initial_state, resid)
+        enter = start_at_iteration is not None or start_at_layer in (None, 0)
+        for index in range(start, stop):
+            if index > start or enter:
+                begins = index > start or start_at_iteration is None
+                resid = model._enter(index, resid, initial_state, begins)
+            resid = model.blocks[index](
+                resid,
+                past_kv_cache_entry=None if past_kv_cache is None else past_kv_cache[index],
+                shortformer_pos_embed=shortformer_pos_embed,
+                attention_mask=attention_mask,
+            )
+            if index < depth - 1 or stop_at_layer is None:
+                resid = model._leave(index, resid)
+        if stop_at_layer is not None:
+            return model._enter(stop, resid, initial_state) if start < stop < depth else resid
+        if model.cfg.normalization_type is not None:
+            resid = model.ln_final(resid)
+        if return_type is None:
+            return None
+        logits = readout.unembed(model, resid)
+        return readout.output(model, return_type, logits, tokens, attention_mask, loss_per_token)
 
     def _read(
         self, text: str | list[str], past: KeyValueCache | None
@@ -247,7 +247,7 @@ class RepeatedTransformer(CoordinateHooks, BorrowedWeights):
         after.refuse_coda()
         return readout.unembed(self, self.ln_final(state) if after.final_steps() else state)
 
-    def generate(self, *args: Any, n_iterations: int | None = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, n_iterations: SupportsIndex | None = None, **kwargs: Any) -> Any:
         """TransformerLens's generation, with a key-value slot for every unrolled block.
 
         Args:
@@ -264,8 +264,8 @@ class RepeatedTransformer(CoordinateHooks, BorrowedWeights):
         for name in kwargs:
             if name not in known:
                 raise TypeError(f"generate() has no argument {name!r}; known: {', '.join(known)}")
-        with iterations(self, n_iterations):
-            return super().generate(*args, **kwargs)
+        parent: Any = super(RepeatedTransformer, at_iterations(self, n_iterations))
+        return parent.generate(*args, **kwargs)
 
     def make_kv_cache(self, batch: int = 1, kv_sharing: str | None = None) -> KeyValueCache:
         """An empty key-value cache for ``past_kv_cache``, one entry an unrolled block.

@@ -1,0 +1,90 @@
+"""What a patching tool checks before any forward pass, and how a metric scores a cell."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tl_loops.layout.model import Model
+from tl_loops.runs.batches import check_batch_size
+from tl_loops.runs.cells import Score
+from tl_loops.runs.inputs import run_inputs
+from tl_loops.runs.rerun import BaseRun
+
+Metric = Callable[[Tensor], Any]
+
+
+def start_run(
+    model: Model,
+    input: Any,
+    metric: Metric,
+    batch_size: int | None,
+    arguments: Mapping[str, Any],
+    gradients: bool = False,
+) -> BaseRun:
+    """The run that a tool's cells start from, not executed, after the checks that all tools share.
+
+    Args:
+        model: A looped model or a plain HookedTransformer.
+        input: Text, or tokens [batch, pos] or [pos].
+        metric: Maps the logits [batch, pos, d_vocab] of one cell to a scalar.
+        batch_size: Cells in one forward pass; ``None``: chosen.
+        arguments: Forward arguments of every run, some of
+            :data:`tl_loops.runs.inputs.FORWARD_ARGUMENTS`.
+        gradients: Whether the scores carry gradients where they are enabled.
+
+    Raises:
+        ValueError: One of these does not fit.
+    """
+    inputs = run_inputs(model, input, arguments)
+    check_batch_size(batch_size, or_none=True)
+    check_metric(metric, model, logits_shape(model, inputs.tokens))
+    return BaseRun(model, inputs, gradients=gradients)
+
+
+def logits_score(metric: Metric) -> Score:
+    """Scores a cell by a metric on its logits."""
+    return lambda output: metric(output.logits)
+
+
+def logits_shape(model: Model, tokens: Tensor) -> tuple[int, int, int]:
+    """Shape of the logits of a prompt."""
+    cfg = model.cfg
+    vocabulary = cfg.d_vocab_out if cfg.d_vocab_out > 0 else cfg.d_vocab
+    return (tokens.shape[0], tokens.shape[1], vocabulary)
+
+
+def check_metric(
+    metric: Callable[[Tensor], Any], model: Model, shape: tuple[int, ...], what: str = "logits"
+) -> None:
+    """Call a metric once on random numbers, so that a wrong one fails before any forward pass.
+
+    Args:
+        metric: Maps [batch, pos, d_vocab] (or another shape) to a scalar.
+        model: Gives device and dtype.
+        shape: Of the metric's input.
+        what: What the input is called in the message.
+
+    Raises:
+        ValueError: The metric is not callable or does not return a scalar.
+    """
+    if not callable(metric):
+        raise ValueError(f"metric must be a function of the {what}, got {type(metric).__name__}")
+    like = next(model.parameters())
+    draw = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        value = metric(draw.to(like))
+    if isinstance(value, (Tensor, np.ndarray)):
+        if value.size == 1 if isinstance(value, np.ndarray) else value.numel() == 1:
+            return
+        found = f"an array of shape {tuple(value.shape)}"
+    elif isinstance(value, (int, float, np.number)):
+        return
+    else:
+        found = type(value).__name__
+    raise ValueError(
+        f"metric must map the {what} of one cell, {list(shape)}, to a scalar, but it returns "
+        f"{found}: reduce over batch and positions, for example with .mean()"
+    )
