@@ -5,13 +5,14 @@ from typing import Any
 
 from tl_loops.config.activations import ACTIVATIONS
 from tl_loops.config.fields import setting_of
+from tl_loops.config.ranges import check_numbers
 from tl_loops.errors import ConfigError
 from tl_loops.layout.selection import is_index
 from tl_loops.mechanisms import MECHANISMS
 from tl_loops.mechanisms.exclusions import check_shared_keys, check_stacks, refuse_exclusive
 from tl_loops.mechanisms.iteration_weights import check_rows
 from tl_loops.mechanisms.kv_sharing import KVSharing
-from tl_loops.mechanisms.mechanism import check_setting
+from tl_loops.mechanisms.mechanism import check_choice
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "positional_embedding_type": ("rotary", "standard", "none"),
@@ -70,11 +71,11 @@ def check_values(cfg: Any) -> None:
     """
     if not is_index(cfg.n_iterations):
         whole_iterations(cfg.n_iterations)
-    cfg.n_iterations = int(cfg.n_iterations)
+    check_numbers(cfg)
     for described in dataclasses.fields(cfg):
         setting = setting_of(described)
         if setting is not None:
-            check_setting(described.name, setting, getattr(cfg, described.name))
+            check_choice(described.name, setting, getattr(cfg, described.name))
     for name, allowed in _CHOICES.items():
         if getattr(cfg, name) not in allowed:
             choices = ", ".join(map(repr, allowed))
@@ -107,10 +108,6 @@ def check_values(cfg: Any) -> None:
             f"block_norm={cfg.block_norm!r} needs an RMS norm, "
             f"got normalization_type={cfg.normalization_type!r}"
         )
-    for name in ("rotary_dim", "n_key_value_heads"):
-        value = getattr(cfg, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} must be at least 1, got {value}")
     if cfg.rotary_dim is not None and cfg.rotary_dim % 2:
         raise ConfigError(f"rotary_dim must be even, got {cfg.rotary_dim}")
     if cfg.n_key_value_heads is not None and cfg.n_heads % cfg.n_key_value_heads:

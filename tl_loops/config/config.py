@@ -10,6 +10,7 @@ import torch
 from tl_loops.config.checks import check_values, whole_iterations
 from tl_loops.config.describe import data_flow
 from tl_loops.config.fields import of_mechanisms, setting
+from tl_loops.config.ranges import check_depth
 from tl_loops.config.readout import Readout
 from tl_loops.config.weights import physical_tensors
 from tl_loops.errors import ConfigError, did_you_mean
@@ -66,10 +67,10 @@ class LoopedTransformerConfig(BaseConfig):
     """
 
     n_layers: int = field(default=-1, kw_only=True)
-    n_prelude: int = setting(0)
-    n_core: int = setting(1)
-    n_coda: int = setting(0)
-    n_iterations: int = setting(1, of_the_weights=False)
+    n_prelude: int = setting(0, at_least=0)
+    n_core: int = setting(1, at_least=1)
+    n_coda: int = setting(0, at_least=0)
+    n_iterations: int = setting(1, of_the_weights=False, at_least=1)
     block_norm: str = setting(
         "pre", choices=("pre", "sandwich", "post_residual", "post_branch", "post_norm")
     )
@@ -88,7 +89,7 @@ class LoopedTransformerConfig(BaseConfig):
     mlp_bias: bool = setting(False)
     unembed_bias: bool = setting(False)
     embed_scale: float = setting(1.0, of_the_weights=False)
-    padded_vocab: int | None = setting(None, of_the_weights=False)
+    padded_vocab: int | None = setting(None, of_the_weights=False, at_least=1)
     # Llama-style values for fields that TransformerLens defaults to GPT-2's.
     act_fn: str = "silu"
     gated_mlp: bool = True
@@ -112,6 +113,7 @@ class LoopedTransformerConfig(BaseConfig):
                 f"n_layers={self.n_layers} contradicts n_prelude + n_iterations * n_core + n_coda "
                 f"= {layout.n_layers}; leave n_layers out"
             )
+        check_depth(layout.n_layers)
         self.n_layers = layout.n_layers
         if self.max_iterations is None and any(m.has_rows(self) for m in self.mechanisms):
             self.max_iterations = self.n_iterations
@@ -192,6 +194,7 @@ class LoopedTransformerConfig(BaseConfig):
             mechanism.check_iterations(self, n_iterations)
         check_rows(self, self.mechanisms, n_iterations)
         layout = self.layout.with_iterations(n_iterations)
+        check_depth(layout.n_layers)
         self.n_iterations, self.n_layers = n_iterations, layout.n_layers
 
     def count_parameters(self) -> int:

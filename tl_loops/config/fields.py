@@ -33,10 +33,13 @@ def of_mechanisms(mechanisms: Iterable[Mechanism]) -> Callable[[Class], Class]:
 
 
 def setting(
-    default: Any, choices: tuple[Any, ...] | None = None, of_the_weights: bool = True
+    default: Any,
+    choices: tuple[Any, ...] | None = None,
+    of_the_weights: bool = True,
+    at_least: int | float | None = None,
 ) -> Any:
     """A dataclass field that a class writes down itself; see :class:`Setting`."""
-    named = Setting("", Any, default, "", choices, of_the_weights=of_the_weights)
+    named = Setting("", Any, default, "", choices, at_least=at_least, of_the_weights=of_the_weights)
     return as_field(named)
 
 

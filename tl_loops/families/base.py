@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ Shape = tuple[int, ...]
 Empty = Callable[[Shape, torch.dtype, torch.device | str | None], Tensor]
 Released = Mapping[str, Any]
 """The content of a released ``config.json``."""
+
+Table = Literal["cos and sin", "cos", "sin"]
+"""What a stored rotary table [1, pos, 1, pair(, 2)] holds."""
 
 _REQUIRED = object()
 
@@ -32,6 +35,21 @@ COMMON_FLAGS: dict[str, tuple[Any, ...]] = {
     "pretraining_tp": (1,),
 }
 """Flags that change the mathematics in any family, with the values that are implemented."""
+
+_TRAINING, _FORM, _IDS = "training only", "form of the output", "generation and tokenizers only"
+_NAME, _STORED = "a name", "the type is chosen at loading"
+
+COMMON_WITHOUT_EFFECT: dict[str, str] = {
+    **dict.fromkeys(("attention_dropout", "dropout", "initializer_range"), _TRAINING),
+    **dict.fromkeys(("output_attentions", "output_hidden_states", "return_dict"), _FORM),
+    **dict.fromkeys(("id2label", "label2id", "problem_type"), "of classifiers"),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _IDS),
+    **dict.fromkeys(("dtype", "torch_dtype"), _STORED),
+    **dict.fromkeys(("_name_or_path", "transformers_version", "auto_map"), _NAME),
+    **dict.fromkeys(("use_cache", "chunk_size_feed_forward"), "changes no number"),
+    "is_encoder_decoder": "no encoder in any family",
+}
+"""Keys of any ``config.json`` that change no number, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +113,7 @@ class KnownModel:
         released: The fields of its ``config.json`` that matter, for listing it without network.
             Loading reads the file itself.
         unverified: Those of them that were not seen in the released file.
+        silent: Fields that its ``config.json`` does not hold, for loading it by name.
         packaged: Its directory inside the package, where it ships with tl_loops.
         pickled: Whether its repository holds the weights as pickles, as far as is known.
     """
@@ -103,6 +122,7 @@ class KnownModel:
     aliases: tuple[str, ...] = ()
     released: Released = field(default_factory=dict)
     unverified: tuple[str, ...] = ()
+    silent: Released = field(default_factory=dict)
     packaged: str | None = None
     pickled: bool = False
 
@@ -120,11 +140,18 @@ class Family:
         fields: Config fields that are read from ``config.json``.
         fixed: Config fields that are the same for the whole family.
         flags: Keys that may be absent or null, or have one of these values; others are refused.
+        without_effect: Further keys that the reference knows and that change no number of a
+            forward pass, with the reason. Every key that a reference reads is read here, in
+            ``flags``, or in this list.
         derive: Further config fields from ``config.json``; raises CheckpointError.
         tensors: What a checkpoint must hold for a config.
         has_tensors: Tells from the keys of the stored tensors whether they are of this family,
             for families that share a model type.
         ignored: Keys of stored tensors that are no weights.
+        spellings: Other beginnings of stored keys, each with the one that ``tensors`` has for it:
+            older names of a part, a wrapper around the model.
+        tables: Keys of stored rotary tables, which the original rotates by: they must be those
+            that the config gives.
         tied: Keys of the unembedding and of the embedding: where the config ties them, a
             checkpoint may repeat the embedding under the first.
         known: Checkpoints that load by name.
@@ -144,7 +171,10 @@ class Family:
     derive: Callable[[Released], dict[str, Any]]
     tensors: Callable[[LoopedTransformerConfig], Iterable[TensorSpec]]
     has_tensors: Callable[[Collection[str]], bool] | None = None
+    without_effect: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    spellings: tuple[tuple[str, str], ...] = ()
+    tables: Mapping[str, Table] = field(default_factory=dict)
     tied: tuple[str, str] | None = None
     known: tuple[KnownModel, ...] = ()
     signs: Callable[[Released], bool] | None = None
@@ -159,6 +189,13 @@ class Family:
             or any(architecture in self.architectures for architecture in named)
             or (self.signs is not None and self.signs(released))
         )
+
+    def spelled(self, key: str) -> str:
+        """A stored key as :attr:`tensors` spells it."""
+        for found, expected in self.spellings:
+            if key.startswith(found):
+                return expected + key.removeprefix(found)
+        return key
 
     def config_fields(self, released: Released, where: str) -> dict[str, Any]:
         """The fields of :class:`LoopedTransformerConfig` that a ``config.json`` gives.

@@ -163,10 +163,19 @@ def _family(
             "rotary_layout": "half",
             "default_prepend_bos": False,
         },
-        flags={"pos_encodings": ("rope",), "mlp_t": (False,)},
+        flags={"pos_encodings": ("rope",), "mlp_t": (False,), "causal": (False,)},
+        without_effect={
+            **dict.fromkeys(("halt_exploration_prob", "no_ACT_continue", "loss"), "training"),
+            **dict.fromkeys(("batch_size", "global_batch_size"), "training"),
+            "arch": "its fields are read where none stand outside it",
+            "forward_dtype": "the type is chosen at loading",
+            "name": "a name",
+            **({"H_layers": "the reference has one stack"} if of_trm else {}),
+        },
         derive=lambda released: _derive(released, of_trm),
         tensors=_tensors,
         has_tensors=has_tensors,
+        spellings=((_PREFIX.removeprefix("_orig_mod."), _PREFIX),),  # without the compiler
         ignored=(f"{_PREFIX}q_head.weight", f"{_PREFIX}q_head.bias"),
         known=known,
     )

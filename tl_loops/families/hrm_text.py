@@ -145,6 +145,10 @@ HRM_TEXT = Family(
         "default_prepend_bos": True,
     },
     flags={"hidden_act": ("silu", "swish")},
+    without_effect={
+        "num_hidden_layers": "counts all calls where 'num_layers_per_stack' is given",
+        **dict.fromkeys(("L_bp_cycles", "L_bp_steps"), "cuts gradients in the reference alone"),
+    },
     derive=_derive,
     tensors=lambda cfg: _tensors(cfg, _fused_layer),
     has_tensors=_is_fused,

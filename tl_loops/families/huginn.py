@@ -74,9 +74,10 @@ HUGINN = Family(
         "rotary_layout": "interleaved",
     },
     flags=raven.FLAGS,
+    without_effect=raven.WITHOUT_EFFECT,
     derive=_derive,
     tensors=_tensors,
-    ignored=("freqs_cis",),
+    tables={"freqs_cis": "cos and sin"},
     tied=raven.TIED,
     known=(
         KnownModel(

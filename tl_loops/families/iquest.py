@@ -62,6 +62,7 @@ IQUEST_LOOP = Family(
     fields=llama.LOOPED_FIELDS,
     fixed=llama.LOOPED_FIXED,
     flags={**llama.FLAGS, "sliding_window": ()},
+    without_effect={"max_window_layers": "no layer has a window ('use_sliding_window')"},
     derive=_derive,
     tensors=_tensors,
     tied=llama.TIED,

@@ -73,7 +73,7 @@ LOOPFORMER = Family(
     name="loopformer",
     paper="",
     model_types=("loopformer",),
-    architectures=(),
+    architectures=("LoopFormerGPTForCausalLM",),
     fields={
         "d_model": read("n_embd", "hidden_size"),
         "n_heads": read("n_head", "num_attention_heads"),
@@ -81,9 +81,10 @@ LOOPFORMER = Family(
         "d_vocab": read("vocab_size"),
         "n_ctx": read("block_size", "n_positions", "max_position_embeddings"),
         "n_core": read("n_layer", "num_hidden_layers"),
+        # The name in the training code; released files leave it out, and its default counts.
+        "n_iterations": read("max_model_loops", default=8),
     },
     fixed={
-        "n_iterations": 8,  # the reference's default number of steps
         "block_norm": "pre",
         "block_norm_weight": False,
         # What torch's RMSNorm takes where none is given, of float32: norms work in float32 here.
@@ -98,6 +99,18 @@ LOOPFORMER = Family(
     flags={"bias": (False,), "tie_word_embeddings": (True,)},
     derive=_derive,
     tensors=_tensors,
+    # The class that generates text holds the model under this name.
+    spellings=(("gpt.", ""),),
     tied=("lm_head.weight", "transformer.wte.weight"),
-    known=(KnownModel("armenjeddi/loopformer", ("loopformer",), _DEFAULTS, tuple(_DEFAULTS)),),
+    known=tuple(
+        KnownModel(
+            f"armenjeddi/LoopFormer-{blocks}block-{iterations}iterations{data}",
+            (f"loopformer-{blocks}block-{iterations}iterations{data.lower()}",),
+            {**_DEFAULTS, "n_layer": blocks, "max_model_loops": iterations},
+            (*_DEFAULTS, "max_model_loops"),
+            silent={"max_model_loops": iterations},
+        )
+        for data in ("", "-FineWeb300K")
+        for blocks, iterations in ((3, 8), (2, 12), (1, 24))
+    ),
 )

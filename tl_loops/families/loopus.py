@@ -25,6 +25,13 @@ from tl_loops.families.shared.rotary import rotary_fields
 _QK_NORMS = {"qwen3": "head_weight", "llama": None}
 """The base models whose layers are implemented, and their norm of queries and keys."""
 
+_OF_BASE = {
+    *(key for source in llama.FIELDS.values() for key in source.keys),
+    *("head_dim", "layer_types", "hidden_act", "use_sliding_window", "attention_bias", "mlp_bias"),
+    *("rope_theta", "rope_scaling", "rope_parameters"),
+}
+"""What the layers are, which the base model's config says."""
+
 _PARTS = {"encoder": "prelude", "reasoning": "core", "decoder": "coda"}
 
 
@@ -32,7 +39,11 @@ def _spread(released: Released) -> Released:
     base = released.get("base_config_dict")
     if not isinstance(base, Mapping):
         return released
-    return {**base, **released, "base_config_dict.model_type": base.get("model_type")}
+    if "num_hidden_layers" not in base and isinstance(base.get("text_config"), Mapping):
+        base = base["text_config"]
+    # The reference reads the layers' fields from the base model's config alone.
+    own = {key: value for key, value in released.items() if key not in _OF_BASE}
+    return {**own, **base, "base_config_dict.model_type": base.get("model_type")}
 
 
 def _sizes(released: Released) -> dict[str, int]:
@@ -102,7 +113,7 @@ _RELEASED = {
     "encoder_layer_indices": [0, 1],
     "reasoning_layer_indices": list(range(2, 27)),
     "decoder_layer_indices": [27],
-    "N": 6,
+    "N": 20,
 }
 
 LOOPUS = Family(
@@ -125,8 +136,20 @@ LOOPUS = Family(
         "default_prepend_bos": False,
     },
     flags={**llama.FLAGS, "lma_window": (0,)},
+    without_effect={
+        **dict.fromkeys(
+            ("halting_strategy", "q_threshold", "q_eval_interval", "convergence_epsilon"),
+            "when the reference stops early; here every iteration runs",
+        ),
+        "lma_heads": "there is no attention to memories ('lma_window')",
+        "base_model_name_or_path": "a name",
+        "num_hidden_layers": "the lists of layers count",
+        "tie_word_embeddings": "the config class unties them",
+        **dict.fromkeys(("sliding_window", "max_window_layers"), "no layer has a window"),
+    },
     derive=_derive,
     tensors=_tensors,
+    spellings=(("plateau.", "reasoning."),),  # the older name of the looped part
     known=(
         KnownModel(
             "Thrillcrazyer/Qwen3_1.7B_LoopUS",

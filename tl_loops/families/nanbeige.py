@@ -73,6 +73,9 @@ NANBEIGE = Family(
         "ngram_insert_all_layers": (False,),
         "insert_ngram_layer_idx": ([],),
     },
+    without_effect={
+        **dict.fromkeys(("sliding_window", "max_window_layers"), "no layer has a window"),
+    },
     derive=_derive,
     tensors=llama.looped_stack,
     tied=llama.TIED,

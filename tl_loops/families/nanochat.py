@@ -117,9 +117,17 @@ NANOCHAT_RECURSIVE = Family(
         "rope_theta": (10_000.0,),
         "rope_base": (10_000.0,),
     },
+    without_effect={
+        **dict.fromkeys(("bptt_k", "train_recur_max"), "training"),
+        **dict.fromkeys(
+            ("kv_cache_recur_budget", "recur_warm_start"),
+            "of the reference's cached decoding; here decoding equals the full pass",
+        ),
+        "n_layer": "of the model without a loop",
+    },
     derive=_derive,
     tensors=_tensors,
-    ignored=("cos", "sin"),
+    tables={"cos": "cos", "sin": "sin"},
     known=(
         KnownModel(
             "Trelis/nanochat-recursive",

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tl_loops.config.config import LoopedTransformerConfig
+from tl_loops.errors import CheckpointError
 from tl_loops.families.base import (
     Family,
     KnownModel,
@@ -27,12 +28,26 @@ _NORMS = {
 
 def _derive(released: Released) -> dict[str, Any]:
     llama.check_layer_types(released)
+    scaling = released.get("rope_scaling")
+    if isinstance(scaling, dict) and scaling.get("type") not in (None, scaling.get("rope_type")):
+        if "rope_type" in scaling:
+            raise CheckpointError(
+                f"'rope_scaling' has 'rope_type' {scaling['rope_type']!r} and 'type' "
+                f"{scaling['type']!r}: the released class overwrites the first by the second, "
+                "transformers does not; remove one of them"
+            )
     # Released configs say 1.0, which means the last iteration; in bfloat16 the cumulative
     # probability can round to 1.0 earlier, which the reference then takes for an exit.
     threshold = released.get("early_exit_threshold")
     if threshold is not None and checked("early_exit_threshold", threshold, float) >= 1.0:
         threshold = None
+    # The reference takes an iteration that does not exist for none.
+    step = released.get("early_exit_step")
+    if step is not None and (type(step) is not int):
+        raise CheckpointError(f"'early_exit_step' must be an iteration or null, found {step!r}")
+    exists = step is not None and 0 <= step < released["total_ut_steps"]
     return {
+        "exit_step": step if exists else None,
         "d_head": llama.head_width(released),
         "exit_threshold": None if threshold is None else float(threshold),
         **rotary_fields(released),
@@ -86,6 +101,11 @@ OURO = Family(
     },
     flags=llama.FLAGS,
     derive=_derive,
+    without_effect={
+        "max_window_layers": "no layer has a window ('use_sliding_window')",
+        "sliding_window": "no layer has a window ('use_sliding_window')",
+        "chunk_size": "the reference stores it and does not use it",
+    },
     tensors=_tensors,
     tied=llama.TIED,
     known=(

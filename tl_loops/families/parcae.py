@@ -221,8 +221,26 @@ PARCAE = Family(
         "mup_model_scaling_factor": (1,),
         "sliding_window": (),
     },
+    without_effect={
+        **dict.fromkeys(("init", "init_orthogonal", "skip_initialization"), "initialisation"),
+        **dict.fromkeys(("activation_checkpoint_impl", "mean_backprop_depth"), "training"),
+        **dict.fromkeys(("curriculum_target", "lockstep_k", "lockstep_n"), "training"),
+        **dict.fromkeys(("hf_config", "name", "preset"), "a name"),
+        **dict.fromkeys(("attn_impl", "simple_ops", "strategy", "use_fused_head"), "speed"),
+        **dict.fromkeys(
+            ("recurrent_iteration_method", "sampling_scheme"),
+            "how the reference samples the number of iterations; here it is 'mean_recurrence'",
+        ),
+        "n_head": "another name of 'num_attention_heads'",
+        "n_layer": "the sum of the numbers of layers that are read",
+        "padding_multiple": "'padded_vocab_size' follows from it",
+        "_recurrent_block_config": "the fields are repeated outside it",
+        "_is_recurrent_block_config": "of the field above",
+        "full_config": "its fields are read where none stand outside it",
+    },
     derive=_derive,
     tensors=_tensors,
+    tables={"freqs_cis": "cos and sin"},
     tied=raven.TIED,
     known=tuple(
         KnownModel(

@@ -51,6 +51,7 @@ def _olmo_tensors(cfg: LoopedTransformerConfig) -> Iterator[TensorSpec]:
 
 _FIELDS = {**raven.FIELDS, "n_ctx": read("max_position_embeddings", "block_size")}
 _FLAGS = {**raven.FLAGS, "qk_bias": (False,)}
+_WITHOUT_EFFECT = {**raven.WITHOUT_EFFECT, "rope_base": "left over from Huginn; not used"}
 _FIXED = {**raven.FIXED, "rotary_layout": "half"}
 
 _HUGINN_INIT = {"std": 0.008703882797784892, "embed_scale": 1.0}
@@ -156,6 +157,7 @@ RETROFITTED_OLMO = Family(
     fields=_FIELDS,
     fixed={**_FIXED, "block_norm": "post_branch", "qk_norm": "full"},
     flags=_FLAGS,
+    without_effect=_WITHOUT_EFFECT,
     derive=_derive,
     tensors=_olmo_tensors,
     tied=raven.TIED,
@@ -171,6 +173,7 @@ RETROFITTED_LLAMA = Family(
     fields=_FIELDS,
     fixed={**_FIXED, "block_norm": "pre"},
     flags=_FLAGS,
+    without_effect=_WITHOUT_EFFECT,
     derive=_derive,
     tensors=_llama_tensors,
     tied=raven.TIED,

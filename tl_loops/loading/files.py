@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import RawIOBase
@@ -68,10 +69,12 @@ class Checkpoint:
     Attributes:
         directory: Where ``config.json`` and the weights are.
         name: The model's name, for ``cfg.model_name`` and messages.
+        silent: Fields that count where ``config.json`` does not hold them.
     """
 
     directory: Path
     name: str
+    silent: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def config_path(self) -> Path:
@@ -85,7 +88,7 @@ class Checkpoint:
         Raises:
             CheckpointError: The file is missing or not a JSON object.
         """
-        return read_json(self.config_path)
+        return {**self.silent, **read_json(self.config_path)}
 
     @cached_property
     def headers(self) -> Headers:

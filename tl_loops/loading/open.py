@@ -15,6 +15,7 @@ from tl_loops.errors import CheckpointError, ConfigError
 from tl_loops.families.base import Family, TensorSpec
 from tl_loops.families.registry import recognise
 from tl_loops.loading.files import CONFIG_FILE, Checkpoint, StoredTensor, read_rows, same_values
+from tl_loops.loading.rotary_tables import followed_fields, table_problems
 from tl_loops.loading.save import save_checkpoint
 from tl_loops.loading.source import is_looped_name, resolve
 from tl_loops.mechanisms.tensors import FLOATS
@@ -74,6 +75,7 @@ def load_config(
         cfg = LoopedTransformerConfig.from_dict(fields)
     except (ValueError, TypeError, AssertionError) as error:  # TransformerLens raises all three
         raise CheckpointError(f"{where}: {error}") from error
+    overrides = {**_stored_rotation(checkpoint, family, cfg), **overrides}
     if n_iterations is not None:
         overrides["n_iterations"] = n_iterations
     return LoopedTransformerConfig.from_dict({**fields, **overrides}) if overrides else cfg
@@ -103,29 +105,36 @@ def open_tensors(
     family, headers = family_of(checkpoint), checkpoint.headers
     specs = {spec.key: spec for spec in family.tensors(cfg)}
     problems = list(headers.problems)
+    tensors, lost = (
+        _spelled(family, headers.tensors, problems),
+        set(map(family.spelled, headers.lost)),
+    )
     names = {stored.file.name for stored in headers.tensors.values()}
     files = "".join(names) if len(names) == 1 else f"all {len(names)} weight files"
     for key, spec in specs.items():
-        stored = headers.tensors.get(key)
+        stored = tensors.get(key)
         if stored is not None:
             problems += _tensor_problems(stored, spec.shape)
-        elif key not in headers.lost and not headers.incomplete:
+        elif key not in lost and not headers.incomplete:
             problems.append(f"{files}: key {key!r} is missing, expected shape {spec.shape}")
-    for key, stored in headers.tensors.items():
+    for key, stored in tensors.items():
         if key in specs or key in family.ignored:
+            continue
+        if key in family.tables:
+            problems += table_problems(stored, family.tables[key], cfg)
             continue
         if family.tied is not None and cfg.tie_word_embeddings and key == family.tied[0]:
             problems += _tensor_problems(stored, specs[family.tied[1]].shape)
         else:
             problems.append(
-                f"{stored.file.name}: key {key!r} of shape {stored.shape} is unexpected: family "
-                f"{family.name} with this {CONFIG_FILE} has no such tensor"
+                f"{stored.file.name}: key {stored.key!r} of shape {stored.shape} is unexpected: "
+                f"family {family.name} with this {CONFIG_FILE} has no such tensor"
             )
     if not problems and family.tied is not None and cfg.tie_word_embeddings:
-        problems += _tied_problems(headers.tensors, *family.tied)
+        problems += _tied_problems(tensors, *family.tied)
     if problems:
         raise _refusal(checkpoint, problems)
-    pairs = [(headers.tensors[key], spec) for key, spec in specs.items()]
+    pairs = [(tensors[key], spec) for key, spec in specs.items()]
     return _stream(sorted(pairs, key=lambda pair: (pair[0].file.name, pair[0].offset)), cfg)
 
 
@@ -161,6 +170,37 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
             return known
     expected = ", ".join(str(known) for known in FLOATS.values())
     raise ConfigError(f"dtype must be one of {expected}, got {dtype!r}")
+
+
+def _stored_rotation(
+    checkpoint: Checkpoint, family: Family, cfg: LoopedTransformerConfig
+) -> dict[str, Any]:
+    """The fields that stored rotary tables decide; none where the weights cannot be read."""
+    fields: dict[str, Any] = {}
+    if family.tables:
+        try:
+            tensors = checkpoint.headers.tensors
+        except CheckpointError:  # a config can be read without its weights
+            return {}
+        for key, stored in tensors.items():
+            kind = family.tables.get(family.spelled(key))
+            if kind is not None:
+                fields |= followed_fields(stored, kind, cfg)
+    return fields
+
+
+def _spelled(
+    family: Family, stored: dict[str, StoredTensor], problems: list[str]
+) -> dict[str, StoredTensor]:
+    """The stored tensors by the keys that the family's specifications have for them."""
+    found: dict[str, StoredTensor] = {}
+    for key, tensor in stored.items():
+        spelled = family.spelled(key)
+        if spelled in found:
+            other = found[spelled].key
+            problems.append(f"{tensor.file.name}: keys {other!r} and {key!r} mean the same tensor")
+        found[spelled] = tensor
+    return found
 
 
 def _tensor_problems(stored: StoredTensor, shape: tuple[int, ...]) -> list[str]:

@@ -22,6 +22,7 @@ from tl_loops.errors import CheckpointError, ConfigError
 from tl_loops.families.native import FORMAT_VERSION, MODEL_TYPE
 from tl_loops.loading.files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_json
 from tl_loops.mechanisms.tensors import FLOATS
+from tl_loops.upstream import as_given
 from tl_loops.upstream.config_fields import OF_THIS_RUN
 
 _OWN_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -96,7 +97,7 @@ def save_checkpoint(
         ordered = {name: tensors[name] for name in physical_tensors(cfg)}
         _write_weights(staging, ordered, max_shard_bytes)
         if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
+            as_given(tokenizer).save_pretrained(staging)
         (staging / CONFIG_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         written = {file.name for file in staging.iterdir()}
         stale = {file.name for file in target.iterdir() if _OWN_WEIGHTS.fullmatch(file.name)}

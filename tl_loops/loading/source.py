@@ -94,7 +94,7 @@ def resolve(
             f"torch.load(FILE, weights_only=True), {WEIGHTS_FILE!r}), then load the directory that "
             f"holds {WEIGHTS_FILE} and {CONFIG_FILE}"
         )
-    return Checkpoint(directory, entry.name.split("/")[-1])
+    return Checkpoint(directory, entry.name.split("/")[-1], entry.known.silent)
 
 
 def _local_directory(name: str | os.PathLike[str]) -> Path | None:

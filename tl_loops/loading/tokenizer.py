@@ -6,6 +6,7 @@ from typing import Any
 
 from tl_loops.errors import CheckpointError
 from tl_loops.loading.files import Checkpoint, read_json
+from tl_loops.upstream import remember
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 TOKENIZER_FILES = (
@@ -60,11 +61,13 @@ def _read_tokenizer(directory: Path) -> Any:
         arguments["config"] = PretrainedConfig()
     else:
         loader = PreTrainedTokenizerFast
+    given = loader.from_pretrained(str(directory), **arguments)
     try:
-        return loader.from_pretrained(str(directory), add_bos_token=True, **arguments)
+        tokenizer = loader.from_pretrained(str(directory), add_bos_token=True, **arguments)
     except ValueError:
         # Some BOS tokens cannot be prepended by the tokenizer itself; TransformerLens then
         # prepends them as text. The mark keeps it from reloading the directory by config.json.
         tokenizer = loader.from_pretrained(str(directory), **arguments)
         tokenizer.init_kwargs["add_bos_token"] = True
-        return tokenizer
+    remember(tokenizer, given)
+    return tokenizer

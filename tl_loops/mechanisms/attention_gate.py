@@ -32,5 +32,8 @@ class _AttentionGate(Mechanism):
     def fold_attention_norm(self, block: Any, gain: Tensor) -> None:
         block.attn.W_gate.mul_(gain[:, None])
 
+    def keeps_value_biases(self, cfg: Config) -> str:
+        return "attn_gate scales what they add"
+
 
 ATTENTION_GATE = _AttentionGate()

@@ -46,11 +46,23 @@ class _ExitGate(Mechanism):
             "A linear halting gate reads the state after each iteration (Ouro).",
         ),
         Setting(
+            "exit_step",
+            int | None,
+            None,
+            "The iteration that :meth:`LoopedTransformer.forward` reads out when no exit is asked "
+            "for, before ``exit_threshold``; ``None``, or one that a run does not reach: as that "
+            "says.",
+            at_least=0,
+            of_the_weights=False,
+        ),
+        Setting(
             "exit_threshold",
             float | None,
             None,
             "The exit of :meth:`LoopedTransformer.forward` when none is asked for: the first "
             "iteration whose cumulative exit probability reaches it; ``None``: the last.",
+            at_least=0,
+            at_most=1,
             of_the_weights=False,
         ),
     )
@@ -58,8 +70,9 @@ class _ExitGate(Mechanism):
     with_stacks = False
 
     def check(self, cfg: Config) -> None:
-        if cfg.exit_threshold is not None and not cfg.exit_gate:
-            raise ConfigError("exit_threshold needs exit_gate=True")
+        for name in ("exit_step", "exit_threshold"):
+            if getattr(cfg, name) is not None and not cfg.exit_gate:
+                raise ConfigError(f"{name} needs exit_gate=True")
 
     def phrases(self, cfg: Config) -> dict[str, str]:
         return {"after": "gate(s)"}

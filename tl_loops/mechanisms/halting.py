@@ -123,8 +123,9 @@ class _Halting(Mechanism):
                 "halting='ponder' reads every state out, but n_coda is "
                 f"{cfg.n_coda}: a coda would run once an iteration; use n_coda=0"
             )
-        if cfg.halting == "act" and cfg.exit_threshold is not None:
-            raise ConfigError("halting='act' and exit_threshold exclude each other")
+        for name in ("exit_step", "exit_threshold"):
+            if cfg.halting == "act" and getattr(cfg, name) is not None:
+                raise ConfigError(f"halting='act' and {name} exclude each other")
         if not 0.0 <= cfg.act_epsilon < 1.0:
             raise ConfigError(f"act_epsilon must be at least 0 and below 1, got {cfg.act_epsilon}")
 

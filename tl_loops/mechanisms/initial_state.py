@@ -130,6 +130,7 @@ class _InitialState(Mechanism):
             float,
             0.02,
             'Standard deviation (before truncation) of ``"normal"``.',
+            at_least=0,
             of_the_weights=False,
         ),
         Setting(

@@ -32,8 +32,11 @@ class _ExtraTokens(Mechanism):
             0,
             "Embeddings after the vocabulary that no logit stands for, such as names of puzzles "
             "(HRM); the token after them is a row of zeros.",
+            at_least=0,
         ),
-        Setting("extra_token_slices", int, 1, "How many of them are stored as one row."),
+        Setting(
+            "extra_token_slices", int, 1, "How many of them are stored as one row.", at_least=1
+        ),
     )
 
     def check(self, cfg: Config) -> None:

@@ -11,6 +11,7 @@ MAX_ITERATIONS = Setting(
     None,
     "Iterations that learned step embeddings, the router and the hyper-connections have weights "
     "for; ``None``: ``n_iterations``.",
+    at_least=1,
 )
 
 

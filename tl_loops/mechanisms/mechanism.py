@@ -36,6 +36,9 @@ class Setting:
         choices: The values that it may take, where they are a few names.
         refused: Values that are known and not supported, with the reason.
         at_least: The smallest value, where it is a number.
+        above: What it must be above, where it is a number.
+        at_most: The largest value, where it is a number.
+        unset: A number out of this range that stands for a value that is worked out.
         of_the_weights: Whether stored tensors fix it, so that loading cannot choose it.
     """
 
@@ -46,6 +49,9 @@ class Setting:
     choices: tuple[Any, ...] | None = None
     refused: Mapping[str, str] | None = None
     at_least: int | float | None = None
+    above: int | float | None = None
+    at_most: int | float | None = None
+    unset: int | float | None = None
     of_the_weights: bool = True
 
 
@@ -203,6 +209,10 @@ class Mechanism:
     def fold_attention_norm(self, block: Any, gain: Tensor) -> None:
         """Fold the gain of a block's pre-attention norm into weights of its own that read it."""
 
+    def keeps_value_biases(self, cfg: Config) -> str | None:
+        """Why ``b_V`` is no constant in what attention writes; ``None``: it is one."""
+        return None
+
     # Its part in a run.
 
     def part(self, run: Run) -> Part | None:
@@ -238,7 +248,7 @@ class Mechanism:
         return OnPath()
 
 
-def check_setting(name: str, setting: Setting, value: Any) -> None:
+def check_choice(name: str, setting: Setting, value: Any) -> None:
     """Refuse a value that a field may not have.
 
     Raises:
@@ -249,5 +259,3 @@ def check_setting(name: str, setting: Setting, value: Any) -> None:
     if setting.choices is not None and value not in setting.choices:
         choices = ", ".join(map(repr, setting.choices))
         raise ConfigError(f"{name} must be one of {choices}, got {value!r}")
-    if setting.at_least is not None and value is not None and not value >= setting.at_least:
-        raise ConfigError(f"{name} must be at least {setting.at_least:g}, got {value}")

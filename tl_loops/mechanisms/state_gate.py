@@ -1,4 +1,4 @@
-"""How much of an iteration a state takes on, and a halting head on how much it would change."""
+"""How much of an iteration a state takes on, and a halting head on what it then is."""
 
 from typing import Any
 
@@ -47,7 +47,11 @@ class StateGate(nn.Module):
 
 
 class HaltHead(nn.Module):
-    """LoopUS's confidence logit ``LayerNorm(new - old) W + b_out`` (positive: halt)."""
+    """LoopUS's confidence logit ``LayerNorm(s) W + b_out`` (positive: halt).
+
+    The released forward pass reads it on the state that an iteration leaves, after the gate;
+    training reads it on the change ``new - old``.
+    """
 
     w: nn.Parameter
     b: nn.Parameter
@@ -58,8 +62,8 @@ class HaltHead(nn.Module):
         super().__init__()
         add_parameters(self, STATE_GATE.weights(cfg), "halt_head", cfg.dtype, device)
 
-    def forward(self, change: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
-        normed = F.layer_norm(change, change.shape[-1:], self.w, self.b, _EPS)
+    def forward(self, s: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
+        normed = F.layer_norm(s, s.shape[-1:], self.w, self.b, _EPS)
         return F.linear(normed, self.W.T, self.b_out)
 
 
@@ -74,12 +78,12 @@ class _Gate(Part):
 
     def leave(self, t: int, state: Tensor) -> Tensor:
         model, cfg, hooks = self.run.model, self.run.cfg, self.run.model.iter[t]
+        if cfg.state_gate_rank is not None:
+            gate = hooks.hook_state_gate(model.state_gate(state - self._before))
+            state = gate * state + (1 - gate) * self._before
         if cfg.halt_head:
-            hooks.hook_halt_logit(model.halt_head(state - self._before))
-        if cfg.state_gate_rank is None:
-            return state
-        gate = hooks.hook_state_gate(model.state_gate(state - self._before))
-        return gate * state + (1 - gate) * self._before
+            hooks.hook_halt_logit(model.halt_head(state))
+        return state
 
 
 class _StateGate(Mechanism):
@@ -94,7 +98,12 @@ class _StateGate(Mechanism):
             "of this rank gives of new - old (LoopUS); ``None``: new.",
             at_least=1,
         ),
-        Setting("halt_head", bool, False, "A head reads new - old into a halting logit (LoopUS)."),
+        Setting(
+            "halt_head",
+            bool,
+            False,
+            "A head reads what an iteration leaves into a halting logit (LoopUS).",
+        ),
     )
     points = (
         spec("hook_state_gate", "iteration", "batch pos d_model"),

@@ -75,7 +75,7 @@ class _ValueEmbeddings(Mechanism):
             "embedding of its own of the token to its values, gated by the first "
             "``value_gate_channels`` channels of what the values read (Parcae).",
         ),
-        Setting("value_gate_channels", int, 32, "See ``value_embeddings``."),
+        Setting("value_gate_channels", int, 32, "See ``value_embeddings``.", at_least=1),
     )
     points = (
         spec("attn.value_embed.hook_gate", "block", "batch pos kv_head"),

@@ -1,5 +1,6 @@
 """Exit modes of models with a halting gate: which iteration's state becomes the logits."""
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,25 @@ class ExitMode:
     at: int | None = None
     threshold: float | None = None
     weighted: bool = False
+
+    def or_of(self, cfg: LoopedTransformerConfig) -> "ExitMode":
+        """This mode, or the config's where a call leaves it open.
+
+        As in Ouro's modelling file, an iteration that the config names comes before a threshold,
+        also one that the call gives.
+        """
+        if self.at is not None or self.weighted:
+            return self
+        if cfg.exit_step is not None and cfg.exit_step < cfg.n_iterations:
+            if self.threshold is not None:
+                warnings.warn(
+                    f"exit_threshold={self.threshold} has no effect: cfg.exit_step="
+                    f"{cfg.exit_step} comes first, as in Ouro's reference; set cfg.exit_step = "
+                    "None, or pass exit_at",
+                    stacklevel=3,
+                )
+            return ExitMode(at=cfg.exit_step)
+        return self if self.early else ExitMode(threshold=cfg.exit_threshold)
 
     @property
     def early(self) -> bool:

@@ -34,6 +34,7 @@ from tl_loops.upstream import (
     HookPoint,
     KeyValueCache,
     LocallyOverridenDefaults,
+    TextMethods,
     init_root,
     set_tokenizer,
 )
@@ -202,7 +203,8 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
             injection: [batch, pos, d_model], the prelude output e (``cache["hook_injection"]``),
                 needed when a start skips the prelude and later iterations inject it.
             start_at_iteration: Start before this iteration, with its ``hook_state_in`` as input.
-            exit_at: Logits of the state after this iteration (models without a coda).
+            exit_at: Logits of the state after this iteration (models without a coda); default
+                ``cfg.exit_step``.
             exit_threshold: Per position, logits of the first iteration whose cumulative exit
                 probability reaches this; default ``cfg.exit_threshold``.
             weighted_exit: Logits of all iterations weighted by their exit probabilities.
@@ -225,9 +227,7 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
         """
         model = at_iterations(self, n_iterations)
         check_return_type(return_type)
-        mode = ExitMode(exit_at, exit_threshold, weighted_exit)
-        if not mode.early:
-            mode = ExitMode(threshold=model.cfg.exit_threshold)
+        mode = ExitMode(exit_at, exit_threshold, weighted_exit).or_of(model.cfg)
         sharing = key_value_sharing(model, kv_sharing, past_kv_cache)
         with LocallyOverridenDefaults(model, prepend_bos=prepend_bos, padding_side=padding_side):
             where = (start_at_layer, start_at_iteration, past_kv_cache, prefix_mask)
@@ -242,6 +242,10 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
             return trajectory.resid
         logits = readout.logits_of(model, mode, trajectory, return_type is not None)
         return readout.output(model, return_type, logits, start.tokens, start.mask, loss_per_token)
+
+    # Tokenizers are taken as they are, where TransformerLens makes special tokens up.
+    set_tokenizer: Any = set_tokenizer
+    to_tokens: Any = TextMethods.to_tokens
 
     generate: Any = generation.generate
     generate_stream: Any = generation.generate_stream

@@ -276,7 +276,8 @@ class PhysicalWeights(TransformerBase):
 
         ``fold_ln`` multiplies the gains of ``ln1`` and ``ln2`` into the weights that read them (the
         gains become 1), and that of ``ln_final`` into ``W_U`` where it is used once and the head is
-        not tied. ``fold_value_biases`` moves ``b_V`` into ``b_O``.
+        not tied. ``fold_value_biases`` moves ``b_V`` into ``b_O``, where no
+        mechanism scales what the values add.
 
         Raises:
             LoopedSemanticsError: ``refactor_factored_attn_matrices=True`` with rotary positions
@@ -292,10 +293,7 @@ class PhysicalWeights(TransformerBase):
             if fold_ln:
                 left += self._fold_norms()
             if fold_value_biases and self.cfg.attn_bias:
-                for block in self.physical_blocks().values():
-                    attn = block.attn
-                    attn.b_O += torch.einsum("he,hed->d", attn.b_V, attn.W_O)
-                    getattr(attn, f"{attn.kv_prefix}b_V").zero_()
+                left += self._fold_value_biases()
         if center_writing_weights:
             left.append("center_writing_weights (an RMS norm does not centre what it reads)")
         if center_unembed:
@@ -307,6 +305,16 @@ class PhysicalWeights(TransformerBase):
                 "from_pretrained_no_processing, to load without this warning.",
                 stacklevel=3,
             )
+
+    def _fold_value_biases(self) -> list[str]:
+        reasons = [mechanism.keeps_value_biases(self.cfg) for mechanism in self.cfg.mechanisms]
+        if any(reasons):
+            return [f"fold_value_biases ({'; '.join(filter(None, reasons))})"]
+        for block in self.physical_blocks().values():
+            attn = block.attn
+            attn.b_O += torch.einsum("he,hed->d", attn.b_V, attn.W_O)
+            getattr(attn, f"{attn.kv_prefix}b_V").zero_()
+        return []
 
     def _fold_norms(self) -> list[str]:
         cfg, left = self.cfg, []

@@ -73,7 +73,9 @@ class BaseRun:
         self.gradients = gradients and torch.is_grad_enabled()
 
         cfg = self.cfg
-        exits = bool(self.exit_arguments) or getattr(cfg, "exit_threshold", None) is not None
+        exits = bool(self.exit_arguments) or any(
+            getattr(cfg, name, None) is not None for name in ("exit_step", "exit_threshold")
+        )
         self.has_own_hooks = any(has_hooks(point) for point in model.hook_dict.values())
         known_positions = cfg.positional_embedding_type in ("rotary", "standard")
         self.restarts = can_restart(model) and not (

@@ -39,7 +39,9 @@ from tl_loops.upstream.inputs import (
     number_of_ids,
 )
 from tl_loops.upstream.made_caches import install_made_caches, uninstall_made_caches
-from tl_loops.upstream.root import can_restart, complete_norm, init_root, set_tokenizer
+from tl_loops.upstream.root import can_restart, complete_norm, init_root
+from tl_loops.upstream.text import TextMethods
+from tl_loops.upstream.tokenizers import as_given, remember, set_tokenizer
 from tl_loops.upstream.version import HAS_HOOKED_TRANSFORMER, warn_if_untried
 
 __all__ = [
@@ -80,6 +82,9 @@ __all__ = [
     "number_of_ids",
     "sample_logits",
     "set_tokenizer",
+    "as_given",
+    "TextMethods",
+    "remember",
     "uninstall_from_pretrained",
     "uninstall_guards",
     "uninstall_made_caches",

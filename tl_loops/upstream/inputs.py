@@ -18,6 +18,7 @@ from transformer_lens.utilities import (
 )
 
 from tl_loops.upstream.bridges import is_bridge
+from tl_loops.upstream.tokenizers import encode
 
 TRUNCATE_TEXT = True
 """Whether text beyond ``cfg.n_ctx`` is cut where the caller does not say; TransformerLens cuts."""
@@ -121,16 +122,7 @@ def _tokenised(
     by_itself = getattr(cfg, "tokenizer_prepends_bos", True)
     if wanted and not by_itself and not (bridge and _in_pieces(tokenizer, tokenizer.bos_token)):
         texts = get_input_with_manually_prepended_bos(tokenizer.bos_token, texts)
-    encoded = tokenizer(
-        texts,
-        return_tensors="pt",
-        padding=len(texts) > 1,  # One text has none, and needs no padding token.
-        padding_side=tokenizer.padding_side if padding_side is None else padding_side,
-        truncation=truncate,
-        max_length=cfg.n_ctx if truncate else None,
-        return_attention_mask=True,
-    )
-    tokens, mask = encoded["input_ids"].long(), encoded["attention_mask"].bool()
+    tokens, mask = encode(tokenizer, texts, padding_side, cfg.n_ctx if truncate else None)
     if bridge and getattr(cfg, "tokenizer_appends_eos", False):
         while tokens.shape[1] > 1 and bool((tokens[:, -1] == tokenizer.eos_token_id).all()):
             tokens, mask = tokens[:, :-1], mask[:, :-1]

@@ -24,22 +24,6 @@ def can_restart(model: Any) -> bool:
     return isinstance(model, HookedTransformer) and getattr(model, "runs_own_blocks", True)
 
 
-def set_tokenizer(model: Any, tokenizer: Any, default_padding_side: str | None) -> None:
-    """Give a model its tokenizer, also one that was made in memory.
-
-    TransformerLens reloads a tokenizer from its path to make it prepend BOS. Without a path it is
-    taken as it is; BOS is then prepended as text, which TransformerLens does by itself.
-    """
-    known = dict(tokenizer.init_kwargs)
-    if not known.get("name_or_path"):
-        tokenizer.init_kwargs.update(name_or_path="", add_bos_token=True)
-    try:
-        model.set_tokenizer(tokenizer, default_padding_side=default_padding_side)
-    finally:
-        tokenizer.init_kwargs.clear()
-        tokenizer.init_kwargs.update(known)
-
-
 def complete_norm(norm: Any) -> None:
     """Give a norm of TransformerLens the attributes that tl_loops's own has, where it lacks them.
 

@@ -15,13 +15,10 @@ from transformer_lens.utilities import (
     USE_DEFAULT_VALUE,
     LocallyOverridenDefaults,
     get_input_with_manually_prepended_bos,
-    get_tokenizer_with_bos,
     get_tokens_with_bos_removed,
 )
-from transformers import PreTrainedTokenizerBase
 
-_WITHOUT_BOS = ("OlmoForCausalLM", "OlmoeForCausalLM", "Olmo2ForCausalLM")
-"""Architectures whose tokenizer TransformerLens 3.9 does not reload to make it prepend BOS."""
+from tl_loops.upstream.tokenizers import encode, set_tokenizer
 
 
 class TextMethods:
@@ -31,44 +28,7 @@ class TextMethods:
     tokenizer: Any
     dataset: Any
 
-    def set_tokenizer(self, tokenizer: Any, default_padding_side: str | None = None) -> None:
-        """Give the model its tokenizer, made to prepend BOS where it can.
-
-        Args:
-            tokenizer: A Hugging Face tokenizer.
-            default_padding_side: ``"left"`` or ``"right"``; ``None``: the tokenizer's.
-
-        Raises:
-            ValueError: An argument is neither.
-        """
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise ValueError(f"tokenizer must be a Hugging Face tokenizer, got {type(tokenizer)}")
-        if default_padding_side not in ("left", "right", None):
-            raise ValueError(
-                f"default_padding_side must be 'left', 'right' or None, got "
-                f"{default_padding_side!r}"
-            )
-        if self.cfg.original_architecture not in _WITHOUT_BOS:
-            tokenizer = get_tokenizer_with_bos(tokenizer)
-        self.tokenizer = tokenizer
-        tokenizer.padding_side = default_padding_side or tokenizer.padding_side or "right"
-        # Found out before special tokens are filled in.
-        self.cfg.tokenizer_prepends_bos = len(tokenizer.encode("")) > 0
-        if tokenizer.eos_token is None:
-            tokenizer.eos_token = "<|endoftext|>"
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        if tokenizer.bos_token is None:
-            tokenizer.bos_token = tokenizer.eos_token
-        if self.cfg.d_vocab == -1:
-            self.cfg.d_vocab = max(tokenizer.get_vocab().values()) + 1
-        if self.cfg.d_vocab_out == -1:
-            self.cfg.d_vocab_out = self.cfg.d_vocab
-
-    def _need_tokenizer(self, method: str) -> Any:
-        if self.tokenizer is None:
-            raise ValueError(f"{method} needs a tokenizer: call model.set_tokenizer first")
-        return self.tokenizer
+    set_tokenizer = set_tokenizer
 
     def to_tokens(
         self,
@@ -90,18 +50,13 @@ class TextMethods:
         Raises:
             ValueError: There is no tokenizer.
         """
-        tokenizer = self._need_tokenizer("to_tokens")
+        tokenizer = _tokenizer_of(self, "to_tokens")
         with LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
             wanted, by_itself = self.cfg.default_prepend_bos, self.cfg.tokenizer_prepends_bos
             if wanted and not by_itself:
                 input = get_input_with_manually_prepended_bos(tokenizer.bos_token, input)
-            tokens = tokenizer(
-                input,
-                return_tensors="pt",
-                padding=True,
-                truncation=truncate,
-                max_length=self.cfg.n_ctx if truncate else None,
-            )["input_ids"]
+            texts = [input] if isinstance(input, str) else input
+            tokens, _ = encode(tokenizer, texts, None, self.cfg.n_ctx if truncate else None)
             if by_itself and not wanted:
                 tokens = get_tokens_with_bos_removed(tokenizer, tokens)
         return tokens.to(self.cfg.device) if move_to_device else tokens
@@ -118,7 +73,7 @@ class TextMethods:
         Raises:
             ValueError: There is no tokenizer, or more than two axes.
         """
-        tokenizer = self._need_tokenizer("to_string")
+        tokenizer = _tokenizer_of(self, "to_string")
         tokens = torch.as_tensor(tokens)
         if tokens.ndim > 2:
             raise ValueError(f"tokens must be [pos] or [batch, pos], got {tuple(tokens.shape)}")
@@ -144,7 +99,7 @@ class TextMethods:
         Raises:
             ValueError: There is no tokenizer, or the input is none of the above.
         """
-        tokenizer = self._need_tokenizer("to_str_tokens")
+        tokenizer = _tokenizer_of(self, "to_str_tokens")
         if isinstance(input, list):
             return [self.to_str_tokens(one, prepend_bos, padding_side) for one in input]
         if isinstance(input, str):
@@ -236,3 +191,9 @@ class TextMethods:
         if not tokenize:
             return text
         return self.to_tokens(text, prepend_bos=prepend_bos, padding_side=padding_side)
+
+
+def _tokenizer_of(model: Any, method: str) -> Any:
+    if model.tokenizer is None:
+        raise ValueError(f"{method} needs a tokenizer: call model.set_tokenizer first")
+    return model.tokenizer

@@ -83,11 +83,10 @@ def stated(weights, tokens, n_iterations, base=BASE):
         low = F.linear(new - x, gate["dt_input_proj.weight"])
         delta = F.softplus(F.linear(low, gate["delta_proj.weight"], gate["delta_proj.bias"]))
         keep = torch.exp(delta * -torch.exp(gate["A_log"]))
-        norm = F.layer_norm(
-            new - x, x.shape[-1:], weights["q_head.0.weight"], weights["q_head.0.bias"]
-        )
-        halts.append(F.linear(norm, weights["q_head.1.weight"], weights["q_head.1.bias"]))
         x = keep * new + (1 - keep) * x
+        # The released forward pass reads the head on what the gate lets through.
+        norm = F.layer_norm(x, x.shape[-1:], weights["q_head.0.weight"], weights["q_head.0.bias"])
+        halts.append(F.linear(norm, weights["q_head.1.weight"], weights["q_head.1.bias"]))
     x = rms(layers("decoder", x), weights["decoder.norm.weight"], base["rms_norm_eps"])
     return F.linear(x, weights["decoder.lm_head.weight"]), halts
 

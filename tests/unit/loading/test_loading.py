@@ -512,7 +512,9 @@ def test_a_bad_index_is_refused(tmp_path, content):
 def test_a_repeated_tied_embedding_and_the_rotary_table_are_not_weights(tmp_path):
     tensors = raw("huginn")
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
-    tensors["freqs_cis"] = torch.zeros(1, 64, 1, 8, 2, dtype=torch.float64)
+    angles = torch.outer(torch.arange(64.0), 50_000.0 ** -(torch.arange(8.0) / 8))
+    table = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    tensors["freqs_cis"] = table[None, :, None].double()
     directory = write(tmp_path / "c", "huginn", tensors)
     assert_same(load(directory)[1], load(FIXTURES / "huginn")[1])
     del tensors["lm_head.weight"], tensors["freqs_cis"]

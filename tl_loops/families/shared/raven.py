@@ -76,6 +76,17 @@ FLAGS: dict[str, tuple[Any, ...]] = {
 }
 """Switches of the training code (seal-rg/recurrent-pretraining) and of forks of it."""
 
+WITHOUT_EFFECT: dict[str, str] = {
+    **dict.fromkeys(("activation_checkpoint_impl", "init_orthogonal", "init_strategy"), "training"),
+    **dict.fromkeys(("mean_backprop_depth", "sampling_scheme"), "training"),
+    "architecture_class_name": "a name",
+    "effective_expected_depth": "initialisation of weights",
+    "n_layers": "the sum of the numbers of layers that are read",
+    "padding_multiple": "'padded_vocab_size' follows from it",
+    "test_time_noise_type": "there is no noise ('test_time_noise')",
+}
+"""Keys of the config class that change no number of a forward pass."""
+
 
 def padding(released: Mapping[str, Any]) -> dict[str, Any]:
     """``padded_vocab`` where the embedding is longer than the vocabulary."""

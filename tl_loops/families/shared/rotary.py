@@ -90,5 +90,7 @@ def _mapping(released: Released, key: str) -> dict[str, Any]:
 
 
 def _standard(given: dict[str, Any]) -> dict[str, Any]:
-    """With the older name of ``rope_type`` replaced."""
-    return {"rope_type" if key == "type" else key: value for key, value in given.items()}
+    """With the older name of ``rope_type`` replaced; where both are given, ``rope_type`` counts."""
+    older = {"rope_type": given["type"]} if given.get("type") is not None else {}
+    newer = {key: value for key, value in given.items() if key != "type" and value is not None}
+    return {**older, **newer}
