@@ -15,7 +15,7 @@ from tl_loops.families.base import (
     TensorSpec,
     as_is,
 )
-from tl_loops.loading.files import FLOATS
+from tl_loops.loading.header import FLOATS
 from tl_loops.mechanisms.tensors import PhysicalTensor
 
 MODEL_TYPE = "tl_loops"

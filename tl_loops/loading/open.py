@@ -3,6 +3,7 @@
 Nothing here runs remote code, unpickles, or builds a Hugging Face model.
 """
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,14 +15,8 @@ from tl_loops.config.fields import fixed_by_weights
 from tl_loops.errors import CheckpointError, ConfigError
 from tl_loops.families.base import Family, TensorSpec
 from tl_loops.families.registry import recognise
-from tl_loops.loading.files import (
-    CONFIG_FILE,
-    FLOATS,
-    Checkpoint,
-    StoredTensor,
-    read_rows,
-    same_values,
-)
+from tl_loops.loading.files import CONFIG_FILE, Checkpoint, read_rows, same_values
+from tl_loops.loading.header import FLOATS, StoredTensor
 from tl_loops.loading.save import save_checkpoint
 from tl_loops.loading.source import is_looped_name, resolve
 
@@ -86,7 +81,7 @@ def load_config(
 
 
 def open_tensors(
-    checkpoint: Checkpoint, cfg: LoopedTransformerConfig
+    checkpoint: Checkpoint, cfg: LoopedTransformerConfig, allow_non_finite: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """Stream the weights of a checkpoint under their physical names.
 
@@ -98,6 +93,8 @@ def open_tensors(
     Args:
         checkpoint: From :func:`resolve`.
         cfg: From :func:`load_config`.
+        allow_non_finite: Whether stored numbers may be NaN or infinite, or become infinite in
+            ``cfg.dtype``.
 
     Returns:
         Pairs of name (``"core.0.attn.W_Q"``) and tensor, each weight once.
@@ -105,7 +102,14 @@ def open_tensors(
     Raises:
         CheckpointError: Tensors are missing, unexpected, misshapen, of another type, truncated or
             held as pickles; all problems are named at once, with file, key and expected shape.
+            While the result is iterated: numbers are not finite, or the file changed.
     """
+    if checkpoint.adapters:
+        warnings.warn(
+            f"{checkpoint.directory} holds {checkpoint.adapters[0].name} beside the weights: the "
+            "base model is loaded without that adapter; merge it into the weights to have it",
+            stacklevel=3,
+        )
     family, headers = family_of(checkpoint), checkpoint.headers
     specs = {spec.key: spec for spec in family.tensors(cfg)}
     problems = list(headers.problems)
@@ -132,7 +136,9 @@ def open_tensors(
     if problems:
         raise _refusal(checkpoint, problems)
     pairs = [(headers.tensors[key], spec) for key, spec in specs.items()]
-    return _stream(sorted(pairs, key=lambda pair: (pair[0].file.name, pair[0].offset)), cfg)
+    return _stream(
+        sorted(pairs, key=lambda pair: (pair[0].file.name, pair[0].offset)), cfg, allow_non_finite
+    )
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
@@ -189,12 +195,14 @@ def _tied_problems(tensors: dict[str, StoredTensor], head: str, embedding: str) 
 
 
 def _stream(
-    pairs: list[tuple[StoredTensor, TensorSpec]], cfg: LoopedTransformerConfig
+    pairs: list[tuple[StoredTensor, TensorSpec]],
+    cfg: LoopedTransformerConfig,
+    allow_non_finite: bool,
 ) -> Iterator[tuple[str, Tensor]]:
     for stored, spec in pairs:
         first = 0
         for part in spec.parts:
             memory = part.empty((part.rows, *stored.shape[1:]), cfg.dtype, cfg.device)
-            read_rows(stored, first, memory)
+            read_rows(stored, first, memory, allow_non_finite)
             first += part.rows
             yield part.name, part.view(memory)

@@ -7,7 +7,15 @@ from typing import Any
 from tl_loops.errors import CheckpointError, ConfigError, UnknownModelError
 from tl_loops.families.registry import is_looped_config
 from tl_loops.loading.catalogue import find_known, near_names, packaged_directory
-from tl_loops.loading.files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, Checkpoint, read_json
+from tl_loops.loading.files import (
+    ADAPTER_FILES,
+    CONFIG_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    Checkpoint,
+    conversion,
+)
+from tl_loops.loading.json_file import read_json
 from tl_loops.loading.tokenizer import TOKENIZER_FILES
 
 
@@ -88,11 +96,9 @@ def resolve(
     )
     if not any(directory.glob("*.safetensors")):
         raise CheckpointError(
-            f"{entry.name} holds no safetensors files. Other files of weights (.bin, .pt) are "
-            "pickles, which can run code when they are opened, and are not fetched. Download them "
-            "and convert them once in an environment you trust, with safetensors.torch.save_file("
-            f"torch.load(FILE, weights_only=True), {WEIGHTS_FILE!r}), then load the directory that "
-            f"holds {WEIGHTS_FILE} and {CONFIG_FILE}"
+            f"{entry.name} holds no safetensors files; other files of weights (.bin, .pt) are not "
+            f"fetched. {conversion(['FILE'])}, with the names of the files that you downloaded; "
+            f"then load the directory that holds {WEIGHTS_FILE} and {CONFIG_FILE}"
         )
     return Checkpoint(directory, entry.name.split("/")[-1])
 
@@ -130,7 +136,13 @@ def _download(repository: str, **arguments: Any) -> Path:
     try:
         directory = snapshot_download(
             repository,
-            allow_patterns=[CONFIG_FILE, "*.safetensors", INDEX_FILE, *TOKENIZER_FILES],
+            allow_patterns=[
+                CONFIG_FILE,
+                "*.safetensors",
+                INDEX_FILE,
+                ADAPTER_FILES[0],
+                *TOKENIZER_FILES,
+            ],
             ignore_patterns=["*/*"],
             **arguments,
         )

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from tl_loops.errors import CheckpointError
-from tl_loops.loading.files import Checkpoint, read_json
+from tl_loops.loading.files import Checkpoint
+from tl_loops.loading.json_file import read_json
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 TOKENIZER_FILES = (
