@@ -4,14 +4,14 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tl_loops.errors import CheckpointError
+from tl_loops.errors import CheckpointError, shortened
 from tl_loops.loading.header import FLOATS, StoredTensor, read_header
-from tl_loops.loading.json_file import open_regular, read_json, shortened
+from tl_loops.loading.json_file import open_regular, read_json
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -163,7 +163,7 @@ class Checkpoint:
             )
         adapter = ""
         if self.adapters:
-            adapter = f"; {self.adapters[0].name} is an adapter: merge it into its base model and save that"
+            adapter = f"; {self.adapters[0].name} is of an adapter: merge it into its base model"
         return (
             f"{self.directory} holds no weights: expected {WEIGHTS_FILE}, or {INDEX_FILE} and the "
             f"files that it names{adapter}"
@@ -177,8 +177,8 @@ def conversion(pickles: list[str]) -> str:
         pickles: Names of the files, or ``["FILE"]`` where they are not known.
     """
     return (
-        "Such files are pickles, which can run code when they are opened, and are not read; convert "
-        "them once, in their directory and in an environment you trust: "
+        "Such files are pickles, which can run code when they are opened, and are not read; "
+        "convert them once, in their directory and in an environment you trust: "
         "import torch, safetensors.torch; safetensors.torch.save_file({key: tensor.detach().clone("
         "memory_format=torch.contiguous_format) for file in "
         f"{pickles} for key, tensor in torch.load(file, map_location='cpu', weights_only=True)"
@@ -268,7 +268,7 @@ def same_values(one: StoredTensor, other: StoredTensor) -> bool:
     return True
 
 
-def _fill(stream: BinaryIO, target: Tensor, stored: StoredTensor) -> None:
+def _fill(stream: Any, target: Tensor, stored: StoredTensor) -> None:
     """Read into a row-major CPU tensor until it is full."""
     waiting = target.view(torch.uint8).numpy().data
     while waiting:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from tl_loops.errors import CheckpointError
-from tl_loops.loading.json_file import open_regular, parse_json, shortened
+from tl_loops.errors import CheckpointError, shortened
+from tl_loops.loading.json_file import open_regular, parse_json
 
 FLOATS = {
     "F64": torch.float64,

@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tl_loops.errors import CheckpointError
+from tl_loops.errors import CheckpointError, shortened
 
 _MOST_BYTES = 1_000_000_000
 """An index of a million tensors has a tenth of it."""
@@ -82,13 +82,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             if content[key] != value:
                 raise ValueError(f"key {shortened(key)} is there twice with different values")
     return content
-
-
-def shortened(value: Any, most: int = 80) -> str:
-    """``repr`` of a value of unknown size, for a message."""
-    try:
-        shown = repr(value)
-    except (ValueError, RecursionError):  # Python prints no integers of thousands of digits
-        return f"<a huge {type(value).__name__}>"
-    shown = shown.encode("utf-8", "backslashreplace").decode("utf-8")
-    return shown if len(shown) <= most else f"{shown[: most - 3]}..."

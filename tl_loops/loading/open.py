@@ -12,17 +12,18 @@ from torch import Tensor
 
 from tl_loops.config.config import LoopedTransformerConfig, dtype_name
 from tl_loops.config.fields import fixed_by_weights
-from tl_loops.errors import CheckpointError, ConfigError
+from tl_loops.errors import CheckpointError, ConfigError, shortened
 from tl_loops.families.base import Family, TensorSpec
 from tl_loops.families.registry import recognise
 from tl_loops.loading.files import CONFIG_FILE, Checkpoint, read_rows, same_values
 from tl_loops.loading.header import FLOATS, StoredTensor
 from tl_loops.loading.save import save_checkpoint
-from tl_loops.loading.source import is_looped_name, resolve
+from tl_loops.loading.source import is_broken, is_looped_name, resolve
 
 __all__ = [
     "Checkpoint",
     "family_of",
+    "is_broken",
     "is_looped_name",
     "load_config",
     "open_tensors",
@@ -32,6 +33,12 @@ __all__ = [
 
 
 _MOST_SHOWN = 12
+
+_MOST_LAYERS = 1000
+"""So many layers are built before the tensors are counted; a message then names those missing."""
+
+_MOST_ITERATIONS = 10_000
+"""That a file may ask for."""
 
 
 def load_config(
@@ -64,20 +71,44 @@ def load_config(
     family = family_of(checkpoint)
     fields = family.config_fields(checkpoint.config, where)
     architectures = checkpoint.config.get("architectures")
-    named = architectures if isinstance(architectures, list) and architectures else None
+    listed = architectures if isinstance(architectures, list) else []
+    named = [name for name in listed if isinstance(name, str)]
+    _check_sizes(checkpoint, fields, where)
     fields.setdefault("model_name", checkpoint.name)
-    fields.setdefault("original_architecture", (named or [*family.architectures, family.name])[0])
+    fields.setdefault("original_architecture", [*named, *family.architectures, family.name][0])
     if dtype is not None:
         fields["dtype"] = _dtype(dtype)
     if device is not None:
         fields["device"] = str(device)
     try:
         cfg = LoopedTransformerConfig.from_dict(fields)
-    except (ValueError, TypeError, AssertionError) as error:  # TransformerLens raises all three
+    except (ValueError, TypeError, AssertionError, ArithmeticError) as error:
+        # TransformerLens raises all of them.
         raise CheckpointError(f"{where}: {error}") from error
     if n_iterations is not None:
         overrides["n_iterations"] = n_iterations
     return LoopedTransformerConfig.from_dict({**fields, **overrides}) if overrides else cfg
+
+
+def _check_sizes(checkpoint: Checkpoint, fields: dict[str, Any], where: str) -> None:
+    """Refuse numbers of layers that the files cannot hold, before anything is made for each."""
+    sizes = {name: fields.get(name, 0) for name in ("n_prelude", "n_core", "n_coda")}
+    if not all(type(size) is int for size in sizes.values()):
+        return  # The config says so.
+    if sum(sizes.values()) > _MOST_LAYERS:
+        stored = len(_stored_keys(checkpoint))
+        if sum(sizes.values()) > stored:
+            said = ", ".join(f"{name} = {shortened(size)}" for name, size in sizes.items())
+            raise CheckpointError(
+                f"{where} asks for more layers than the files have tensors: {said}, but there are "
+                f"{stored} tensors"
+            )
+    iterations = fields.get("n_iterations", 1)
+    if type(iterations) is int and iterations > _MOST_ITERATIONS:
+        raise CheckpointError(
+            f"{where} asks for {shortened(iterations)} iterations, expected at most "
+            f"{_MOST_ITERATIONS:,}: the model has hook points for each of them"
+        )
 
 
 def open_tensors(

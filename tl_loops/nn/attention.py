@@ -304,9 +304,14 @@ def _fused_hides(q: Tensor, k: Tensor, v: Tensor) -> bool:
     zeros; those of GPUs keep what is not finite, and need not be waited for. A sum is finite only
     if all of its terms are.
     """
-    if q.device.type != "cpu" or torch._C._functorch.maybe_current_level() is not None:
+    if q.device.type != "cpu" or _transformed():
         return False
     return not all(math.isfinite(float(x.detach().sum(dtype=torch.float32))) for x in (q, k, v))
+
+
+def _transformed() -> bool:
+    """Whether torch.func is at work, under which no number can be looked at."""
+    return torch._C._functorch.maybe_current_level() is not None  # pyright: ignore
 
 
 def _unit_rms(x: Tensor) -> Tensor:
