@@ -338,7 +338,7 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
         )
         weights = loading.open_tensors(source, cfg, allow_non_finite)
         if tokenizer is None:
-            tokenizer = load_tokenizer(source)
+            tokenizer = load_tokenizer(source, cfg)
         model = cls(
             cfg,
             tokenizer,

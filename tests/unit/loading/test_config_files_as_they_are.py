@@ -161,7 +161,7 @@ def test_the_line_that_converts_pickles_works_also_with_tied_weights(
         directory / "pytorch_model-2.bin",
     )
     torch.save({"step": 3}, directory / "optimizer.pt")
-    with pytest.raises(CheckpointError, match="only as pytorch_model-1.bin") as error:
+    with pytest.raises(CheckpointError, match=r"only as pytorch_model-1\.bin") as error:
         LoopedTransformer.from_pretrained_no_processing(directory)
     line = str(error.value).split("environment you trust: ")[1]
     monkeypatch.chdir(directory)
