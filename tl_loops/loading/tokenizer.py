@@ -8,7 +8,7 @@ from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import CheckpointError
 from tl_loops.loading.files import Checkpoint
 from tl_loops.loading.json_file import read_json
-from tl_loops.loading.tokenizer_check import check_tokenizer, tokenizer_errors
+from tl_loops.loading.tokenizer_check import check_settings, check_tokenizer, tokenizer_errors
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 TOKENIZER_FILES = (
@@ -61,6 +61,7 @@ def _read_tokenizer(directory: Path) -> Any:
 
     described = directory / "tokenizer_config.json"
     settings = read_json(described) if described.is_file() else {}
+    check_settings(settings, described)
     arguments: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if "tokenizer_class" in settings or "auto_map" in settings:
         loader: Any = AutoTokenizer

@@ -20,6 +20,30 @@ _SPECIAL = {
 _MOST_NAMED = 3
 
 
+_FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "tokenizer_class": ((str,), "text"),
+    "padding_side": ((str,), "text"),
+    "model_max_length": ((int, float), "a number"),
+    "added_tokens_decoder": ((dict,), "a mapping"),
+    "init_inputs": ((list,), "a list"),
+    **{f"{kind}_token": ((str, dict), "text or a mapping") for kind in (*_SPECIAL, "unk")},
+}
+"""Fields of ``tokenizer_config.json`` that the libraries read without looking at their type."""
+
+
+def check_settings(settings: Mapping[str, Any], file: Path) -> None:
+    """Refuse fields of ``tokenizer_config.json`` of the wrong type.
+
+    Raises:
+        CheckpointError: The message names file, field, expected and found.
+    """
+    for name, (kinds, expected) in _FIELDS.items():
+        value = settings.get(name)
+        wrong = not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
+        if value is not None and wrong:
+            raise CheckpointError(f"{file}: {name!r} must be {expected}, found {shortened(value)}")
+
+
 @contextmanager
 def tokenizer_errors(directory: Path) -> Iterator[None]:
     """Whatever a tokenizer library raises becomes a CheckpointError that names the directory."""
@@ -28,7 +52,9 @@ def tokenizer_errors(directory: Path) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, GeneratorExit, CheckpointError):
         raise
     except BaseException as error:  # bare Exception for bad files; a panic in Rust is not even that
-        reason = shortened(f"{type(error).__name__}: {error}", 300)[1:-1]
+        reason = shortened(str(error), 300)[1:-1] or type(error).__name__
+        if isinstance(error, (AttributeError, TypeError, LookupError)):
+            reason = "a field is missing, or its value is none that the tokenizer library can use"
         raise CheckpointError(
             f"the tokenizer files in {directory} cannot be used: {reason}. Pass tokenizer=..., or "
             "remove them to load without one"
