@@ -23,7 +23,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, name, key, va
     tensors[key].view(-1)[7] = value
     directory = written(tmp_path / "c", name, tensors)
     with pytest.raises(CheckpointError, match=rf"{key}.*NaN or infinite.*allow_non_finite"):
-        HookedTransformer.from_pretrained(directory, dtype=dtype)
+        HookedTransformer.from_pretrained(str(directory), dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])

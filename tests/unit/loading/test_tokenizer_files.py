@@ -41,7 +41,7 @@ def change_words(directory, words):
 
 def refusal(directory):
     with pytest.raises(CheckpointError) as error:
-        HookedTransformer.from_pretrained(directory)
+        HookedTransformer.from_pretrained(str(directory))
     message = str(error.value)
     assert str(directory) in message and len(message) < 800
     return message
