@@ -3,6 +3,7 @@
 # make test   the same with the test extras, then runs every test with TransformerLens 3.9 (in two
 #             passes: tests/conftest.py says what each checks), and those that are marked both_lines
 #             with 4.3
+# make fuzz   loads 680 damaged checkpoints and prints how each kind ends
 # make lint   ruff and pyright
 # make notebooks   runs the scripts of demos/ into notebooks
 # make docs   builds the documentation in site/; a warning or a dead link is an error
@@ -19,7 +20,7 @@ TRANSFORMER_LENS = 'transformer-lens$(if $(TL),==$(TL).*)'
 # A file of tests stays in one process, which makes its models once; the slow files start first.
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-tl4 both-lines lint docs notebooks clean
+.PHONY: demo test test-tl4 both-lines fuzz lint docs notebooks clean
 
 demo: $(VENV)/.base
 	$(BIN)/tl-loops report --out report.html
@@ -35,6 +36,9 @@ test-tl4:
 
 both-lines: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m both_lines
+
+fuzz: $(VENV)/.test
+	$(BIN)/python -m tests.fuzz.checkpoints --full
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

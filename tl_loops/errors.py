@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class LoopedSemanticsError(NotImplementedError):
@@ -49,3 +50,13 @@ def did_you_mean(
     if near:
         return f"did you mean {', '.join(map(repr, near) if quoted else near)}?"
     return f"known: {', '.join(names) or 'none'}" if otherwise is None else otherwise
+
+
+def shortened(value: Any, most: int = 80) -> str:
+    """``repr`` of a value of unknown size, for a message."""
+    try:
+        shown = repr(value)
+    except (ValueError, RecursionError):  # Python prints no integers of thousands of digits
+        return f"<a huge {type(value).__name__}>"
+    shown = shown.encode("utf-8", "backslashreplace").decode("utf-8")
+    return shown if len(shown) <= most else f"{shown[: most - 3]}..."

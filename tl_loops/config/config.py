@@ -12,6 +12,7 @@ from tl_loops.config.describe import data_flow
 from tl_loops.config.fields import of_mechanisms, setting
 from tl_loops.config.ranges import check_depth
 from tl_loops.config.readout import Readout
+from tl_loops.config.types import check_types
 from tl_loops.config.weights import physical_tensors
 from tl_loops.errors import ConfigError, did_you_mean
 from tl_loops.layout.layout import LoopLayout
@@ -217,8 +218,8 @@ class LoopedTransformerConfig(BaseConfig):
         """Build a config from a dictionary of fields.
 
         Raises:
-            ConfigError: A key is not a field (near matches are suggested) or a required one is
-                missing.
+            ConfigError: A key is not a field (near matches are suggested), a required one is
+                missing, or a value is of another type than its field.
         """
         names = [f.name for f in dataclasses.fields(cls)]
         for key in config_dict:
@@ -234,7 +235,9 @@ class LoopedTransformerConfig(BaseConfig):
         if missing:
             raise ConfigError(f"config lacks the required field(s) {', '.join(missing)}")
         lists = {key: tuple(v) for key, v in config_dict.items() if isinstance(v, list)}
-        return cls(**{**config_dict, **lists})  # JSON has no tuples
+        fields = {**config_dict, **lists}  # JSON has no tuples
+        check_types(cls, fields)
+        return cls(**fields)
 
     def __repr__(self) -> str:
         return f"LoopedTransformerConfig:\n{self.describe()}"

@@ -1,6 +1,5 @@
 """What a family is: which checkpoints it recognises, and how their fields and tensors map."""
 
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tl_loops.config.config import LoopedTransformerConfig
-from tl_loops.errors import CheckpointError
+from tl_loops.errors import CheckpointError, shortened
 
 View = Callable[[Tensor], Tensor]
 Shape = tuple[int, ...]
@@ -21,6 +20,19 @@ Table = Literal["cos and sin", "cos", "sin"]
 """What a stored rotary table [1, pos, 1, pair(, 2)] holds."""
 
 _REQUIRED = object()
+
+_ABOVE_ZERO = frozenset(
+    "d_model d_head d_mlp d_vocab n_heads n_key_value_heads n_ctx n_core n_iterations "
+    "rotary_base rotary_scaling_factor".split()
+)
+"""Config fields that mean nothing at 0."""
+
+_LONGEST = 400
+"""Characters of a problem that a message shows: files may hold values of any length."""
+
+_MOST = 2**31 - 1
+_LARGEST = 3e38
+"""The largest integer and float that any field may have: what 32 bits hold."""
 
 COMMON_FLAGS: dict[str, tuple[Any, ...]] = {
     "quantization_config": (),
@@ -218,19 +230,28 @@ class Family:
         values: dict[str, Any] = {}
         for target, source in self.fields.items():
             try:
-                values[target] = _value(source, released)
+                values[target] = _value(source, released, target in _ABOVE_ZERO)
             except CheckpointError as problem:
                 problems.append(str(problem))
         if not problems:
             try:
-                return {**self.fixed, **values, **self.derive(released)}
+                found = {**self.fixed, **values, **self.derive(released)}
             except CheckpointError as problem:
                 problems.append(str(problem))
-        lines = "".join(f"\n  {problem}" for problem in problems)
+            else:
+                problems += [
+                    f"the fields give {name} = {shortened(found[name])}, expected a number above 0 "
+                    f"and at most {_MOST if isinstance(found[name], int) else _LARGEST:,}"
+                    for name in sorted(_ABOVE_ZERO & found.keys())
+                    if isinstance(found[name], (int, float)) and not _in_range(found[name], True)
+                ]
+                if not problems:
+                    return found
+        lines = "".join(f"\n  {problem[:_LONGEST]}" for problem in problems)
         raise CheckpointError(f"{where} cannot be read as a config of family {self.name}:{lines}")
 
 
-def _value(source: Field, released: Released) -> Any:
+def _value(source: Field, released: Released, above_zero: bool) -> Any:
     key = next((key for key in source.keys if released.get(key) is not None), None)
     if key is None:
         if source.default is _REQUIRED:
@@ -238,23 +259,38 @@ def _value(source: Field, released: Released) -> Any:
                 f"the required field {' or '.join(map(repr, source.keys))} is missing"
             )
         return source.default
-    return checked(key, released[key], source.kind)
+    return checked(key, released[key], source.kind, above_zero)
 
 
-def checked(key: str, value: Any, kind: type) -> Any:
+def checked(key: str, value: Any, kind: type, above_zero: bool = False) -> Any:
     """``value`` as ``kind``; an integer is accepted where a float is wanted.
 
+    Args:
+        key: Its name in messages.
+        value: What ``config.json`` says.
+        kind: ``int``, ``float``, ``bool`` or ``str``.
+        above_zero: Whether a number must be above 0, not only at least 0.
+
     Raises:
-        CheckpointError: It is of another type, negative, or not finite.
+        CheckpointError: It is of another type, negative, not finite, or absurdly large.
     """
     fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        fits, value = True, float(value)
+        fits = True
     if not fits:
-        raise CheckpointError(f"{key!r} must be of type {kind.__name__}, found {value!r}")
-    if kind in (int, float) and not (math.isfinite(value) and value >= 0):
-        raise CheckpointError(f"{key!r} must be a number of at least 0, found {value!r}")
-    return value
+        raise CheckpointError(f"{key!r} must be of type {kind.__name__}, found {shortened(value)}")
+    if kind in (int, float) and not _in_range(value, above_zero):
+        least = "above 0" if above_zero else "of at least 0"
+        raise CheckpointError(
+            f"{key!r} must be a number {least} and at most "
+            f"{_MOST if kind is int else _LARGEST:,}, found {shortened(value)}"
+        )
+    return float(value) if kind is float else value
+
+
+def _in_range(value: int | float, above_zero: bool) -> bool:
+    most = _MOST if isinstance(value, int) else _LARGEST
+    return value <= most and (value > 0 if above_zero else value >= 0)
 
 
 def _among(value: Any, allowed: tuple[Any, ...]) -> bool:
@@ -267,10 +303,8 @@ def _among(value: Any, allowed: tuple[Any, ...]) -> bool:
 
 
 def _flag_problem(key: str, value: Any, allowed: tuple[Any, ...]) -> str:
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
     expected = " or ".join(map(repr, allowed)) if allowed else "its absence"
-    return f"{key!r} is {shown}, which is not implemented; expected {expected}"
+    return f"{key!r} is {shortened(value)}, which is not implemented; expected {expected}"
 
 
 def as_is(stored: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ _PREFIX = "_orig_mod.model.inner."
 """The training code compiles the model inside its loss."""
 
 _MULTIPLE = 256
+_MOST_CYCLES = 10_000
 
 
 def _spread(released: Released) -> Released:
@@ -73,10 +74,10 @@ def _puzzle_rows(released: Released, prefix_length: int | None) -> tuple[int, in
 def _derive(released: Released, of_trm: bool) -> dict[str, Any]:
     H_cycles, L_cycles = _number(released, "H_cycles"), _number(released, "L_cycles")
     segments = _number(released, "halt_max_steps")
-    if not H_cycles or not L_cycles or not segments:
+    if not all(1 <= number <= _MOST_CYCLES for number in (H_cycles, L_cycles, segments)):
         raise CheckpointError(
             f"'H_cycles' = {H_cycles}, 'L_cycles' = {L_cycles} and 'halt_max_steps' = {segments} "
-            "must be at least 1"
+            f"must be at least 1 and at most {_MOST_CYCLES:,}"
         )
     n_core = _number(released, "L_layers")
     if not of_trm and _number(released, "H_layers") != n_core:

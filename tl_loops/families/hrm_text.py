@@ -28,14 +28,16 @@ from tl_loops.families.shared.rotary import rotary_fields
 
 _DEFAULT_RANGE = 0.02
 _DEFAULT_BASE = 10_000.0
+_MOST_CYCLES = 10_000
 
 
 def _derive(released: Released) -> dict[str, Any]:
     H_cycles = checked("H_cycles", released.get("H_cycles", 2), int)
     L_cycles = checked("L_cycles", released.get("L_cycles", 3), int)
-    if not H_cycles or not L_cycles:
+    if not (1 <= H_cycles <= _MOST_CYCLES and 1 <= L_cycles <= _MOST_CYCLES):
         raise CheckpointError(
-            f"'H_cycles' = {H_cycles} and 'L_cycles' = {L_cycles} must be at least 1"
+            f"'H_cycles' = {H_cycles} and 'L_cycles' = {L_cycles} must be at least 1 and at most "
+            f"{_MOST_CYCLES:,}"
         )
     heads = released["num_attention_heads"]
     if released.get("num_key_value_heads") not in (None, heads):

@@ -62,7 +62,7 @@ def _sizes(released: Released) -> dict[str, int]:
 def _derive(released: Released) -> dict[str, Any]:
     llama.check_layer_types(released)
     kind = released.get("base_config_dict.model_type")
-    if kind not in _QK_NORMS:
+    if not isinstance(kind, str) or kind not in _QK_NORMS:
         raise CheckpointError(
             f"'base_config_dict.model_type' is {kind!r}, which is not implemented; expected "
             f"{' or '.join(map(repr, _QK_NORMS))}"

@@ -33,7 +33,7 @@ def _derive(released: Released) -> dict[str, Any]:
     scale = checked("init_values.embed_scale", init_values["embed_scale"], float)
     std = checked("init_values.std", init_values["std"], float)
     return {
-        "d_head": checked("head_dim", d_head, int),
+        "d_head": checked("head_dim", d_head, int, above_zero=True),
         "embed_scale": scale,
         "initial_state_std": std * scale,
         **rotary_fields(released),  # 'rope_base' is left over from Huginn and not used

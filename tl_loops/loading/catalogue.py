@@ -8,7 +8,8 @@ from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import near_names as near_names_of
 from tl_loops.families.base import Family, KnownModel
 from tl_loops.families.registry import FAMILIES
-from tl_loops.loading.files import CONFIG_FILE, read_json
+from tl_loops.loading.files import CONFIG_FILE
+from tl_loops.loading.json_file import read_json
 
 
 @dataclass(frozen=True)

@@ -1,48 +1,37 @@
 """A checkpoint directory as files: its config, the headers of its weights, and their bytes."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tl_loops.errors import CheckpointError
+from tl_loops.errors import CheckpointError, shortened
+from tl_loops.loading.header import StoredTensor, read_header
+from tl_loops.loading.json_file import open_regular, read_json
 from tl_loops.mechanisms.tensors import FLOATS
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
 
-_ITEM_SIZES = {
-    **{name: dtype.itemsize for name, dtype in FLOATS.items()},
-    **{"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8},
-    **{"C64": 8, "F8_E4M3": 1, "F8_E5M2": 1},
-}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_MAX_HEADER = 100_000_000
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler", "adapter_model")
+"""How pickles begin that stand beside weights and are none."""
+
+_LONGEST_NAME = 255
+"""Bytes of a file's name, on every usual file system."""
+
 _PIECE = 1 << 18
 """Elements that are converted at a time, so that a conversion needs no second whole tensor.
 
 Small enough that the buffers leave no holes between the weights in the allocator's memory.
 """
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies: ``nbytes`` at ``offset`` of ``file``, of a safetensors type."""
-
-    file: Path
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
 
 
 @dataclass
@@ -106,13 +95,6 @@ class Checkpoint:
                 headers.problems.append(str(problem))
                 unreadable = True
                 continue
-            size = file.stat().st_size
-            end = max((tensor.offset + tensor.nbytes for tensor in found), default=size)
-            if end != size:
-                what = "truncated" if end > size else "has bytes beyond its tensors"
-                headers.problems.append(
-                    f"{file.name}: {what}: its tensors end at byte {end:,}, the file at {size:,}"
-                )
             for tensor in found:
                 if tensor.key in headers.tensors:
                     other = headers.tensors[tensor.key].file.name
@@ -123,17 +105,17 @@ class Checkpoint:
 
     def _weight_files(self, headers: Headers) -> list[Path]:
         single, index = self.directory / WEIGHTS_FILE, self.directory / INDEX_FILE
-        if single.is_file():
+        if single.exists():
             return [single]
-        if index.is_file():
+        if index.exists():
             files = []
             for name in sorted(set(self._weight_map.values())):
-                if (self.directory / name).is_file():
+                if (self.directory / name).exists():
                     files.append(self.directory / name)
                 else:
                     headers.problems.append(f"{INDEX_FILE}: names {name}, which is absent")
             return files
-        files = sorted(self.directory.glob("*.safetensors"))
+        files = sorted(set(self.directory.glob("*.safetensors")) - set(self.adapters))
         if not files:
             raise CheckpointError(self._no_weights())
         return files
@@ -145,15 +127,16 @@ class Checkpoint:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index} has no 'weight_map' from keys to files")
         for key, name in weight_map.items():
-            if not isinstance(name, str) or not name or Path(name).name != name:
+            if not isinstance(name, str) or not _is_name_of_file(name):
                 raise CheckpointError(
-                    f"{index} places key {key!r} in {name!r}; expected the name of a file beside it"
+                    f"{index} places key {shortened(key)} in {shortened(name)}; expected the name "
+                    "of a file beside it"
                 )
         return weight_map
 
     def _check_index(self, headers: Headers, unreadable: bool) -> None:
         readable = {tensor.file.name for tensor in headers.tensors.values()}
-        if (self.directory / WEIGHTS_FILE).is_file() or not (self.directory / INDEX_FILE).is_file():
+        if (self.directory / WEIGHTS_FILE).exists() or not (self.directory / INDEX_FILE).exists():
             headers.incomplete = unreadable
             return
         for key, name in self._weight_map.items():
@@ -166,89 +149,59 @@ class Checkpoint:
                 )
                 headers.lost.add(key)
 
+    @property
+    def adapters(self) -> list[Path]:
+        """Files of a low-rank adapter (LoRA), which changes the weights and is not read."""
+        return sorted(file for name in ADAPTER_FILES for file in self.directory.glob(name))
+
     def _no_weights(self) -> str:
-        pickles = sorted(file.name for file in self.directory.iterdir() if file.suffix in _PICKLES)
+        pickles = sorted(
+            file.name
+            for file in self.directory.iterdir()
+            if file.suffix in _PICKLES and not file.name.startswith(_NO_WEIGHTS)
+        )
         if pickles:
             return (
-                f"{self.directory} holds its weights only as {', '.join(pickles)}. Such files are "
-                "pickles, which can run code when they are opened, and are not read. Convert them "
-                f"once in an environment you trust: safetensors.torch.save_file(torch.load("
-                f"{pickles[0]!r}, weights_only=True), {WEIGHTS_FILE!r})"
+                f"{self.directory} holds its weights only as {', '.join(pickles)}. "
+                f"{conversion(pickles)}"
             )
+        adapter = ""
+        if self.adapters:
+            adapter = f"; {self.adapters[0].name} is of an adapter: merge it into its base model"
         return (
             f"{self.directory} holds no weights: expected {WEIGHTS_FILE}, or {INDEX_FILE} and the "
-            "files that it names"
+            f"files that it names{adapter}"
         )
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Content of a JSON file that holds an object.
+def conversion(pickles: list[str]) -> str:
+    """What a message says about weights that are pickles, with a line that converts them.
 
-    Raises:
-        CheckpointError: The file is missing, unreadable, or holds something else.
+    Args:
+        pickles: Names of the files, or ``["FILE"]`` where they are not known.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} must hold a JSON object, found {type(content).__name__}")
-    return content
+    return (
+        "Such files are pickles, which can run code when they are opened, and are not read; "
+        "convert them once, in their directory and in an environment you trust: "
+        "import torch, safetensors.torch; safetensors.torch.save_file({key: tensor.detach().clone("
+        "memory_format=torch.contiguous_format) for file in "
+        f"{pickles} for key, tensor in torch.load(file, map_location='cpu', weights_only=True)"
+        f".items()}}, {WEIGHTS_FILE!r})"
+    )
 
 
-def read_header(file: Path) -> list[StoredTensor]:
-    """Read the header of a safetensors file.
-
-    Raises:
-        CheckpointError: The header is truncated, not JSON, or contradicts itself.
-    """
-    try:
-        size = file.stat().st_size
-        with open(file, "rb") as stream:
-            start = stream.read(8)
-            if start == b"version ":
-                raise CheckpointError(
-                    f"{file.name}: is a Git LFS pointer, not the weights; fetch them (git lfs pull)"
-                )
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or (length > size - 8 and length <= _MAX_HEADER):
-                raise CheckpointError(
-                    f"{file.name}: truncated inside its header ({size:,} bytes in all)"
-                )
-            if length > _MAX_HEADER:
-                raise CheckpointError(f"{file.name}: is not a safetensors file")
-            header = json.loads(stream.read(length))
-        if not isinstance(header, dict):
-            raise ValueError("the header is not a JSON object")
-        header.pop("__metadata__", None)
-        tensors = [_entry(file, key, entry, 8 + length) for key, entry in header.items()]
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"{file.name}: is not a readable safetensors file: {error}"
-        ) from error
-    return tensors
+def _is_name_of_file(name: str) -> bool:
+    return (
+        name not in ("", "..")
+        and Path(name).name == name
+        and name.isprintable()
+        and len(name.encode()) <= _LONGEST_NAME
+    )
 
 
-def _entry(file: Path, key: str, entry: Any, data: int) -> StoredTensor:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    except (TypeError, KeyError, ValueError):
-        raise ValueError(f"bad header entry for key {key!r}") from None
-    numbers = (*shape, begin, end)
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError(f"bad shape or offsets for key {key!r}")
-    if dtype in _ITEM_SIZES and end - begin != math.prod(shape) * _ITEM_SIZES[dtype]:
-        raise ValueError(
-            f"key {key!r} has {end - begin} bytes, which does not fit {dtype} of shape {shape}"
-        )
-    return StoredTensor(file, key, str(dtype), shape, data + begin, end - begin)
-
-
-def read_rows(stored: StoredTensor, first: int, target: Tensor) -> None:
+def read_rows(
+    stored: StoredTensor, first: int, target: Tensor, allow_non_finite: bool = False
+) -> None:
     """Fill a tensor with the rows of a stored one, from ``first`` on.
 
     The file is read, not mapped: mapped pages would count as memory beside the weights. A change of
@@ -258,26 +211,49 @@ def read_rows(stored: StoredTensor, first: int, target: Tensor) -> None:
         stored: What to read.
         first: Row of it that becomes ``target[0]``.
         target: ``[rows, *stored.shape[1:]]``, of any strides, floating type and device.
+        allow_non_finite: Whether NaN and infinities may be among the numbers.
 
     Raises:
-        CheckpointError: The file ends early or cannot be read.
+        CheckpointError: The file ends early or cannot be read; or a number is NaN or infinite, or
+            too large for the target's type.
     """
     stored_dtype, row = FLOATS[stored.dtype], math.prod(stored.shape[1:])
     direct = target.is_contiguous() and target.device.type == "cpu" and target.dtype == stored_dtype
+    step = max(1, _PIECE // max(1, row))
+    buffer = torch.empty(0)
+    if not direct:
+        buffer = torch.empty((min(step, len(target)), *stored.shape[1:]), dtype=stored_dtype)
     try:
-        with open(stored.file, "rb", buffering=0) as stream:
+        with open_regular(stored.file, buffering=0) as stream:
             stream.seek(stored.offset + first * row * stored_dtype.itemsize)
-            if direct:
-                _fill(stream, target.view(-1), stored)
-                return
-            step = max(1, _PIECE // max(1, row))
-            buffer = torch.empty((min(step, len(target)), *stored.shape[1:]), dtype=stored_dtype)
             for begin in range(0, len(target), step):
-                piece = buffer[: len(target) - begin]
+                rows = target[begin : begin + step]
+                piece = rows if direct else buffer[: len(rows)]
                 _fill(stream, piece.view(-1), stored)
-                target[begin : begin + step].copy_(piece)
+                if not allow_non_finite:
+                    _check_finite(piece, target.dtype, stored)
+                if not direct:
+                    rows.copy_(piece)
     except OSError as error:
         raise CheckpointError(f"{stored.file}: key {stored.key!r}: {error}") from error
+
+
+def _check_finite(piece: Tensor, dtype: torch.dtype, stored: StoredTensor) -> None:
+    """Refuse NaN, infinities, and what becomes infinite in another type."""
+    if not piece.numel():
+        return
+    ends = torch.stack(torch.aminmax(piece))  # one pass without a copy; NaN is both ends
+    if not bool(ends.isfinite().all()):
+        raise CheckpointError(
+            f"{stored.file}: key {stored.key!r} holds NaN or infinite numbers, so the model would "
+            "compute none; get the file again, or pass allow_non_finite=True to load it as it is"
+        )
+    if not bool(ends.to(dtype).isfinite().all()):
+        raise CheckpointError(
+            f"{stored.file}: key {stored.key!r} holds {float(ends.abs().max()):.3g}, which "
+            f"{dtype} cannot hold; load in a wider dtype, or pass "
+            "allow_non_finite=True to make it infinite"
+        )
 
 
 def same_values(one: StoredTensor, other: StoredTensor) -> bool:
@@ -289,14 +265,14 @@ def same_values(one: StoredTensor, other: StoredTensor) -> bool:
     for first in range(0, rows, step):
         shape = (min(step, rows - first), *one.shape[1:])
         a, b = (torch.empty(shape, dtype=torch.float64) for _ in range(2))
-        read_rows(one, first, a)
-        read_rows(other, first, b)
-        if not torch.equal(a, b):
+        read_rows(one, first, a, True)
+        read_rows(other, first, b, True)
+        if not torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True):
             return False
     return True
 
 
-def _fill(stream: RawIOBase, target: Tensor, stored: StoredTensor) -> None:
+def _fill(stream: Any, target: Tensor, stored: StoredTensor) -> None:
     """Read into a row-major CPU tensor until it is full."""
     waiting = target.view(torch.uint8).numpy().data
     while waiting:

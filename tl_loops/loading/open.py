@@ -3,6 +3,7 @@
 Nothing here runs remote code, unpickles, or builds a Hugging Face model.
 """
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, SupportsIndex
 
@@ -11,18 +12,20 @@ from torch import Tensor
 
 from tl_loops.config.config import LoopedTransformerConfig, dtype_name
 from tl_loops.config.fields import fixed_by_weights
-from tl_loops.errors import CheckpointError, ConfigError
+from tl_loops.errors import CheckpointError, ConfigError, shortened
 from tl_loops.families.base import Family, TensorSpec
 from tl_loops.families.registry import recognise
-from tl_loops.loading.files import CONFIG_FILE, Checkpoint, StoredTensor, read_rows, same_values
+from tl_loops.loading.files import CONFIG_FILE, Checkpoint, read_rows, same_values
+from tl_loops.loading.header import StoredTensor
 from tl_loops.loading.rotary_tables import followed_fields, table_problems
 from tl_loops.loading.save import save_checkpoint
-from tl_loops.loading.source import is_looped_name, resolve
+from tl_loops.loading.source import is_broken, is_looped_name, resolve
 from tl_loops.mechanisms.tensors import FLOATS
 
 __all__ = [
     "Checkpoint",
     "family_of",
+    "is_broken",
     "is_looped_name",
     "load_config",
     "open_tensors",
@@ -32,6 +35,12 @@ __all__ = [
 
 
 _MOST_SHOWN = 12
+
+_MOST_LAYERS = 1000
+"""So many layers are built before the tensors are counted; a message then names those missing."""
+
+_MOST_ITERATIONS = 10_000
+"""That a file may ask for."""
 
 
 def load_config(
@@ -64,16 +73,19 @@ def load_config(
     family = family_of(checkpoint)
     fields = family.config_fields(checkpoint.config, where)
     architectures = checkpoint.config.get("architectures")
-    named = architectures if isinstance(architectures, list) and architectures else None
+    listed = architectures if isinstance(architectures, list) else []
+    named = [name for name in listed if isinstance(name, str)]
+    _check_sizes(checkpoint, fields, where)
     fields.setdefault("model_name", checkpoint.name)
-    fields.setdefault("original_architecture", (named or [*family.architectures, family.name])[0])
+    fields.setdefault("original_architecture", [*named, *family.architectures, family.name][0])
     if dtype is not None:
         fields["dtype"] = _dtype(dtype)
     if device is not None:
         fields["device"] = str(device)
     try:
         cfg = LoopedTransformerConfig.from_dict(fields)
-    except (ValueError, TypeError, AssertionError) as error:  # TransformerLens raises all three
+    except (ValueError, TypeError, AssertionError, ArithmeticError) as error:
+        # TransformerLens raises all of them.
         raise CheckpointError(f"{where}: {error}") from error
     overrides = {**_stored_rotation(checkpoint, family, cfg), **overrides}
     if n_iterations is not None:
@@ -81,8 +93,29 @@ def load_config(
     return LoopedTransformerConfig.from_dict({**fields, **overrides}) if overrides else cfg
 
 
+def _check_sizes(checkpoint: Checkpoint, fields: dict[str, Any], where: str) -> None:
+    """Refuse numbers of layers that the files cannot hold, before anything is made for each."""
+    sizes = {name: fields.get(name, 0) for name in ("n_prelude", "n_core", "n_coda")}
+    if not all(type(size) is int for size in sizes.values()):
+        return  # The config says so.
+    if sum(sizes.values()) > _MOST_LAYERS:
+        stored = len(_stored_keys(checkpoint))
+        if sum(sizes.values()) > stored:
+            said = ", ".join(f"{name} = {shortened(size)}" for name, size in sizes.items())
+            raise CheckpointError(
+                f"{where} asks for more layers than the files have tensors: {said}, but there are "
+                f"{stored} tensors"
+            )
+    iterations = fields.get("n_iterations", 1)
+    if type(iterations) is int and iterations > _MOST_ITERATIONS:
+        raise CheckpointError(
+            f"{where} asks for {shortened(iterations)} iterations, expected at most "
+            f"{_MOST_ITERATIONS:,}: the model has hook points for each of them"
+        )
+
+
 def open_tensors(
-    checkpoint: Checkpoint, cfg: LoopedTransformerConfig
+    checkpoint: Checkpoint, cfg: LoopedTransformerConfig, allow_non_finite: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """Stream the weights of a checkpoint under their physical names.
 
@@ -94,6 +127,8 @@ def open_tensors(
     Args:
         checkpoint: From :func:`resolve`.
         cfg: From :func:`load_config`.
+        allow_non_finite: Whether stored numbers may be NaN or infinite, or become infinite in
+            ``cfg.dtype``.
 
     Returns:
         Pairs of name (``"core.0.attn.W_Q"``) and tensor, each weight once.
@@ -101,7 +136,14 @@ def open_tensors(
     Raises:
         CheckpointError: Tensors are missing, unexpected, misshapen, of another type, truncated or
             held as pickles; all problems are named at once, with file, key and expected shape.
+            While the result is iterated: numbers are not finite, or the file changed.
     """
+    if checkpoint.adapters:
+        warnings.warn(
+            f"{checkpoint.directory} holds {checkpoint.adapters[0].name} beside the weights: the "
+            "base model is loaded without that adapter; merge it into the weights to have it",
+            stacklevel=3,
+        )
     family, headers = family_of(checkpoint), checkpoint.headers
     specs = {spec.key: spec for spec in family.tensors(cfg)}
     problems = list(headers.problems)
@@ -135,7 +177,9 @@ def open_tensors(
     if problems:
         raise _refusal(checkpoint, problems)
     pairs = [(tensors[key], spec) for key, spec in specs.items()]
-    return _stream(sorted(pairs, key=lambda pair: (pair[0].file.name, pair[0].offset)), cfg)
+    return _stream(
+        sorted(pairs, key=lambda pair: (pair[0].file.name, pair[0].offset)), cfg, allow_non_finite
+    )
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
@@ -223,12 +267,14 @@ def _tied_problems(tensors: dict[str, StoredTensor], head: str, embedding: str) 
 
 
 def _stream(
-    pairs: list[tuple[StoredTensor, TensorSpec]], cfg: LoopedTransformerConfig
+    pairs: list[tuple[StoredTensor, TensorSpec]],
+    cfg: LoopedTransformerConfig,
+    allow_non_finite: bool,
 ) -> Iterator[tuple[str, Tensor]]:
     for stored, spec in pairs:
         first = 0
         for part in spec.parts:
             memory = part.empty((part.rows, *stored.shape[1:]), cfg.dtype, cfg.device)
-            read_rows(stored, first, memory)
+            read_rows(stored, first, memory, allow_non_finite)
             first += part.rows
             yield part.name, part.view(memory)

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from tl_loops.config.config import LoopedTransformerConfig, dtype_name
 from tl_loops.families.base import Table
-from tl_loops.loading.files import CONFIG_FILE, FLOATS, StoredTensor, read_rows
+from tl_loops.loading.files import CONFIG_FILE, read_rows
+from tl_loops.loading.header import StoredTensor
+from tl_loops.mechanisms.tensors import FLOATS
 from tl_loops.nn.rotary import RotaryTable
 
 _ULPS = 8

@@ -20,7 +20,8 @@ from tl_loops.config.config import LoopedTransformerConfig, dtype_name
 from tl_loops.config.weights import physical_tensors
 from tl_loops.errors import CheckpointError, ConfigError
 from tl_loops.families.native import FORMAT_VERSION, MODEL_TYPE
-from tl_loops.loading.files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_json
+from tl_loops.loading.files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
+from tl_loops.loading.json_file import read_json
 from tl_loops.mechanisms.tensors import FLOATS
 from tl_loops.upstream import as_given
 from tl_loops.upstream.config_fields import OF_THIS_RUN

@@ -4,10 +4,18 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tl_loops.errors import CheckpointError, ConfigError, UnknownModelError
+from tl_loops.errors import CheckpointError, ConfigError, UnknownModelError, shortened
 from tl_loops.families.registry import is_looped_config
 from tl_loops.loading.catalogue import find_known, near_names, packaged_directory
-from tl_loops.loading.files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, Checkpoint, read_json
+from tl_loops.loading.files import (
+    ADAPTER_FILES,
+    CONFIG_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    Checkpoint,
+    conversion,
+)
+from tl_loops.loading.json_file import read_json
 from tl_loops.loading.tokenizer import TOKENIZER_FILES
 
 
@@ -32,8 +40,25 @@ def is_looped_name(name: Any) -> bool:
     return isinstance(name, str) and find_known(name) is not None
 
 
+def is_broken(name: Any) -> bool:
+    """Whether a name is a directory whose ``config.json`` nobody can read.
+
+    Args:
+        name: What a user gave to ``from_pretrained``.
+    """
+    try:
+        directory = _local_directory(name)
+        if directory is not None and (directory / CONFIG_FILE).exists():
+            read_json(directory / CONFIG_FILE)
+    except CheckpointError:
+        return True
+    except TypeError:  # no name of anything
+        return False
+    return False
+
+
 def resolve(
-    name_or_directory: str | os.PathLike[str],
+    name_or_directory: Any,
     *,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -47,7 +72,7 @@ def resolve(
 
     Args:
         name_or_directory: A directory with ``config.json``, or a known name or alias. A directory
-            wins over a name.
+            wins over a name. Text or a path.
         revision: Branch, tag or commit of a hub repository.
         token: Hub token, as for ``huggingface_hub.snapshot_download``.
         cache_dir: Hub cache, as there.
@@ -57,10 +82,16 @@ def resolve(
         The checkpoint directory.
 
     Raises:
+        TypeError: It is neither text nor a path.
         UnknownModelError: Neither a directory nor a known name.
         CheckpointError: A directory without ``config.json``, or the download failed.
         ConfigError: ``revision`` for files that have none.
     """
+    if not isinstance(name_or_directory, (str, os.PathLike)):
+        raise TypeError(
+            "expected the name of a model or the path of a directory, got "
+            f"{shortened(name_or_directory)}"
+        )
     directory = _local_directory(name_or_directory)
     if directory is not None:
         _refuse_revision(revision, str(directory))
@@ -88,11 +119,9 @@ def resolve(
     )
     if not any(directory.glob("*.safetensors")):
         raise CheckpointError(
-            f"{entry.name} holds no safetensors files. Other files of weights (.bin, .pt) are "
-            "pickles, which can run code when they are opened, and are not fetched. Download them "
-            "and convert them once in an environment you trust, with safetensors.torch.save_file("
-            f"torch.load(FILE, weights_only=True), {WEIGHTS_FILE!r}), then load the directory that "
-            f"holds {WEIGHTS_FILE} and {CONFIG_FILE}"
+            f"{entry.name} holds no safetensors files; other files of weights (.bin, .pt) are not "
+            f"fetched. {conversion(['FILE'])}, with the names of the files that you downloaded; "
+            f"then load the directory that holds {WEIGHTS_FILE} and {CONFIG_FILE}"
         )
     return Checkpoint(directory, entry.name.split("/")[-1], entry.known.silent)
 
@@ -130,7 +159,13 @@ def _download(repository: str, **arguments: Any) -> Path:
     try:
         directory = snapshot_download(
             repository,
-            allow_patterns=[CONFIG_FILE, "*.safetensors", INDEX_FILE, *TOKENIZER_FILES],
+            allow_patterns=[
+                CONFIG_FILE,
+                "*.safetensors",
+                INDEX_FILE,
+                ADAPTER_FILES[0],
+                *TOKENIZER_FILES,
+            ],
             ignore_patterns=["*/*"],
             **arguments,
         )

@@ -4,8 +4,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import CheckpointError
-from tl_loops.loading.files import Checkpoint, read_json
+from tl_loops.loading.files import Checkpoint
+from tl_loops.loading.json_file import read_json
+from tl_loops.loading.tokenizer_check import check_settings, check_tokenizer, tokenizer_errors
 from tl_loops.upstream import remember
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -20,18 +23,26 @@ TOKENIZER_FILES = (
 )
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
+def load_tokenizer(checkpoint: Checkpoint, cfg: LoopedTransformerConfig | None = None) -> Any:
     """The checkpoint's own tokenizer, from its local files alone; no remote code runs.
 
     As TransformerLens wants it, the tokenizer prepends BOS by itself where it can.
+
+    Args:
+        checkpoint: From :func:`tl_loops.loading.source.resolve`.
+        cfg: The model's config; with it the tokenizer is tried, and its tokens are held against
+            the model's.
 
     Returns:
         A Hugging Face tokenizer; ``None``, with a warning, where there are no tokenizer files.
 
     Raises:
-        CheckpointError: The files are there but give no tokenizer.
+        CheckpointError: The files are there but give no tokenizer, or none that works.
     """
     directory = checkpoint.directory
+    for name in TOKENIZER_FILES:
+        if (directory / name).exists() and not (directory / name).is_file():
+            raise CheckpointError(f"{directory / name} is no file; expected one, or nothing there")
     if not any((directory / file).is_file() for file in _VOCABULARY_FILES):
         warnings.warn(
             f"{directory} has no tokenizer files: the model takes tokens, not strings, until "
@@ -39,13 +50,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             stacklevel=2,
         )
         return None
-    try:
-        return _read_tokenizer(directory)
-    except Exception as error:  # tokenizer libraries raise bare Exception for bad files
-        raise CheckpointError(
-            f"the tokenizer files in {directory} cannot be used: {error}. Pass tokenizer=..., or "
-            "remove them to load without one"
-        ) from error
+    with tokenizer_errors(directory):
+        tokenizer = _read_tokenizer(directory)
+    if cfg is not None:
+        check_tokenizer(tokenizer, directory, cfg.d_vocab, bool(cfg.default_prepend_bos))
+    return tokenizer
 
 
 def _read_tokenizer(directory: Path) -> Any:
@@ -53,6 +62,7 @@ def _read_tokenizer(directory: Path) -> Any:
 
     described = directory / "tokenizer_config.json"
     settings = read_json(described) if described.is_file() else {}
+    check_settings(settings, described)
     arguments: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if "tokenizer_class" in settings or "auto_map" in settings:
         loader: Any = AutoTokenizer

@@ -282,6 +282,7 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
         *,
         n_iterations: SupportsIndex | None = None,
         state_seed: int | None = 0,
+        allow_non_finite: bool = False,
         **hub_kwargs: Any,
     ) -> "LoopedTransformer":
         """Load a looped model by hub id, alias or checkpoint directory.
@@ -312,6 +313,8 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
             n_ctx: Overrides the context length.
             n_iterations: Passes through the core; ``None``: what the checkpoint says.
             state_seed: Seed of a random initial state; ``None``: a fresh draw at each call.
+            allow_non_finite: Whether to load weights that are NaN or infinite, or become infinite
+                in ``dtype``.
             **hub_kwargs: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
 
         Raises:
@@ -340,9 +343,9 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
             state_seed=state_seed,
             **{name: value for name, value in overrides.items() if value is not None},
         )
-        weights = loading.open_tensors(source, cfg)
+        weights = loading.open_tensors(source, cfg, allow_non_finite)
         if tokenizer is None:
-            tokenizer = load_tokenizer(source)
+            tokenizer = load_tokenizer(source, cfg)
         model = cls(
             cfg,
             tokenizer,

@@ -21,7 +21,12 @@ def register() -> None:
     TransformerLens that are wrong on a TransformerBridge of a looped model then refuse it; all
     other models pass. Calling it twice is the same as once.
     """
-    install_from_pretrained(loading.is_looped_name, LoopedTransformer.from_pretrained)
+    # A config.json that nobody can read is refused here: TransformerLens would say that it knows no
+    # model of that name, and list the names that it knows.
+    install_from_pretrained(
+        lambda name: loading.is_looped_name(name) or loading.is_broken(name),
+        LoopedTransformer.from_pretrained,
+    )
     install_guards(refuse_where_wrong)
     install_made_caches(lambda model: isinstance(model, LoopedTransformer), LoopedActivationCache)
 

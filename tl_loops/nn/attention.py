@@ -1,5 +1,7 @@
 """Multi-head attention: fused, or explicit when somebody looks at scores or patterns."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -182,7 +184,7 @@ class Attention(nn.Module):
         hooks: tuple[HookPoint, HookPoint],
     ) -> Tensor:
         """Fused, or explicit when somebody looks at scores or patterns (``hooks``)."""
-        if any(has_hooks(point) for point in hooks):
+        if any(has_hooks(point) for point in hooks) or _fused_hides(q, k, v):
             return self._explicit(q, k, v, context, *hooks)
         return self._fused(q, k, v, context)
 
@@ -293,6 +295,23 @@ class GroupedQueryAttention(Attention):
     def b_V(self) -> Float[Tensor, "head d_head"]:
         """Value biases, repeated for every query head."""
         return self._b_V.repeat_interleave(self.groups, dim=0)
+
+
+def _fused_hides(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the fused kernel would give numbers where there are none.
+
+    That of the CPU takes a row of scores that are not finite for one that sees no key, and gives
+    zeros; those of GPUs keep what is not finite, and need not be waited for. A sum is finite only
+    if all of its terms are.
+    """
+    if q.device.type != "cpu" or _transformed():
+        return False
+    return not all(math.isfinite(float(x.detach().sum(dtype=torch.float32))) for x in (q, k, v))
+
+
+def _transformed() -> bool:
+    """Whether torch.func is at work, under which no number can be looked at."""
+    return torch._C._functorch.maybe_current_level() is not None  # pyright: ignore
 
 
 def _unit_rms(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tl_loops.errors import shortened
 from tl_loops.tasks.fact_chain import Prompt
 
 SAMPLE = (
@@ -82,6 +83,10 @@ def _from_json(line: str, where: str) -> PromptText:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
         raise PromptFileError(f"{where}: not JSON ({error.msg})") from None
+    except RecursionError:
+        raise PromptFileError(f"{where}: not JSON (its brackets are nested too deeply)") from None
+    except ValueError:  # a number of thousands of digits
+        raise PromptFileError(f"{where}: not JSON (a number is too long)") from None
     if not isinstance(entry, dict):
         raise PromptFileError(f"{where}: expected an object, got {type(entry).__name__}")
     text = entry.get("prompt", entry.get("question"))
@@ -90,5 +95,10 @@ def _from_json(line: str, where: str) -> PromptText:
     fields = {"prompt": text, "answer": entry.get("answer"), "corrupted": entry.get("corrupted")}
     for name, value in fields.items():
         if value is not None and not (isinstance(value, str) and value.strip()):
-            raise PromptFileError(f"{where}: {name!r} must be text, got {value!r}")
+            raise PromptFileError(f"{where}: {name!r} must be text, got {shortened(value)}")
+        if value is not None and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise PromptFileError(
+                f"{where}: {name!r} holds half of a surrogate pair (\\ud800 to \\udfff), "
+                "which is no text"
+            )
     return PromptText(text, fields["answer"], fields["corrupted"])

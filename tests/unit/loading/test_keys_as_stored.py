@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tests.equations import write
 from tl_loops import CheckpointError, LoopedTransformer
 from tl_loops.families.registry import FAMILIES
-from tl_loops.loading.files import read_json
+from tl_loops.loading.json_file import read_json
 
 FIXTURES = Path(__file__).parents[2] / "parity" / "fixtures"
 

@@ -60,7 +60,7 @@ def head_width(released: Released) -> int:
                 f"'num_attention_heads' = {heads}"
             )
         d_head = width // heads
-    return checked("head_dim", d_head, int)
+    return checked("head_dim", d_head, int, above_zero=True)
 
 
 def check_layer_types(released: Released) -> None:

@@ -65,6 +65,11 @@ def _scaling_fields(key: str, given: dict[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {"use_NTK_by_parts_rope": True}
     for name, target in _LLAMA3.items():
         fields[target] = _scaling_value(key, given, name)
+    low, high = (fields[f"NTK_by_parts_{end}_freq_factor"] for end in ("low", "high"))
+    if high <= low:
+        raise CheckpointError(
+            f"'{key}.high_freq_factor' = {high:g} must be above '{key}.low_freq_factor' = {low:g}"
+        )
     fields["NTK_original_ctx_len"] = int(fields["NTK_original_ctx_len"])
     return fields
 
