@@ -14,7 +14,6 @@ from torch import Tensor
 from tl_loops.errors import CheckpointError
 from tl_loops.writing import check_regular, write_whole
 
-
 _CHECKSUM = b'"checksum":"'
 _UNSEALED = "0" * 32
 
