@@ -1,9 +1,12 @@
 """The command line: tl-loops models, check, measure, report."""
 
 import argparse
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from tl_loops.model.looped import LoopedTransformer
 from tl_loops.report import default_prompts, write_report
 from tl_loops.tasks.prompts import PromptText, read_prompts
 from tl_loops.version import __version__
+from tl_loops.writing import check_writable
 
 USER_ERRORS = (ValueError, OSError, ImportError, LoopedSemanticsError)
 """What bad input raises; anything else is a fault of the program and keeps its traceback."""
@@ -31,21 +35,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What stands after ``tl-loops``; ``None``: the process's own.
 
     Returns:
-        Exit code: 0; 1 when a check failed; or 2 after bad input, of which one line on standard
-        error says what is wrong and where. No half-written file is left behind.
+        Exit code: 0; 1 when a check failed; 2 after bad input, of which one line on standard error
+        says what is wrong and where; or 130 after Ctrl-C or SIGTERM, with one line that says what
+        was saved. No half-written file is left.
     """
     options = _parser().parse_args(arguments)
     command: Callable[[Any], int | None] = options.command
     try:
-        with warnings.catch_warnings():
+        with _ended_by_sigterm(), warnings.catch_warnings():
             # Here nobody chose the loading flags that the warning is about.
             warnings.filterwarnings("ignore", message=".*not applied, since the numbers")
             return command(options) or 0
     except BrokenPipeError:
         return 0
+    except KeyboardInterrupt:
+        print(f"\ntl-loops {options.name}: interrupted; {_what_is_left(options)}", file=sys.stderr)
+        return 130
     except USER_ERRORS as error:
         print(f"tl-loops {options.name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set what a signal does
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _what_is_left(options: argparse.Namespace) -> str:
+    checkpoint = getattr(options, "checkpoint", None)
+    if checkpoint is None:
+        again = "; with --checkpoint FILE a run can go on" if options.name == "measure" else ""
+        return f"nothing was saved{again}"
+    if not Path(checkpoint).exists():
+        return f"nothing was saved yet in {checkpoint}"
+    return f"what was measured is saved in {checkpoint}; the same command goes on from it"
 
 
 def models(options: argparse.Namespace) -> None:
@@ -74,6 +109,8 @@ def measure(options: argparse.Namespace) -> None:
     if options.out is not None:
         check_file_ending(options.out)
         _check_place(options.out)
+    if options.checkpoint is not None:
+        check_writable(options.checkpoint)
     prompts = _prompts(options)
     model = _load(options)
     if prompts is None:
@@ -111,6 +148,7 @@ def _check_place(out: str) -> None:
         raise ValueError(f"--out {out} is a directory; give a file")
     if not path.resolve().parent.is_dir():
         raise ValueError(f"--out {out}: the directory {path.resolve().parent} does not exist")
+    check_writable(out)
 
 
 def _prompts(options: argparse.Namespace) -> list[PromptText] | None:

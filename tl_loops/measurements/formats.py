@@ -20,7 +20,7 @@ from tl_loops.layout.layout import LoopLayout
 from tl_loops.measurements.provenance import Provenance
 from tl_loops.measurements.table import COLUMNS, Row, table_rows
 from tl_loops.runs.moments import Moments
-from tl_loops.runs.storage import write_whole
+from tl_loops.writing import write_whole
 
 if TYPE_CHECKING:  # a profile saves itself by this
     from tl_loops.measurements.profile import LoopProfile

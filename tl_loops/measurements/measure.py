@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,15 +20,18 @@ from tl_loops.measurements import (
 from tl_loops.measurements.profile import LoopProfile, Provenance
 from tl_loops.measurements.resume import (
     RunIdentity,
+    check_can_resume,
     load_progress,
     model_fingerprint,
     prompts_fingerprint,
+    run_settings,
     save_progress,
 )
 from tl_loops.measurements.streaming import PlannedMetric, StreamPlan, reduce_batch
 from tl_loops.runs.batches import batches, check_batch_size, longest_first, token_prompts
 from tl_loops.runs.moments import Moments
 from tl_loops.version import __version__
+from tl_loops.writing import in_use
 
 Metrics = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
 
@@ -65,7 +69,8 @@ def measure(
         progress: Whether to show a progress bar.
         checkpoint: A file that is brought up to date after every batch. A call with the same model,
             prompts, metrics, options and iterations goes on from it, to the same bits where
-            ``batch_size`` is the same; once the run is complete it answers at once.
+            ``batch_size`` is the same; once the run is complete it answers at once. Not for a model
+            with hooks, nor one whose initial states are drawn afresh at each call.
 
     Returns:
         The profile.
@@ -75,12 +80,16 @@ def measure(
             model cannot give, a bad prompt, or ``n_iterations`` for a feedforward model; all of
             these before the model runs. Also an attention pattern whose rows do not sum to 1.
         TypeError: Prompts are neither text nor tensors, or both.
-        CheckpointError: The checkpoint is damaged or of another run.
+        CheckpointError: The checkpoint is damaged or of another run, or the run cannot be resumed.
+        FileInUseError: Another process or thread measures with the same checkpoint.
     """
     check_batch_size(batch_size)
+    if checkpoint is not None:
+        check_can_resume(model)
     tokens = token_prompts(model, prompts)
     lengths = [prompt.shape[0] for prompt in tokens]
-    with with_iterations(model, n_iterations):
+    held = nullcontext() if checkpoint is None else in_use(checkpoint)
+    with held, with_iterations(model, n_iterations):
         layout, cfg = layout_of(model), model.cfg
         chosen = _plan(model, metrics, min(lengths))
         plan = StreamPlan.make(chosen, layout, cfg.n_layers, cfg.attention_dir == "causal")
@@ -90,11 +99,14 @@ def measure(
             n_iterations=None if layout is None else layout.n_iterations,
             metrics={metric.name: metric.options for metric in chosen},
             tl_loops=__version__,
+            settings=run_settings(model),
         )
-        moments = {metric.name: Moments.empty(len(metric.blocks)) for metric in chosen}
+        n_blocks = {metric.name: len(metric.blocks) for metric in chosen}
+        moments = {name: Moments.empty(n) for name, n in n_blocks.items()}
         done = 0
         if checkpoint is not None:
-            moments, done = load_progress(checkpoint, identity) or (moments, 0)
+            found = load_progress(checkpoint, identity, len(tokens), n_blocks)
+            moments, done = found or (moments, 0)
             save_progress(checkpoint, identity, moments, done)  # a path that fails, fails now
 
         order = longest_first(lengths, lengths)[done:]

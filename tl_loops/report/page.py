@@ -28,9 +28,9 @@ from tl_loops.report.measurements import (
 )
 from tl_loops.report.patching import patching_section
 from tl_loops.report.section import Section, last_tokens, shortened
-from tl_loops.runs.storage import write_whole
 from tl_loops.tasks.prompts import SAMPLE, PromptText, from_task
 from tl_loops.version import __version__
+from tl_loops.writing import write_whole
 
 MOST_BYTES = 6_000_000
 """A page is never larger than this."""

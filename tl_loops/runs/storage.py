@@ -1,51 +1,58 @@
 """Files that survive a kill: artefacts and progress, there whole or not at all."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from tl_loops.errors import CheckpointError
+from tl_loops.writing import check_regular, write_whole
+
+_CHECKSUM = b'"checksum":"'
+_UNSEALED = "0" * 32
 
 
-def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file so that a kill at any moment leaves the old one or the new one.
+def _sealed(tensors: Mapping[str, Tensor], header: dict[str, str]) -> bytes:
+    """A safetensors file whose header holds a checksum of every byte, its own taken as zeros."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content = save(plain, {**header, "checksum": _UNSEALED})
+    seal = _CHECKSUM + hashlib.blake2b(content, digest_size=16).hexdigest().encode()
+    # Inside a value the quotes would be escaped, so that this is the entry itself.
+    return content.replace(_CHECKSUM + _UNSEALED.encode(), seal, 1)
 
-    The content goes to a temporary file beside the target, which then takes its name.
 
-    Args:
-        path: Where to; an existing file is replaced.
-        content: The whole content.
+def _unsealed(content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of what :func:`_sealed` made.
 
     Raises:
-        FileNotFoundError: The directory does not exist.
+        ValueError: What is wrong with the content.
     """
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {target}: there is no directory {target.parent}")
-    staged = target.with_name(f".{target.name}.writing")
     try:
-        with open(staged, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(staged, target)
-    except BaseException:
-        staged.unlink(missing_ok=True)
-        raise
+        tensors = load(content)
+        n_header = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + n_header]).get("__metadata__", {})
+    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
+        raise ValueError(f"it is no readable safetensors file: {error}") from error
+    checksum = header.get("checksum")
+    if checksum is not None:
+        seal, unsealed = _CHECKSUM + checksum.encode(), _CHECKSUM + _UNSEALED.encode()
+        zeroed = content.replace(seal, unsealed, 1)
+        if hashlib.blake2b(zeroed, digest_size=16).hexdigest() != checksum:
+            raise ValueError("its checksum does not fit its content: it is damaged")
+    return tensors, header
 
 
 def save_artefact(
     path: str | Path, kind: str, tensors: dict[str, Tensor], metadata: dict[str, Any]
 ) -> None:
     """Write tensors and metadata to one safetensors file, whole or not at all."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(path, save(plain, {"kind": kind, "metadata": json.dumps(metadata)}))
+    write_whole(path, _sealed(tensors, {"kind": kind, "metadata": json.dumps(metadata)}))
 
 
 def load_artefact(
@@ -60,17 +67,18 @@ def load_artefact(
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        tensors, header = _unsealed(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     if header.get("kind") != kind:
         raise ValueError(f"{path} holds {header.get('kind', 'no lens')!r}, expected {kind!r}")
     missing = [name for name in names if name not in tensors]
     if missing:
         raise ValueError(f"{path} lacks the tensor(s) {', '.join(missing)}")
-    return tensors, json.loads(header["metadata"])
+    try:
+        return tensors, json.loads(header["metadata"])
+    except (KeyError, ValueError):
+        raise ValueError(f"{path} cannot be read: its metadata is damaged") from None
 
 
 def save_progress(
@@ -97,11 +105,11 @@ def save_progress(
         "identity": json.dumps(identity),
         "n_done": str(n_done),
     }
-    write_whole(path, save({name: t.contiguous() for name, t in tensors.items()}, header))
+    write_whole(path, _sealed(tensors, header))
 
 
 def load_progress(
-    path: str | os.PathLike[str], kind: str, identity: Mapping[str, Any]
+    path: str | os.PathLike[str], kind: str, identity: Mapping[str, Any], n_all: int
 ) -> tuple[dict[str, Tensor], int] | None:
     """How far a run has come.
 
@@ -109,6 +117,7 @@ def load_progress(
         path: Of the file.
         kind: As given to :func:`save_progress`.
         identity: Of the run that wants to go on.
+        n_all: How much there is to do in all.
 
     Returns:
         The tensors and how much is done; ``None`` if there is no file.
@@ -117,27 +126,35 @@ def load_progress(
         CheckpointError: The file is damaged, is of another kind, or belongs to another run; the
             message says in what it differs.
     """
-    if not Path(path).exists():
+    if not check_regular(path).exists():
         return None
     try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
+        tensors, header = _unsealed(Path(path).read_bytes())
+    except (ValueError, OSError) as error:
         raise CheckpointError(
             f"{path} is no readable checkpoint of a {kind} ({error}); delete it or give another "
             "path"
         ) from error
     if header.get("kind") != f"tl_loops {kind}":
         raise CheckpointError(f"{path} is no checkpoint of a {kind}; give another path")
-    theirs = json.loads(header["identity"])
+    try:
+        theirs, n_done = json.loads(header["identity"]), int(header["n_done"])
+        whole = "checksum" in header and isinstance(theirs, dict) and 0 <= n_done <= n_all
+    except (KeyError, ValueError):
+        whole = False
+    if not whole:
+        given = header.get("n_done")
+        raise CheckpointError(
+            f"{path} is no whole checkpoint of a {kind} (n_done is {given!r}, expected 0 to "
+            f"{n_all}, with the identity of the run and a checksum); delete it or give another path"
+        )
     for field, value in json.loads(json.dumps(identity)).items():
         if theirs.get(field) != value:
             raise CheckpointError(
                 f"{path} belongs to another run: {field} is {_short(theirs.get(field))} there and "
                 f"{_short(value)} here; delete it or give another path"
             )
-    return tensors, int(header["n_done"])
+    return tensors, n_done
 
 
 def _short(value: Any) -> str:

@@ -51,14 +51,17 @@ def read_prompts(path: str | Path) -> list[PromptText]:
     Args:
         path: A file; with the ending ``.jsonl`` or ``.json`` every line is an object with a
             ``prompt`` or ``question`` and, if known, an ``answer`` and a ``corrupted`` prompt.
-            Empty lines are left out.
+            Empty lines are left out. Only LF and CR LF end a line; a byte-order mark at the start
+            is skipped.
 
     Raises:
         PromptFileError: The file is absent, not UTF-8, empty, or a line is not as above.
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # As bytes: only LF and CR LF end a line. A form feed, U+0085 or U+2028 is part of a prompt,
+        # and reading as text would turn a lone CR into a line feed.
+        lines = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except FileNotFoundError:
         raise PromptFileError(f"{path}: no such file") from None
     except IsADirectoryError:

@@ -54,3 +54,15 @@ def test_task_prompts_keep_answer_and_counterpart():
         PromptText(prompt.text, prompt.answer, other.text),
         PromptText(prompt.text, prompt.answer, None),
     ]
+
+
+@pytest.mark.parametrize("inside", ["\x0c", "\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\r"])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_only_line_feeds_end_a_prompt(tmp_path, inside, as_json):
+    texts = [f"one {inside} two", "three"]
+    file = tmp_path / ("p.jsonl" if as_json else "p.txt")
+    lines = [json.dumps({"prompt": t}, ensure_ascii=False) if as_json else t for t in texts]
+    for end in ("\n", "\r\n"):
+        for mark in ("", "\ufeff"):
+            file.write_bytes((mark + end.join([*lines, ""])).encode())
+            assert [p.text for p in read_prompts(file)] == texts
