@@ -10,6 +10,7 @@ from tl_loops.cache.cached_run import CachedRun, SliceLike, as_slice
 from tl_loops.cache.path import FrozenNorm, Target, working
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.metrics.precision import full_precision
 from tl_loops.upstream import ActivationCache
 
 Stack = Float[Tensor, "component ... d_model"]
@@ -60,6 +61,7 @@ class ResidualReadout(ActivationCache):
         stack = stack.to(self.model.cfg.dtype)
         return (stack, labels) if return_labels else stack
 
+    @full_precision
     def accumulated_resid(  # type: ignore[override]
         self,
         layer: int | None = None,
@@ -133,6 +135,7 @@ class ResidualReadout(ActivationCache):
             stack = stack if reader is None else affine(reader, stack)
         return self._result(stack, [label for label, _ in rows], return_labels)
 
+    @full_precision
     def apply_ln_to_stack(  # type: ignore[override]
         self,
         residual_stack: Stack,
@@ -185,6 +188,7 @@ class ResidualReadout(ActivationCache):
             norm = type(norm)(rows.apply(norm.scale), norm.gain, norm.bias, norm.centred)
         return norm(working(residual_stack)).to(residual_stack.dtype)
 
+    @full_precision
     def logit_attrs(  # type: ignore[override]
         self,
         residual_stack: Stack,

@@ -14,13 +14,9 @@ from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.of_model import require_layout, with_iterations
 from tl_loops.lens.decode import CodaLens
 from tl_loops.lens.points import LensPoint, select_points
+from tl_loops.metrics.answers import oracle_headroom, overthinking
 from tl_loops.metrics.padding import statistic_dtype
-from tl_loops.metrics.readout import (
-    kl_divergence,
-    oracle_headroom,
-    overthinking,
-    predicted_tokens,
-)
+from tl_loops.metrics.readout import kl_divergence, predicted_tokens
 from tl_loops.runs.batches import batches, check_batch_size, longest_first, token_prompts
 from tl_loops.runs.inputs import LensInputs
 from tl_loops.runs.moments import Moments

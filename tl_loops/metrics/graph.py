@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_loops.metrics.kmeans import kmeans
+from tl_loops.metrics.precision import full_precision
 from tl_loops.metrics.states import measured_states
 
 
@@ -50,6 +51,7 @@ class ReasoningGraph:
     small_world: float
 
 
+@full_precision
 def cluster_paths(
     states: Float[Tensor, "step *tokens d_model"], n_clusters: int, seed: int = 0, n_init: int = 10
 ) -> Int[Tensor, "step *tokens"]:
@@ -72,6 +74,7 @@ def cluster_paths(
     return clustering.labels.reshape(x.shape[:-1])
 
 
+@full_precision
 def reasoning_graph(
     path: Int[Tensor, "step"], points: Float[Tensor, "step d_model"] | None = None
 ) -> ReasoningGraph:
@@ -128,6 +131,7 @@ def reasoning_graph(
     )
 
 
+@full_precision
 def shuffled_graphs(
     path: Int[Tensor, "step"],
     seed: int,

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_loops.metrics.padding import expand_mask, map_spans, statistic_dtype
+from tl_loops.metrics.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class MassiveActivations:
     count: Int[Tensor, "*batch"]
 
 
+@full_precision
 def massive_activations(
     resid: Float[Tensor, "*batch pos d_model"],
     magnitude: float | int = 100,
@@ -80,6 +82,7 @@ def massive_activations(
     )
 
 
+@full_precision
 def bos_norm_ratio(
     resid: Float[Tensor, "*batch pos d_model"],
     mask: Bool[Tensor, "*#batch pos"] | None = None,

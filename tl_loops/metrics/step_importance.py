@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_loops.metrics.padding import statistic_dtype
+from tl_loops.metrics.precision import full_precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,7 @@ class StepImportance:
     predecessors: tuple[tuple[int, ...], ...]
 
 
+@full_precision
 def step_attention(
     pattern: Float[Tensor, "*batch head dest src"],
     step_ids: Int[Tensor, "pos"],
@@ -75,6 +77,7 @@ def step_attention(
     return rows @ a @ columns.mT
 
 
+@full_precision
 def critical_steps(
     attention: Float[Tensor, "step step"], top_p: float | int = 0.9, conclusion: int = -1
 ) -> StepImportance:

@@ -11,7 +11,8 @@ from torch import Tensor
 from tests.feedforward import plain_model
 from tests.models import ARCHITECTURES, tiny_model
 from tl_loops.lens.exit_curve import exit_curve
-from tl_loops.metrics.readout import answer_flips, kl_divergence, oracle_headroom, overthinking
+from tl_loops.metrics.answers import answer_flips, oracle_headroom, overthinking
+from tl_loops.metrics.readout import kl_divergence
 
 LENGTHS = (7, 4, 7)
 
