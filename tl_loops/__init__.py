@@ -15,6 +15,7 @@ from tl_loops.errors import (
     UnknownModelError,
 )
 from tl_loops.layout.layout import BlockCoordinate, LoopLayout
+from tl_loops.layout.part_labels import PartLabel, read_part_label
 from tl_loops.lens.exit_curve import ExitCurve, exit_curve
 from tl_loops.measurements.measure import available_metrics, measure
 from tl_loops.measurements.profile import LoopProfile
@@ -43,6 +44,7 @@ __all__ = [
     "LoopedSemanticsError",
     "LoopedTransformer",
     "LoopedTransformerConfig",
+    "PartLabel",
     "UnknownModelError",
     "UnrolledBridge",
     "attribution",
@@ -56,6 +58,7 @@ __all__ = [
     "metrics",
     "patching",
     "plots",
+    "read_part_label",
     "register",
     "steering",
     "tasks",

@@ -14,6 +14,7 @@ from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.of_model import require_layout, with_iterations
 from tl_loops.lens.decode import CodaLens
 from tl_loops.lens.points import LensPoint, select_points
+from tl_loops.lens.tracked_tokens import check_known
 from tl_loops.metrics.answers import oracle_headroom, overthinking
 from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.metrics.readout import kl_divergence, predicted_tokens
@@ -184,7 +185,8 @@ def _with_answers(
         if isinstance(answer, str):
             if model.tokenizer is None:
                 raise ValueError("this model has no tokenizer: pass answers as tokens")
-            answer = model.to_tokens(answer, prepend_bos=False, truncate=False)[0]
+            text, answer = answer, model.to_tokens(answer, prepend_bos=False, truncate=False)[0]
+            check_known(model, f"answer {number}", text, answer.tolist())
         behind = torch.as_tensor(answer).reshape(-1).cpu()
         if not behind.numel() or behind.is_floating_point() or behind.dtype == torch.bool:
             raise ValueError(f"answer {number} is {answer!r}, expected text or integer token ids")

@@ -39,7 +39,7 @@ def token_rank(
         `[...]`, from 1 (top) to the vocabulary size.
 
     Raises:
-        ValueError: NaN logits, a bad `vocab_size`, or an id outside of the vocabulary.
+        ValueError: NaN or inf logits, a bad `vocab_size`, or an id outside of the vocabulary.
     """
     logits = _real_vocabulary(logits, vocab_size)
     return 1 + (logits > _logit_of(logits, tokens)).sum(-1)
@@ -62,7 +62,7 @@ def token_probability(
         `[...]` in [0, 1], float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: NaN logits, a bad `vocab_size`, or an id outside of the vocabulary.
+        ValueError: NaN or inf logits, a bad `vocab_size`, or an id outside of the vocabulary.
     """
     logits = _real_vocabulary(logits, vocab_size).to(statistic_dtype(logits))
     return (_logit_of(logits, tokens).squeeze(-1) - logits.logsumexp(-1)).exp()
@@ -89,8 +89,8 @@ def token_margin(
         `[...]`, float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: NaN logits, a bad `vocab_size`, fewer than two ids, or an id outside of the
-            vocabulary.
+        ValueError: NaN or inf logits, a bad `vocab_size`, fewer than two ids, or an id outside of
+            the vocabulary.
     """
     logits = _real_vocabulary(logits, vocab_size).to(statistic_dtype(logits))
     if logits.shape[-1] < 2:
@@ -117,7 +117,7 @@ def output_entropy(
         `[...]` in [0, log vocab_size], float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: NaN logits or a bad `vocab_size`.
+        ValueError: NaN or inf logits or a bad `vocab_size`.
     """
     log_p = _log_probabilities(logits, vocab_size)
     return -_expectation(log_p, log_p)
@@ -140,7 +140,7 @@ def kl_divergence(
         `[...]` >= 0; infinite where p has mass and q has none.
 
     Raises:
-        ValueError: NaN logits or a bad `vocab_size`.
+        ValueError: NaN or inf logits or a bad `vocab_size`.
     """
     return _kl(_log_probabilities(p_logits, vocab_size), _log_probabilities(q_logits, vocab_size))
 
@@ -162,7 +162,7 @@ def js_divergence(
         `[...]` in [0, log 2], symmetric in its arguments.
 
     Raises:
-        ValueError: NaN logits or a bad `vocab_size`.
+        ValueError: NaN or inf logits or a bad `vocab_size`.
     """
     return _jsd(_log_probabilities(p_logits, vocab_size), _log_probabilities(q_logits, vocab_size))
 
@@ -240,7 +240,7 @@ def predicted_tokens(
         `[...]`.
 
     Raises:
-        ValueError: NaN logits or a bad `vocab_size`.
+        ValueError: NaN or inf logits or a bad `vocab_size`.
     """
     return _real_vocabulary(logits, vocab_size).argmax(-1)
 
@@ -253,9 +253,10 @@ def _real_vocabulary(logits: Tensor, vocab_size: int | None) -> Tensor:
                 f"vocab_size={vocab_size}, expected 1 to d_vocab={d_vocab}, the last axis of logits"
             )
         logits = logits[..., :vocab_size]
-    # A comparison with NaN is False, which would make every token the top one.
-    if logits.isnan().any():
-        raise ValueError("logits contain NaN; mask or drop these positions first")
+    # A comparison with NaN is False, which would make every token the top one. -inf is an id that
+    # is masked out.
+    if logits.isnan().any() or logits.isposinf().any():
+        raise ValueError("logits contain NaN or inf; mask or drop these positions first")
     return logits
 
 

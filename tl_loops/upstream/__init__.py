@@ -32,7 +32,13 @@ from tl_loops.upstream.classes import BaseConfig, HookedTransformer, Output, Tra
 from tl_loops.upstream.from_pretrained import install_from_pretrained, uninstall_from_pretrained
 from tl_loops.upstream.guards import install_guards, uninstall_guards
 from tl_loops.upstream.hook_points import has_editing_hooks, has_hooks, unshared
-from tl_loops.upstream.inputs import TRUNCATE_TEXT, ModelInput, model_input, number_of_ids
+from tl_loops.upstream.inputs import (
+    TRUNCATE_TEXT,
+    ModelInput,
+    check_length,
+    model_input,
+    number_of_ids,
+)
 from tl_loops.upstream.made_caches import install_made_caches, uninstall_made_caches
 from tl_loops.upstream.root import can_restart, complete_norm, init_root, set_tokenizer
 from tl_loops.upstream.version import HAS_HOOKED_TRANSFORMER, warn_if_untried
@@ -59,6 +65,7 @@ __all__ = [
     "TransformerBase",
     "apply_softcap",
     "can_restart",
+    "check_length",
     "complete_norm",
     "composition_scores",
     "get_attention_mask",

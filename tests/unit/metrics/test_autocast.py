@@ -24,7 +24,7 @@ CALLS = {
         STATES[0], STATES[1], W, W
     ),
     "step_decodability": lambda: torch.as_tensor(
-        metrics.step_decodability(STATES, n_steps=5).test_accuracy
+        metrics.step_decodability(STATES, n_steps=5).accuracy
     ),
     "neurons": lambda: metrics.neuron_vocabulary_statistics(STATES[0, 0], W[0]).kurtosis,
 }
