@@ -2,6 +2,7 @@
 #             with the newest TransformerLens, or with that of TL=3.9
 # make test   the same with the test extras, then runs every test with TransformerLens 3.9, and
 #             those that are marked both_lines with 4.3
+# make fuzz   many random configs, calls and odd arguments, of which make test runs a sample
 # make lint   ruff and pyright
 # make notebooks   runs the scripts of demos/ into notebooks
 # make docs   builds the documentation in site/; a warning or a dead link is an error
@@ -17,7 +18,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -
 TRANSFORMER_LENS = 'transformer-lens$(if $(TL),==$(TL).*)'
 PYTEST_ARGS ?= -n 2
 
-.PHONY: demo test test-tl4 both-lines lint docs notebooks clean
+.PHONY: demo test test-tl4 both-lines fuzz lint docs notebooks clean
 
 demo: $(VENV)/.base
 	$(BIN)/tl-loops report --out report.html
@@ -32,6 +33,9 @@ test-tl4:
 
 both-lines: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m both_lines
+
+fuzz: $(VENV)/.test
+	FUZZ_EXAMPLES=300 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/differential tests/fuzz
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -147,9 +147,17 @@ def attention_lipschitz_ratio(
     Returns:
         `[..., head]`; 0 where nothing moved and nothing could, inf where something moved that
         could not.
+
+    Raises:
+        ValueError: `bound` is not one number per head.
     """
     dtype = statistic_dtype(pattern)
     moved = (pattern.to(dtype) - pattern_other.to(dtype)).norm(dim=(-2, -1))
+    if bound.shape != moved.shape:
+        raise ValueError(
+            f"bound has shape {list(bound.shape)}, expected one number per head, "
+            f"{list(moved.shape)}"
+        )
     return torch.where(moved == 0, 0.0, moved / bound)
 
 

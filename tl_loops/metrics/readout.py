@@ -247,6 +247,9 @@ def predicted_tokens(
 
 def _real_vocabulary(logits: Tensor, vocab_size: int | None) -> Tensor:
     d_vocab = logits.shape[-1]
+    statistic_dtype(logits)  # Raises for logits that are no real numbers.
+    if not d_vocab:
+        raise ValueError(f"logits have shape {list(logits.shape)}, expected at least one token id")
     if vocab_size is not None:
         if not 1 <= vocab_size <= d_vocab:
             raise ValueError(

@@ -304,8 +304,14 @@ def unit_vectors(vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*ba
 
     Returns:
         `[..., d_model]`, float32 (float64 for float64 input); NaN for a zero vector.
+
+    Raises:
+        TypeError: `vectors` is not floating point.
+        ValueError: there are no entries, so that there is no direction.
     """
     vectors = vectors.to(statistic_dtype(vectors))
+    if not vectors.shape[-1]:
+        raise ValueError(f"got vectors without entries, of shape {list(vectors.shape)}")
     # Largest entry first: the squares of very small or large entries would leave the range.
     vectors = vectors / vectors.detach().abs().amax(-1, keepdim=True)
     return vectors / vectors.norm(dim=-1, keepdim=True)

@@ -224,7 +224,7 @@ def _dominant_period(curve: Tensor, min_periodicity: float) -> tuple[Tensor, Ten
     n = curve.shape[0]
     nothing = curve.new_full(curve.shape[1:], torch.nan)
     max_lag = n // 2
-    if max_lag < 2:
+    if max_lag < 2 or not curve.numel():
         return nothing, nothing
     curve = curve.to(torch.float64)
     t = torch.arange(n, dtype=curve.dtype, device=curve.device).reshape(-1, *[1] * (curve.ndim - 1))

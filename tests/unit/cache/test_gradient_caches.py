@@ -13,12 +13,14 @@ TOKENS = tiny_tokens()
 def gradients(model):
     """As the attribution patching demo of TransformerLens makes it."""
     model.reset_hooks()
+    _, cache = model.run_with_cache(TOKENS)
+    names = list(cache)
     found = {}
 
     def keep(gradient, hook):
         found[hook.name] = gradient.detach()
 
-    model.add_hook(lambda name: "_input" not in name, keep, "bwd")
+    model.add_hook(lambda name: name in names, keep, "bwd")
     model(TOKENS)[:, -1, 3].sum().backward()
     model.reset_hooks()
     return ActivationCache(found, model)
