@@ -46,6 +46,8 @@ def test_a_metric(name, oddity):
         return
     if found is None:
         return
+    if oddity == "inf" and "gate_logits" in arguments:
+        return  # A probability of 1.
     if oddity in ("NaN", "inf"):
         assert any(bool((~x.isfinite()).any()) for x in found if x.is_floating_point())
         return

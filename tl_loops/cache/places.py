@@ -114,7 +114,7 @@ class ResidualReadout(ActivationCache):
         """
         target = self._target(layer, mlp_input, None)
         readout = self.model.cfg.readout.over(self.layout)
-        run = self._run(pos_slice, apply_ln or (readout.before_coda and not readout.has_coda))
+        run = self._run(pos_slice, apply_ln or bool(readout.before_coda and not readout.has_coda))
         if incl_mid:
             self._check_mid()
         layout = self.layout

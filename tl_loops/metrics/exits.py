@@ -35,15 +35,14 @@ def exit_distribution(
             (`iter.{t}.hook_exit_gate`).
 
     Returns:
-        `[iteration, ...]`, sums to 1 over iterations; NaN where a gate is
-        not finite.
+        `[iteration, ...]`, sums to 1 over iterations; NaN where a gate is NaN. An
+        infinite gate is a probability of 0 or 1.
 
     Raises:
         ValueError: no iteration.
     """
     _require_iterations("gate_logits", gate_logits)
     gate_logits = gate_logits.to(statistic_dtype(gate_logits))
-    gate_logits = gate_logits.masked_fill(gate_logits.isinf(), math.nan)
     # 1 - sigmoid(g) = sigmoid(-g), which keeps its precision for large g.
     remaining = torch.sigmoid(-gate_logits[:-1]).cumprod(0)
     before = torch.cat([torch.ones_like(gate_logits[:1]), remaining])
