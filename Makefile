@@ -3,7 +3,8 @@
 # make test   the same with the test extras, then runs every test with TransformerLens 3.9 (in two
 #             passes: tests/conftest.py says what each checks), and those that are marked both_lines
 #             with 4.3
-# make fuzz   loads 680 damaged checkpoints and prints how each kind ends
+# make fuzz   680 damaged checkpoints, many random configs and calls, and odd arguments, of which
+#             make test runs a sample
 # make lint   ruff and pyright
 # make notebooks   runs the scripts of demos/ into notebooks
 # make docs   builds the documentation in site/; a warning or a dead link is an error
@@ -39,6 +40,7 @@ both-lines: $(VENV)/.test
 
 fuzz: $(VENV)/.test
 	$(BIN)/python -m tests.fuzz.checkpoints --full
+	FUZZ_EXAMPLES=300 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/differential tests/fuzz
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

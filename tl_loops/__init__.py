@@ -16,6 +16,7 @@ from tl_loops.errors import (
 )
 from tl_loops.layout.coordinate import BlockCoordinate
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.part_labels import PartLabel, read_part_label
 from tl_loops.lens.exit_curve import ExitCurve, exit_curve
 from tl_loops.measurements.measure import available_metrics, measure
 from tl_loops.measurements.profile import LoopProfile
@@ -44,6 +45,7 @@ __all__ = [
     "LoopedSemanticsError",
     "LoopedTransformer",
     "LoopedTransformerConfig",
+    "PartLabel",
     "UnknownModelError",
     "UnrolledBridge",
     "attribution",
@@ -57,6 +59,7 @@ __all__ = [
     "metrics",
     "patching",
     "plots",
+    "read_part_label",
     "register",
     "steering",
     "tasks",

@@ -12,6 +12,7 @@ from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
 from tl_loops.layout.selection import Selection, distinct_indices, each_index
 from tl_loops.loop_hooks import every_iteration, stack_iterations
+from tl_loops.metrics.precision import full_precision
 from tl_loops.runs.activations import find_activation
 from tl_loops.runs.cells import Cell, Edit
 from tl_loops.runs.grid import Region, make_grid
@@ -284,6 +285,7 @@ def _add(vector: Tensor, positions: Any, value: Tensor, hook: Any) -> Tensor:
     return value
 
 
+@full_precision
 def _project_out(unit: Tensor, positions: Any, value: Tensor, hook: Any) -> Tensor:
     unit = unit.to(value)
     value = value.clone()

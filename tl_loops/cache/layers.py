@@ -11,6 +11,7 @@ from tl_loops.cache.path import FrozenNorm, Site, Target
 from tl_loops.cache.places import Labelled, ResidualReadout, Stack
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.selection import Selection, chosen_indices
+from tl_loops.metrics.precision import full_precision
 
 MAX_ELEMENTS = 2**29
 """Largest stack that is made without being asked for by blocks: 2 GiB in float32."""
@@ -64,6 +65,7 @@ class LayerDecomposition(ResidualReadout):
                 "neuron_slice=... or (for neurons) project_output_onto=..."
             )
 
+    @full_precision
     def decompose_resid(
         self,
         layer: int | None = None,
@@ -139,6 +141,7 @@ class LayerDecomposition(ResidualReadout):
         stack, labels = self._finish(run, target, norm, *carried, incl_remainder, full)
         return self._result(stack, labels, return_labels)
 
+    @full_precision
     def stack_head_results(
         self,
         layer: int | None = -1,
@@ -210,6 +213,7 @@ class LayerDecomposition(ResidualReadout):
                 labels = [*labels, "ln_bias"]
         return stack, labels
 
+    @full_precision
     def compute_head_results(self) -> None:
         """Cache what each head of each block adds up to in its attention, as ``hook_result``.
 

@@ -13,12 +13,14 @@ from tl_loops.cache.layers import LayerDecomposition, in_selection
 from tl_loops.cache.path import Site, Target, working
 from tl_loops.cache.places import Labelled, affine
 from tl_loops.layout.selection import Selection, one_index
+from tl_loops.metrics.precision import full_precision
 from tl_loops.upstream import Slice
 
 
 class NeuronDecomposition(LayerDecomposition):
     """Decompositions down to single neurons; keyword arguments as in the base class."""
 
+    @full_precision
     def stack_neuron_results(
         self,
         layer: int | None = -1,
@@ -114,6 +116,7 @@ class NeuronDecomposition(LayerDecomposition):
 
         return run.pull_back(target, directions, rows, from_iteration)
 
+    @full_precision
     def get_full_resid_decomposition(
         self,
         layer: int | None = None,
@@ -198,6 +201,7 @@ class NeuronDecomposition(LayerDecomposition):
             stack = stack.squeeze(-1)
         return self._result(stack, [label for _, own in parts for label in own], return_labels)
 
+    @full_precision
     def get_neuron_results(
         self,
         layer: int,

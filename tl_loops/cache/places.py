@@ -11,6 +11,7 @@ from tl_loops.cache.path import FrozenNorm, Target, working
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
+from tl_loops.metrics.precision import full_precision
 from tl_loops.upstream import ActivationCache
 
 Stack = Float[Tensor, "component ... d_model"]
@@ -27,8 +28,26 @@ class ResidualReadout(ActivationCache):
     layout: LoopLayout
     model: Model
 
-    def _run(self, pos_slice: SliceLike) -> CachedRun:
+    def _run(self, pos_slice: SliceLike, decomposes: bool = True) -> CachedRun:
+        if decomposes:
+            self._check_activations()
         return CachedRun(self.cache_dict, self.model, self.layout, as_slice(pos_slice))
+
+    def _check_activations(self) -> None:
+        """Raise for a cache of gradients: parts of a stream are carried on by maps of activations.
+
+        A norm's scale is a length and a pattern a probability, which gradients are not.
+        """
+        for name, tensor in self.cache_dict.items():
+            at_least = tensor.detach()
+            wrong = name.endswith(".hook_scale") and bool((at_least <= 0).any())
+            if wrong or (name.endswith("attn.hook_pattern") and bool((at_least < 0).any())):
+                raise LoopedSemanticsError(
+                    f"{name} has values that no activation has: this looks like a cache of "
+                    "gradients, which do not add up along the stream as activations do. Rows of "
+                    "accumulated_resid without apply_ln are the gradients there; "
+                    "tl_loops.attribution.attribution_patch sums over places"
+                )
 
     def _target(self, layer: int | None, mlp_input: bool, state_out: int | None) -> Target:
         depth = self.layout.n_layers
@@ -61,6 +80,7 @@ class ResidualReadout(ActivationCache):
         stack = stack.to(self.model.cfg.dtype)
         return (stack, labels) if return_labels else stack
 
+    @full_precision
     def accumulated_resid(
         self,
         layer: int | None = None,
@@ -93,13 +113,14 @@ class ResidualReadout(ActivationCache):
         Returns:
             ``[row, ..., d_model]``, and labels if asked for.
         """
-        target, run = self._target(layer, mlp_input, None), self._run(pos_slice)
+        target = self._target(layer, mlp_input, None)
+        readout = self.model.cfg.readout.over(self.layout)
+        run = self._run(pos_slice, apply_ln or bool(readout.before_coda and not readout.has_coda))
         if incl_mid:
             self._check_mid()
         layout = self.layout
         rows: list[tuple[str, Tensor]] = []
         normed: set[int] = set()
-        readout = run.readout
         for index in range(min(target.layer + 1, layout.n_layers)):
             at, label = layout.coordinate(index), layout.label(index)
             if readout.is_normed("resid_pre", at.phase, at.iteration, at.layer):
@@ -134,6 +155,7 @@ class ResidualReadout(ActivationCache):
             stack = stack if reader is None else affine(reader, stack)
         return self._result(stack, [label for label, _ in rows], return_labels)
 
+    @full_precision
     def apply_ln_to_stack(
         self,
         residual_stack: Stack,
@@ -186,6 +208,7 @@ class ResidualReadout(ActivationCache):
             norm = type(norm)(rows.apply(norm.scale), norm.gain, norm.bias, norm.centred)
         return norm(working(residual_stack)).to(residual_stack.dtype)
 
+    @full_precision
     def logit_attrs(
         self,
         residual_stack: Stack,

@@ -13,6 +13,7 @@ from tl_loops.mechanisms.exclusions import check_shared_keys, check_stacks, refu
 from tl_loops.mechanisms.iteration_weights import check_rows
 from tl_loops.mechanisms.kv_sharing import KVSharing
 from tl_loops.mechanisms.mechanism import check_choice
+from tl_loops.upstream import SOFTCAP_DISABLED
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "positional_embedding_type": ("rotary", "standard", "none"),
@@ -41,6 +42,12 @@ _UNSUPPORTED: dict[str, Any] = {
     "final_rms": False,
     "rotary_adjacent_pairs": False,
     "n_devices": 1,
+    "attn_scores_soft_cap": SOFTCAP_DISABLED,
+    "use_hook_tokens": False,
+    "quantization_method": None,
+    "attn_types": None,
+    "window_size": None,
+    "init_mode": "gpt2",
 }
 """Fields of the TransformerLens config that no looped architecture here has, at their off value."""
 

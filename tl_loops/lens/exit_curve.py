@@ -15,13 +15,10 @@ from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout, with_iterations
 from tl_loops.lens.decode import CodaLens
 from tl_loops.lens.points import LensPoint, select_points
+from tl_loops.lens.tracked_tokens import check_known
+from tl_loops.metrics.answers import oracle_headroom, overthinking
 from tl_loops.metrics.padding import statistic_dtype
-from tl_loops.metrics.readout import (
-    kl_divergence,
-    oracle_headroom,
-    overthinking,
-    predicted_tokens,
-)
+from tl_loops.metrics.readout import kl_divergence, predicted_tokens
 from tl_loops.runs.batches import (
     batches,
     check_batch_size,
@@ -193,7 +190,9 @@ def _with_answers(
     joined, n_targets = [], []
     for number, (prompt, answer) in enumerate(zip(tokens, answers, strict=True)):
         if isinstance(answer, str):
+            text = answer
             answer = tokens_alone(model, f"answer {number}", answer, prepend_bos=False)
+            check_known(model, f"answer {number}", text, answer.tolist())
         behind = torch.as_tensor(answer).reshape(-1).cpu()
         if not behind.numel() or behind.is_floating_point() or behind.dtype == torch.bool:
             raise ValueError(f"answer {number} is {answer!r}, expected text or integer token ids")

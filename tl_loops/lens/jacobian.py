@@ -16,6 +16,7 @@ from tl_loops.lens.decode import CodaLens, Lens, LogitLens
 from tl_loops.lens.fitted import check_sizes, model_sizes
 from tl_loops.lens.points import LensPoint, PointSet, select_points
 from tl_loops.metrics.padding import statistic_dtype
+from tl_loops.metrics.precision import full_precision
 from tl_loops.runs.batches import token_prompts
 from tl_loops.runs.inputs import LensInputs
 from tl_loops.runs.storage import load_artefact, save_artefact
@@ -49,6 +50,7 @@ class JacobianLens:
     sizes: dict[str, int]
     name: str = "jacobian"
 
+    @full_precision
     def transport(
         self, resid: Float[Tensor, "*batch d_model"], index: int
     ) -> Float[Tensor, "*batch d_model"]:

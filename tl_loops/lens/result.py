@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tl_loops.lens.points import LensPoint
-from tl_loops.metrics.readout import answer_flips, saturation_iteration
+from tl_loops.metrics.answers import answer_flips, saturation_iteration
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,7 @@
 """Tokens to follow: ids for every prompt, from ids or from text, with several spellings."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -32,7 +33,7 @@ def tracked_ids(
 
     Raises:
         ValueError: The wrong number of prompts, an id outside of the vocabulary, a prompt without
-            a spelling or with one twice, or text that is not a single token.
+            a spelling or with one twice, text that is not a single token, or an unknown word.
     """
     if isinstance(value, (int, str)):
         rows = [[_id(model, name, value)]] * batch
@@ -78,4 +79,26 @@ def _id(model: Model, name: str, token: int | str) -> int:
             f"tracked {name!r} is the text {token!r}, which is {len(ids)} tokens ({ids}); give the "
             "id of the one to follow, for example the first"
         )
+    check_known(model, f"tracked {name!r}", token, ids)
     return ids[0]
+
+
+def check_known(model: Any, what: str, text: str, ids: Sequence[int]) -> None:
+    """Raise for text that the vocabulary does not have: its id stands for all unknown words.
+
+    Args:
+        model: Has a tokenizer.
+        what: What the text is, for the message.
+        text: The text.
+        ids: Its token ids.
+
+    Raises:
+        ValueError: One of the ids is the unknown token's, and the text does not ask for it.
+    """
+    unknown = getattr(model.tokenizer, "unk_token", None)
+    if unknown is None or unknown in text or model.tokenizer.unk_token_id not in ids:
+        return
+    raise ValueError(
+        f"{what} is the text {text!r}, which the vocabulary of this model does not have (it reads "
+        f"{unknown!r}, as for every unknown word): give another spelling, or ids"
+    )

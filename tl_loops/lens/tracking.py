@@ -13,7 +13,7 @@ from tl_loops.lens.decode import CodaLens, Lens
 from tl_loops.lens.points import LensPoint
 from tl_loops.lens.read import read_lens
 from tl_loops.lens.tracked_tokens import TrackedTokens
-from tl_loops.metrics.readout import first_of_final_run
+from tl_loops.metrics.answers import first_of_final_run
 from tl_loops.runs.inputs import LensInput, Positions, lens_inputs
 
 NEVER = -1

@@ -17,6 +17,7 @@ from tl_loops.lens.fitted import check_sizes, model_sizes
 from tl_loops.lens.points import LensPoint, PointSet, select_points
 from tl_loops.lens.read import capture, vocabulary_size
 from tl_loops.metrics.padding import statistic_dtype
+from tl_loops.metrics.precision import full_precision
 from tl_loops.metrics.readout import kl_divergence
 from tl_loops.runs.batches import token_prompts
 from tl_loops.runs.inputs import LensInputs, lens_inputs
@@ -44,6 +45,7 @@ class TunedLens:
     sizes: dict[str, int]
     name: str = "tuned"
 
+    @full_precision
     def translate(
         self, resid: Float[Tensor, "*batch d_model"], index: int
     ) -> Float[Tensor, "*batch d_model"]:

@@ -5,6 +5,13 @@
 inputs. Every function says what one token, padding and zero rows give.
 """
 
+from tl_loops.metrics.answers import (
+    answer_flips,
+    oracle_headroom,
+    oracle_iteration,
+    overthinking,
+    saturation_iteration,
+)
 from tl_loops.metrics.attention import (
     colsum_concentration,
     diagonal_score,
@@ -78,16 +85,11 @@ from tl_loops.metrics.patterns import check_pattern
 from tl_loops.metrics.pca import PCATrajectory, pca_trajectory, random_walk_null
 from tl_loops.metrics.probes import StepDecodability, step_decodability
 from tl_loops.metrics.readout import (
-    answer_flips,
     divergence_from_last,
     js_divergence,
     kl_divergence,
-    oracle_headroom,
-    oracle_iteration,
     output_entropy,
-    overthinking,
     predicted_tokens,
-    saturation_iteration,
     successive_divergence,
     token_margin,
     token_probability,

@@ -25,8 +25,10 @@ from torch import Tensor
 from tl_loops.metrics.entropy import shannon_entropy
 from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.metrics.patterns import map_patterns
+from tl_loops.metrics.precision import full_precision
 
 
+@full_precision
 def sink_score(
     pattern: Float[Tensor, "*batch head dest src"],
     position: int = 0,
@@ -87,6 +89,7 @@ def sink_score(
     )
 
 
+@full_precision
 def sink_rate(
     pattern: Float[Tensor, "*batch head dest src"],
     threshold: float = 0.3,
@@ -137,6 +140,7 @@ def sink_rate(
     return torch.where(score.isnan(), score, is_sink.to(score.dtype)).mean(-1)
 
 
+@full_precision
 def mixing_score(
     pattern: Float[Tensor, "*batch head dest src"],
     normalize: Literal["none", "log", "length", "row"] = "none",
@@ -202,6 +206,7 @@ def mixing_score(
     )
 
 
+@full_precision
 def colsum_concentration(
     pattern: Float[Tensor, "*batch head dest src"],
     *,
@@ -252,6 +257,7 @@ def colsum_concentration(
     )
 
 
+@full_precision
 def diagonal_score(
     pattern: Float[Tensor, "*batch head dest src"],
     *,
@@ -289,6 +295,7 @@ def diagonal_score(
     )
 
 
+@full_precision
 def previous_token_score(
     pattern: Float[Tensor, "*batch head dest src"],
     *,
@@ -327,6 +334,7 @@ def previous_token_score(
     )
 
 
+@full_precision
 def sink_identity_index(
     pattern: Float[Tensor, "*batch head dest src"],
     *,

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_loops.metrics.padding import statistic_dtype
+from tl_loops.metrics.precision import full_precision
 from tl_loops.metrics.states import direction_cosine
 
 
@@ -32,6 +33,7 @@ class CosineClustering:
     entities: Int[Tensor, "entity"]
 
 
+@full_precision
 def cosine_clustering(
     hidden: Float[Tensor, "*batch query d_model"],
     entity: Int[Tensor, "query"],
@@ -105,6 +107,7 @@ def cosine_clustering(
     )
 
 
+@full_precision
 def shuffled_cosine_clustering(
     hidden: Float[Tensor, "*batch query d_model"],
     entity: Int[Tensor, "query"],

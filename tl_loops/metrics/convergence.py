@@ -7,10 +7,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_loops.metrics.answers import first_of_final_run
 from tl_loops.metrics.padding import statistic_dtype
-from tl_loops.metrics.readout import divergence_from_last, first_of_final_run, successive_divergence
+from tl_loops.metrics.precision import full_precision
+from tl_loops.metrics.readout import divergence_from_last, successive_divergence
 
 
+@full_precision
 def convergence_depth(
     tolerance: float | int,
     *,

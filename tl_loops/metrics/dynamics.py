@@ -15,12 +15,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_loops.metrics.padding import statistic_dtype
+from tl_loops.metrics.precision import full_precision
 from tl_loops.metrics.residual import unit_vectors
 from tl_loops.metrics.states import direction_cosine, measured_states, pool_tokens
 
 Aggregation = Literal["token_mean", "fro", "none"]
 
 
+@full_precision
 def successive_difference(
     states: Float[Tensor, "iteration *tokens d_model"],
     agg: Aggregation = "token_mean",
@@ -55,6 +57,7 @@ def successive_difference(
     return _pooled_distance(x[1:], x[:-1], x[1:], agg, relative, rms, mask)
 
 
+@full_precision
 def successive_cosine(
     states: Float[Tensor, "iteration *tokens d_model"],
     agg: Literal["token_mean", "none"] = "token_mean",
@@ -78,6 +81,7 @@ def successive_cosine(
     return _mean_cosine(x[1:], x[:-1], agg, mask)
 
 
+@full_precision
 def fixed_point_distance(
     states: Float[Tensor, "iteration *tokens d_model"],
     reference: int | Float[Tensor, "*tokens d_model"] = -1,
@@ -114,6 +118,7 @@ def fixed_point_distance(
     return _pooled_distance(x, fixed_point, fixed_point.expand_as(x), agg, relative, rms, mask)
 
 
+@full_precision
 def fixed_point_cosine(
     states: Float[Tensor, "iteration *tokens d_model"],
     reference: int | Float[Tensor, "*tokens d_model"] = -1,
@@ -142,6 +147,7 @@ def fixed_point_cosine(
     return _mean_cosine(x, _reference_state(x, reference), agg, mask)
 
 
+@full_precision
 def fixed_point_slope(
     distance: Float[Tensor, "iteration *batch"], window: tuple[int, int] = (32, 96)
 ) -> Float[Tensor, "*batch"]:
@@ -174,6 +180,7 @@ def fixed_point_slope(
     return (t * log_distance).sum(0) / t.square().sum()
 
 
+@full_precision
 def degenerate_fixed_point(
     fixed_points: Float[Tensor, "layer *tokens d_model"],
 ) -> Float[Tensor, "*tokens"]:
@@ -195,6 +202,7 @@ def degenerate_fixed_point(
     return direction_cosine(x[1:], x[:1]).amin(0)
 
 
+@full_precision
 def step_angles(
     states: Float[Tensor, "iteration *tokens d_model"],
 ) -> Float[Tensor, "step *tokens"]:
@@ -218,6 +226,7 @@ def step_angles(
     return 2 * torch.atan2(sine, cosine)
 
 
+@full_precision
 def acceleration(
     states: Float[Tensor, "iteration *tokens d_model"],
     normalize: Literal["none", "state", "step"] = "none",
@@ -252,6 +261,7 @@ def acceleration(
     return change / (length[1:] + length[:-1])
 
 
+@full_precision
 def two_scale_ratio(
     groups: Sequence[Float[Tensor, "_ *tokens d_model"]],
 ) -> Float[Tensor, "group *tokens"]:
@@ -299,6 +309,7 @@ class PathIndependence:
     relative_distance: Float[Tensor, "..."]
 
 
+@full_precision
 def path_independence(final_states: Float[Tensor, "seed *tokens d_model"]) -> PathIndependence:
     """Compare the states that one input reaches from several initial states.
 

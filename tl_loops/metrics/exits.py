@@ -16,9 +16,11 @@ from torch import Tensor
 
 from tl_loops.errors import did_you_mean
 from tl_loops.metrics.padding import statistic_dtype
+from tl_loops.metrics.precision import full_precision
 from tl_loops.metrics.readout import kl_divergence
 
 
+@full_precision
 def exit_distribution(
     gate_logits: Float[Tensor, "iteration *batch"],
 ) -> Float[Tensor, "iteration *batch"]:
@@ -33,7 +35,8 @@ def exit_distribution(
             (`iter.{t}.hook_exit_gate`).
 
     Returns:
-        `[iteration, ...]`, sums to 1 over iterations; NaN where a gate is NaN.
+        `[iteration, ...]`, sums to 1 over iterations; NaN where a gate is NaN. An
+        infinite gate is a probability of 0 or 1.
 
     Raises:
         ValueError: no iteration.
@@ -46,6 +49,7 @@ def exit_distribution(
     return torch.cat([torch.sigmoid(gate_logits[:-1]) * before[:-1], before[-1:]])
 
 
+@full_precision
 def expected_exit_iteration(
     gate_logits: Float[Tensor, "iteration *batch"],
 ) -> Float[Tensor, "*batch"]:
@@ -88,6 +92,7 @@ class ExitCriterion:
     consecutive: int = 1
 
 
+@full_precision
 def exit_signal(
     criterion: str,
     *,
@@ -155,6 +160,7 @@ def exit_signal(
     return rule.signal(inputs, range(min_steps, trajectory.shape[0], every), reduce)
 
 
+@full_precision
 def exit_iteration(
     criterion: str,
     *,

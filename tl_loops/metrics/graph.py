@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_loops.metrics.kmeans import kmeans
+from tl_loops.metrics.precision import full_precision
 from tl_loops.metrics.states import measured_states
 
 
@@ -52,6 +53,7 @@ class ReasoningGraph:
     small_world: float
 
 
+@full_precision
 def cluster_paths(
     states: Float[Tensor, "step *tokens d_model"], n_clusters: int, seed: int = 0, n_init: int = 10
 ) -> Int[Tensor, "step *tokens"]:
@@ -74,6 +76,7 @@ def cluster_paths(
     return clustering.labels.reshape(x.shape[:-1])
 
 
+@full_precision
 def reasoning_graph(
     path: Int[Tensor, "step"], points: Float[Tensor, "step d_model"] | None = None
 ) -> ReasoningGraph:
@@ -136,6 +139,7 @@ def reasoning_graph(
     )
 
 
+@full_precision
 def shuffled_graphs(
     path: Int[Tensor, "step"],
     seed: int,

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_loops.metrics.padding import statistic_dtype
+from tl_loops.metrics.precision import full_precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +26,7 @@ class KMeans:
     inertia: float
 
 
+@full_precision
 def kmeans(
     points: Float[Tensor, "point feature"],
     n_clusters: int,

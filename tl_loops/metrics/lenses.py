@@ -5,8 +5,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_loops.metrics.padding import statistic_dtype
+from tl_loops.metrics.precision import full_precision
 
 
+@full_precision
 def transport_similarity(
     jacobians: Float[Tensor, "point out d_model"],
 ) -> Float[Tensor, "point point"]:
@@ -27,6 +29,7 @@ def transport_similarity(
     return (unit @ unit.T).clamp(-1.0, 1.0)
 
 
+@full_precision
 def singular_value_participation(
     matrix: Float[Tensor, "*batch out d_model"],
 ) -> Float[Tensor, "*batch"]:
@@ -45,6 +48,7 @@ def singular_value_participation(
     return s.sum(-1).square() / s.square().sum(-1)
 
 
+@full_precision
 def logit_kurtosis(
     logits: Float[Tensor, "*batch d_vocab"], vocab_size: int | None = None
 ) -> Float[Tensor, "*batch"]:
@@ -63,6 +67,7 @@ def logit_kurtosis(
     return z.pow(4).mean(-1) / z.square().mean(-1).square() - 3.0
 
 
+@full_precision
 def adjacent_agreement(predictions: Int[Tensor, "*batch pos"]) -> Float[Tensor, "*batch"]:
     """Fraction of neighbouring positions with one and the same top token.
 

@@ -13,10 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_loops.metrics.padding import statistic_dtype
+from tl_loops.metrics.precision import full_precision
 
 _SOFTMAX_LIPSCHITZ = 0.5
 
 
+@full_precision
 def attention_lipschitz_bound(
     x: Float[Tensor, "*batch pos d_model"],
     x_other: Float[Tensor, "*batch pos d_model"],
@@ -86,6 +88,7 @@ def attention_lipschitz_bound(
     return _SOFTMAX_LIPSCHITZ * (2 * size[..., None] * kappa + bias) * moved / scale
 
 
+@full_precision
 def attention_lipschitz_bound_from_qk(
     q: Float[Tensor, "*batch pos head d_head"],
     k: Float[Tensor, "*batch pos key_head d_head"],
@@ -125,6 +128,7 @@ def attention_lipschitz_bound_from_qk(
     return _SOFTMAX_LIPSCHITZ * (_spectral(k) * moved_q + _spectral(q_other) * moved_k) / scale
 
 
+@full_precision
 def attention_lipschitz_ratio(
     pattern: Float[Tensor, "*batch head dest src"],
     pattern_other: Float[Tensor, "*batch head dest src"],
@@ -143,9 +147,17 @@ def attention_lipschitz_ratio(
     Returns:
         `[..., head]`; 0 where nothing moved and nothing could, inf where something moved that
         could not.
+
+    Raises:
+        ValueError: `bound` is not one number per head.
     """
     dtype = statistic_dtype(pattern)
     moved = (pattern.to(dtype) - pattern_other.to(dtype)).norm(dim=(-2, -1))
+    if bound.shape != moved.shape:
+        raise ValueError(
+            f"bound has shape {list(bound.shape)}, expected one number per head, "
+            f"{list(moved.shape)}"
+        )
     return torch.where(moved == 0, 0.0, moved / bound)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tl_loops.metrics.padding import statistic_dtype
+from tl_loops.metrics.precision import full_precision
 
 LoopMap = Callable[[Tensor], Tensor]
 Differentiation = Literal["forward", "double_backward"]
@@ -76,6 +77,7 @@ class LyapunovExponents:
     final_state: Float[Tensor, "..."]
 
 
+@full_precision
 def loop_spectrum(
     step: LoopMap,
     state: Float[Tensor, "..."],
@@ -138,6 +140,7 @@ def loop_spectrum(
     raise AssertionError("the last round returns")
 
 
+@full_precision
 def operator_norm(
     step: LoopMap,
     state: Float[Tensor, "..."],
@@ -190,6 +193,7 @@ def operator_norm(
     )
 
 
+@full_precision
 def lyapunov_exponents(
     step: LoopMap,
     state: Float[Tensor, "..."],

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_loops.metrics.padding import expand_mask, map_spans, statistic_dtype
+from tl_loops.metrics.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class MassiveActivations:
     count: Int[Tensor, "*batch"]
 
 
+@full_precision
 def massive_activations(
     resid: Float[Tensor, "*batch pos d_model"],
     magnitude: float | int = 100,
@@ -80,6 +82,7 @@ def massive_activations(
     )
 
 
+@full_precision
 def bos_norm_ratio(
     resid: Float[Tensor, "*batch pos d_model"],
     mask: Bool[Tensor, "*#batch pos"] | None = None,
@@ -93,8 +96,8 @@ def bos_norm_ratio(
         mask: True at real tokens, left or right padding; x_0 is the first real token.
 
     Returns:
-        `[...]`, non-negative. NaN for T = 1 and where all tokens are zero; inf where all but the
-        first are.
+        `[...]`, non-negative. NaN for T <= 1, where all tokens are zero and where a value is not
+        finite; inf where all tokens but the first are zero.
 
     Raises:
         TypeError: `resid` is not floating point or `mask` is not Bool.
@@ -103,6 +106,7 @@ def bos_norm_ratio(
 
     def ratio(span: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(span, dim=-1, dtype=statistic_dtype(span))
-        return norm[..., 0] / norm[..., 1:].mean(-1)
+        norm = norm.masked_fill(norm.isinf(), torch.nan)  # Over inf the ratio would be 0.
+        return norm[..., :1].sum(-1) / norm[..., 1:].mean(-1)
 
     return map_spans(ratio, [resid], mask, 2, position_dims=(-2,))

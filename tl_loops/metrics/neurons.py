@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_loops.metrics.padding import statistic_dtype
+from tl_loops.metrics.precision import full_precision
 
 # Scores (neurons times vocabulary) held at a time, and unembedding columns converted at a time.
 _SCORES_PER_CHUNK = 2**24
@@ -81,6 +82,7 @@ class PredictionSuppression:
     options: dict[str, Any]
 
 
+@full_precision
 def neuron_vocabulary_statistics(
     W_out: Float[Tensor, "*layers d_mlp d_model"],
     W_U: Float[Tensor, "d_model d_vocab"],
@@ -159,6 +161,7 @@ def neuron_vocabulary_statistics(
     return NeuronStatistics(variance, skew, kurtosis)
 
 
+@full_precision
 def classify_neurons(
     statistics: NeuronStatistics,
     kurtosis_threshold: float | int = 10.0,
@@ -182,6 +185,7 @@ def classify_neurons(
     )
 
 
+@full_precision
 def prediction_suppression_neurons(
     model: Any,
     fold_final_norm: bool = True,

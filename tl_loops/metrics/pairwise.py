@@ -14,9 +14,11 @@ from torch import Tensor
 
 from tl_loops.metrics.padding import map_spans, statistic_dtype
 from tl_loops.metrics.patterns import check_pattern, map_patterns
+from tl_loops.metrics.precision import full_precision
 from tl_loops.metrics.residual import unit_vectors
 
 
+@full_precision
 def pattern_distance(
     a: Float[Tensor, "*#batch head dest src"],
     b: Float[Tensor, "*#batch head dest src"],
@@ -80,6 +82,7 @@ def pattern_distance(
     )
 
 
+@full_precision
 def pairwise_pattern_distance(
     patterns: Float[Tensor, "block *batch head dest src"],
     heads: Literal["mean", "stack", "avg_pattern"] = "mean",
@@ -140,6 +143,7 @@ def pairwise_pattern_distance(
     return per_row.movedim((-2, -1), (0, 1))
 
 
+@full_precision
 def pairwise_cosine(
     resids: Float[Tensor, "block *batch pos d_model"],
     mask: Bool[Tensor, "*#batch pos"] | None = None,

@@ -7,10 +7,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_loops.metrics.padding import expand_mask, map_spans, statistic_dtype
+from tl_loops.metrics.precision import full_precision
 
 ROW_SUM_TOLERANCE = 1e-3
 
 
+@full_precision
 def check_pattern(
     pattern: Float[Tensor, "*batch head dest src"],
     mask: Bool[Tensor, "*#batch pos"] | None = None,

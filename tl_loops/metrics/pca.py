@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.metrics.precision import full_precision
 from tl_loops.metrics.states import measured_states
 
 
@@ -35,6 +36,7 @@ class PCATrajectory:
     explained_variance_ratio: Float[Tensor, "... component"]
 
 
+@full_precision
 def pca_trajectory(
     states: Float[Tensor, "iteration *tokens d_model"],
     n_components: int = 2,
@@ -103,6 +105,7 @@ def pca_trajectory(
     )
 
 
+@full_precision
 def random_walk_null(
     states: Float[Tensor, "iteration *tokens d_model"], seed: int, n_walks: int = 1
 ) -> Float[Tensor, "walk iteration *tokens d_model"]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.metrics.precision import full_precision
 from tl_loops.metrics.states import measured_states
 
 Probe = Literal["linear", "gated_mlp"]
@@ -40,6 +41,7 @@ class StepDecodability:
     n_validation: int
 
 
+@full_precision
 def step_decodability(
     states: Float[Tensor, "iteration *tokens d_model"],
     probe: Probe = "linear",

@@ -8,14 +8,17 @@ given probability.
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_loops.metrics.answers import require_iterations
 from tl_loops.metrics.padding import statistic_dtype
+from tl_loops.metrics.precision import full_precision
 
 Divergence = Literal["kl", "jsd"]
 
 
+@full_precision
 def token_rank(
     logits: Float[Tensor, "*batch d_vocab"],
     tokens: Int[Tensor, "*#batch"] | int,
@@ -36,12 +39,13 @@ def token_rank(
         `[...]`, from 1 (top) to the vocabulary size.
 
     Raises:
-        ValueError: NaN logits, a bad `vocab_size`, or an id outside of the vocabulary.
+        ValueError: NaN or inf logits, a bad `vocab_size`, or an id outside of the vocabulary.
     """
     logits = _real_vocabulary(logits, vocab_size)
     return 1 + (logits > _logit_of(logits, tokens)).sum(-1)
 
 
+@full_precision
 def token_probability(
     logits: Float[Tensor, "*batch d_vocab"],
     tokens: Int[Tensor, "*#batch"] | int,
@@ -58,12 +62,13 @@ def token_probability(
         `[...]` in [0, 1], float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: NaN logits, a bad `vocab_size`, or an id outside of the vocabulary.
+        ValueError: NaN or inf logits, a bad `vocab_size`, or an id outside of the vocabulary.
     """
     logits = _real_vocabulary(logits, vocab_size).to(statistic_dtype(logits))
     return (_logit_of(logits, tokens).squeeze(-1) - logits.logsumexp(-1)).exp()
 
 
+@full_precision
 def token_margin(
     logits: Float[Tensor, "*batch d_vocab"],
     tokens: Int[Tensor, "*#batch"] | int | None = None,
@@ -84,8 +89,8 @@ def token_margin(
         `[...]`, float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: NaN logits, a bad `vocab_size`, fewer than two ids, or an id outside of the
-            vocabulary.
+        ValueError: NaN or inf logits, a bad `vocab_size`, fewer than two ids, or an id outside of
+            the vocabulary.
     """
     logits = _real_vocabulary(logits, vocab_size).to(statistic_dtype(logits))
     if logits.shape[-1] < 2:
@@ -98,6 +103,7 @@ def token_margin(
     return logits.gather(-1, index).squeeze(-1) - others
 
 
+@full_precision
 def output_entropy(
     logits: Float[Tensor, "*batch d_vocab"], vocab_size: int | None = None
 ) -> Float[Tensor, "*batch"]:
@@ -111,12 +117,13 @@ def output_entropy(
         `[...]` in [0, log vocab_size], float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: NaN logits or a bad `vocab_size`.
+        ValueError: NaN or inf logits or a bad `vocab_size`.
     """
     log_p = _log_probabilities(logits, vocab_size)
     return -_expectation(log_p, log_p)
 
 
+@full_precision
 def kl_divergence(
     p_logits: Float[Tensor, "*batch d_vocab"],
     q_logits: Float[Tensor, "*batch d_vocab"],
@@ -133,11 +140,12 @@ def kl_divergence(
         `[...]` >= 0; infinite where p has mass and q has none.
 
     Raises:
-        ValueError: NaN logits or a bad `vocab_size`.
+        ValueError: NaN or inf logits or a bad `vocab_size`.
     """
     return _kl(_log_probabilities(p_logits, vocab_size), _log_probabilities(q_logits, vocab_size))
 
 
+@full_precision
 def js_divergence(
     p_logits: Float[Tensor, "*batch d_vocab"],
     q_logits: Float[Tensor, "*batch d_vocab"],
@@ -154,11 +162,12 @@ def js_divergence(
         `[...]` in [0, log 2], symmetric in its arguments.
 
     Raises:
-        ValueError: NaN logits or a bad `vocab_size`.
+        ValueError: NaN or inf logits or a bad `vocab_size`.
     """
     return _jsd(_log_probabilities(p_logits, vocab_size), _log_probabilities(q_logits, vocab_size))
 
 
+@full_precision
 def divergence_from_last(
     logits: Float[Tensor, "iteration *batch d_vocab"],
     divergence: Divergence = "kl",
@@ -180,12 +189,13 @@ def divergence_from_last(
     Raises:
         ValueError: no iteration, NaN logits, a bad `vocab_size` or an unknown divergence.
     """
-    _require_iterations(logits)
+    require_iterations(logits)
     measure = _divergence(divergence)
     last = _log_probabilities(logits[-1], vocab_size)
     return torch.stack([measure(last, _log_probabilities(step, vocab_size)) for step in logits])
 
 
+@full_precision
 def successive_divergence(
     logits: Float[Tensor, "iteration *batch d_vocab"],
     divergence: Divergence = "kl",
@@ -205,7 +215,7 @@ def successive_divergence(
     Raises:
         ValueError: no iteration, NaN logits, a bad `vocab_size` or an unknown divergence.
     """
-    _require_iterations(logits)
+    require_iterations(logits)
     measure = _divergence(divergence)
     steps = []
     previous = _log_probabilities(logits[0], vocab_size)
@@ -216,6 +226,7 @@ def successive_divergence(
     return torch.stack(steps) if steps else previous.new_empty(0, *previous.shape[:-1])
 
 
+@full_precision
 def predicted_tokens(
     logits: Float[Tensor, "*batch d_vocab"], vocab_size: int | None = None
 ) -> Int[Tensor, "*batch"]:
@@ -229,117 +240,26 @@ def predicted_tokens(
         `[...]`.
 
     Raises:
-        ValueError: NaN logits or a bad `vocab_size`.
+        ValueError: NaN or inf logits or a bad `vocab_size`.
     """
     return _real_vocabulary(logits, vocab_size).argmax(-1)
 
 
-def answer_flips(predictions: Int[Tensor, "iteration *batch"]) -> Int[Tensor, "*batch"]:
-    """How often the answer changes from one iteration to the next.
-
-    Args:
-        predictions: `[iteration, ...]`, for example `predicted_tokens(logits)`.
-
-    Returns:
-        `[...]`, from 0 to iteration - 1.
-
-    Raises:
-        ValueError: no iteration.
-    """
-    _require_iterations(predictions)
-    return (predictions[1:] != predictions[:-1]).sum(0)
-
-
-def saturation_iteration(predictions: Int[Tensor, "iteration *batch"]) -> Int[Tensor, "*batch"]:
-    """First iteration from which on the answer is the final one (saturation, arXiv 2203.14680).
-
-    Args:
-        predictions: `[iteration, ...]`, for example `predicted_tokens(logits)`.
-
-    Returns:
-        `[...]`, 0-based; the last iteration where the answer changed in the last step.
-
-    Raises:
-        ValueError: no iteration.
-    """
-    _require_iterations(predictions)
-    return first_of_final_run(predictions == predictions[-1])
-
-
-def overthinking(correct: Bool[Tensor, "iteration *batch"]) -> Float[Tensor, "iteration"]:
-    """Fraction of examples that are right at iteration t, wrong at the last (arXiv 2511.08577).
-
-    Args:
-        correct: `[iteration, ...]`, for example `predicted_tokens(logits) == targets`.
-
-    Returns:
-        `[iteration]` in [0, 1]; 0 at the last iteration. NaN without examples.
-
-    Raises:
-        ValueError: no iteration.
-    """
-    _require_iterations(correct)
-    return (correct & ~correct[-1]).unsqueeze(-1).flatten(1).float().mean(1)
-
-
-def oracle_iteration(correct: Bool[Tensor, "iteration *batch"]) -> Int[Tensor, "*batch"]:
-    """Exit of an oracle: the first correct iteration, else the last one (arXiv 2607.20519).
-
-    Args:
-        correct: `[iteration, ...]`, for example `predicted_tokens(logits) == targets`.
-
-    Returns:
-        `[...]`, 0-based.
-
-    Raises:
-        ValueError: no iteration.
-    """
-    _require_iterations(correct)
-    first = correct.to(torch.uint8).argmax(0)
-    return torch.where(correct.any(0), first, correct.shape[0] - 1)
-
-
-def oracle_headroom(correct: Bool[Tensor, "iteration *batch"]) -> Float[Tensor, ""]:
-    """What a perfect choice of the exit would add to the accuracy of the last iteration.
-
-    Args:
-        correct: `[iteration, ...]`, for example `predicted_tokens(logits) == targets`.
-
-    Returns:
-        Scalar in [0, 1], the fraction of examples that are right at some iteration and wrong at the
-        last. NaN without examples.
-
-    Raises:
-        ValueError: no iteration.
-    """
-    _require_iterations(correct)
-    return (correct.any(0) & ~correct[-1]).float().mean()
-
-
-def first_of_final_run(holds: Bool[Tensor, "iteration *batch"]) -> Int[Tensor, "*batch"]:
-    """First iteration from which on a condition holds up to the end.
-
-    Args:
-        holds: `[iteration, ...]`; the last iteration counts as holding.
-
-    Returns:
-        `[...]`, 0-based.
-    """
-    run_length = holds[:-1].flip(0).to(torch.int64).cumprod(0).sum(0)
-    return holds.shape[0] - 1 - run_length
-
-
 def _real_vocabulary(logits: Tensor, vocab_size: int | None) -> Tensor:
     d_vocab = logits.shape[-1]
+    statistic_dtype(logits)  # Raises for logits that are no real numbers.
+    if not d_vocab:
+        raise ValueError(f"logits have shape {list(logits.shape)}, expected at least one token id")
     if vocab_size is not None:
         if not 1 <= vocab_size <= d_vocab:
             raise ValueError(
                 f"vocab_size={vocab_size}, expected 1 to d_vocab={d_vocab}, the last axis of logits"
             )
         logits = logits[..., :vocab_size]
-    # A comparison with NaN is False, which would make every token the top one.
-    if logits.isnan().any():
-        raise ValueError("logits contain NaN; mask or drop these positions first")
+    # A comparison with NaN is False, which would make every token the top one. -inf is an id that
+    # is masked out.
+    if logits.isnan().any() or logits.isposinf().any():
+        raise ValueError("logits contain NaN or inf; mask or drop these positions first")
     return logits
 
 
@@ -387,10 +307,3 @@ def _divergence(name: str):
     if name not in measures:
         raise ValueError(f"divergence={name!r}, expected one of {sorted(measures)}")
     return measures[name]
-
-
-def _require_iterations(values: Tensor) -> None:
-    if values.ndim == 0 or values.shape[0] == 0:
-        raise ValueError(
-            f"got shape {list(values.shape)}, expected [iteration, ...] with at least one iteration"
-        )

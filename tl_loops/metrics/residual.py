@@ -15,8 +15,10 @@ from torch import Tensor
 
 from tl_loops.metrics.entropy import shannon_entropy
 from tl_loops.metrics.padding import map_spans, statistic_dtype
+from tl_loops.metrics.precision import full_precision
 
 
+@full_precision
 def residual_entropy(
     resid: Float[Tensor, "*batch pos d_model"],
     alpha: float | int = 1,
@@ -84,6 +86,7 @@ def residual_entropy(
     return map_spans(entropy, [resid], mask, 2, position_dims=(-2,))
 
 
+@full_precision
 def effective_rank(
     resid: Float[Tensor, "*batch pos d_model"],
     center: bool = False,
@@ -113,6 +116,7 @@ def effective_rank(
     ).exp()
 
 
+@full_precision
 def participation_ratio(
     resid: Float[Tensor, "*batch pos d_model"],
     center: bool = False,
@@ -147,6 +151,7 @@ def participation_ratio(
     ).exp()
 
 
+@full_precision
 def residual_entropy_bound(
     resid: Float[Tensor, "*batch pos d_model"],
     normalize: Literal["none", "log_T", "log_min"] = "none",
@@ -192,6 +197,7 @@ def residual_entropy_bound(
     return map_spans(bound, [resid], mask, 2, position_dims=(-2,))
 
 
+@full_precision
 def residual_norm(
     resid: Float[Tensor, "*batch pos d_model"],
     agg: Literal["token_mean", "token_max", "fro", "none"] = "token_mean",
@@ -241,6 +247,7 @@ def residual_norm(
     return map_spans(norm, [resid], mask, 2, position_dims=(-2,))
 
 
+@full_precision
 def cosine_similarity(
     a: Float[Tensor, "*#batch pos d_model"],
     b: Float[Tensor, "*#batch pos d_model"],
@@ -297,8 +304,14 @@ def unit_vectors(vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*ba
 
     Returns:
         `[..., d_model]`, float32 (float64 for float64 input); NaN for a zero vector.
+
+    Raises:
+        TypeError: `vectors` is not floating point.
+        ValueError: there are no entries, so that there is no direction.
     """
     vectors = vectors.to(statistic_dtype(vectors))
+    if not vectors.shape[-1]:
+        raise ValueError(f"got vectors without entries, of shape {list(vectors.shape)}")
     # Largest entry first: the squares of very small or large entries would leave the range.
     vectors = vectors / vectors.detach().abs().amax(-1, keepdim=True)
     return vectors / vectors.norm(dim=-1, keepdim=True)

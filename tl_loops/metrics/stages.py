@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_loops.metrics.padding import statistic_dtype
+from tl_loops.metrics.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class StageAlignment:
     null: StagePermutationNull | None
 
 
+@full_precision
 def align_stages(
     profile: Float[Tensor, "depth"] | Float[Tensor, "iteration depth"],
     reference_profile: Float[Tensor, "depth_ref"],
@@ -170,6 +172,7 @@ def align_stages(
     )
 
 
+@full_precision
 def angular_distance(
     resid: Float[Tensor, "depth *batch d_model"], gap: int = 1
 ) -> Float[Tensor, "pair"]:
@@ -196,6 +199,7 @@ def angular_distance(
     return (angle / math.pi).unsqueeze(-1).flatten(1).mean(1)
 
 
+@full_precision
 def block_influence(resid: Float[Tensor, "depth *batch d_model"]) -> Float[Tensor, "pair"]:
     """Block Influence: 1 - E cos(x_l, x_{l + 1}) over tokens (arXiv 2403.03853).
 

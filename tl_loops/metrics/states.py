@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,7 +17,8 @@ def measured_states(states: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         states: `[iteration, ..., d_model]`.
 
     Returns:
-        The same values in float32, or float64 for float64 states.
+        The same values in float32, or float64 for float64 states. An infinite value becomes NaN, so
+        that no quotient of it looks like a number.
 
     Raises:
         TypeError: If `states` is not floating point.
@@ -27,7 +29,8 @@ def measured_states(states: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
             f"states has shape {list(states.shape)}, expected [iteration, ..., d_model] with at "
             "least one iteration"
         )
-    return states.to(statistic_dtype(states))
+    states = states.to(statistic_dtype(states))
+    return states.masked_fill(states.isinf(), torch.nan)
 
 
 def direction_cosine(

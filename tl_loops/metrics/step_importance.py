@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_loops.metrics.padding import statistic_dtype
+from tl_loops.metrics.precision import full_precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,7 @@ class StepImportance:
     predecessors: tuple[tuple[int, ...], ...]
 
 
+@full_precision
 def step_attention(
     pattern: Float[Tensor, "*batch head dest src"],
     step_ids: Int[Tensor, "pos"],
@@ -75,6 +77,7 @@ def step_attention(
     return rows @ a @ columns.mT
 
 
+@full_precision
 def critical_steps(
     attention: Float[Tensor, "step step"], top_p: float | int = 0.9, conclusion: int = -1
 ) -> StepImportance:
@@ -94,13 +97,19 @@ def critical_steps(
         `StepImportance`.
 
     Raises:
-        ValueError: If `top_p` is out of range or there is no step `conclusion`.
+        ValueError: If `top_p` is out of range, there is no step `conclusion`, or a value is not
+            finite.
     """
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p}; expected 0 < top_p <= 1")
     n_steps = attention.shape[0]
     if not -n_steps <= conclusion < n_steps:
         raise ValueError(f"conclusion={conclusion} is not one of the {n_steps} steps")
+    if not bool(attention.isfinite().all()):
+        raise ValueError(
+            "attention holds NaN or infinite values, so no step has a share of it: give finite "
+            "attention"
+        )
     conclusion %= n_steps
     rows: Sequence[Sequence[float]] = attention.double().tolist()
     critical = [False] * n_steps

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_loops.metrics.precision import full_precision
 from tl_loops.metrics.states import direction_cosine, measured_states
 
 TRAJECTORY_LABELS = ("fixed_point", "orbit", "slider", "unknown")
@@ -65,6 +66,7 @@ class TrajectoryClassification:
         return float((self.labels == label).mean()) if self.labels.size else float("nan")
 
 
+@full_precision
 def classify_trajectory(
     states: Float[Tensor, "iteration *tokens d_model"],
     tau: float | int = 0.05,
@@ -169,6 +171,7 @@ def classify_trajectory(
     )
 
 
+@full_precision
 def label_co_occurrence(labels: np.ndarray) -> Float[Tensor, "given also"]:
     """How often a token that has one label on some layer has another label on some layer.
 
@@ -221,7 +224,7 @@ def _dominant_period(curve: Tensor, min_periodicity: float) -> tuple[Tensor, Ten
     n = curve.shape[0]
     nothing = curve.new_full(curve.shape[1:], torch.nan)
     max_lag = n // 2
-    if max_lag < 2:
+    if max_lag < 2 or not curve.numel():
         return nothing, nothing
     curve = curve.to(torch.float64)
     t = torch.arange(n, dtype=curve.dtype, device=curve.device).reshape(-1, *[1] * (curve.ndim - 1))

@@ -22,6 +22,7 @@ from tl_loops.upstream import (
     USE_DEFAULT_VALUE,
     KeyValueCache,
     LocallyOverridenDefaults,
+    check_length,
     sample_logits,
 )
 
@@ -247,6 +248,8 @@ def _decode(
 ) -> Iterator[Int[Tensor, "batch"]]:
     """Sample step by step; gives the new tokens of every step."""
     batch, device = prompt.shape[0], prompt.device
+    # The last token is only given, not run.
+    check_length(model.cfg, max_new_tokens - 1, prompt.shape[1])
     sharing = forward_kwargs.get("kv_sharing")
     past = model.make_kv_cache(batch, sharing) if use_cache else None
     finished = torch.zeros(batch, dtype=torch.bool, device=device)

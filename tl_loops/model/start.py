@@ -18,7 +18,7 @@ from tl_loops.nn.context import make_context
 from tl_loops.nn.kv_cache import SharedKeyValueCache
 from tl_loops.nn.loop.run import StackRun
 from tl_loops.upstream import USE_DEFAULT_VALUE, KeyValueCache
-from tl_loops.upstream.inputs import ModelInput, attention_needs, model_input
+from tl_loops.upstream.inputs import ModelInput, attention_needs, check_length, model_input
 
 
 @dataclass(eq=False)
@@ -148,7 +148,8 @@ def start_run(
     The arguments are those of ``LoopedTransformer.forward``.
 
     Raises:
-        ValueError: Arguments of the wrong shape, out of range, or that contradict each other.
+        ValueError: Arguments of the wrong shape, out of range, beyond the context, or that
+            contradict each other.
         LoopedSemanticsError: A key-value cache of a model whose tokens all see each other.
     """
     cfg, block = model.cfg, 0
@@ -177,6 +178,7 @@ def start_run(
             block = model.layout.index(iteration=start_at_iteration, layer=0)
         elif start_at_layer is not None:
             block = block_index(cfg.n_layers, start_at_layer, "start_at_layer")
+    check_length(cfg, n_new, n_past)
     context = make_context(
         batch,
         n_new,

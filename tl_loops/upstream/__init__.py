@@ -14,6 +14,7 @@ from transformer_lens.cache.key_value_cache_entry import (
 )
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import (
+    SOFTCAP_DISABLED,
     SUPPORTED_ACTIVATIONS,
     USE_DEFAULT_VALUE,
     LocallyOverridenDefaults,
@@ -35,6 +36,7 @@ from tl_loops.upstream.inputs import (
     TRUNCATE_TEXT,
     ModelInput,
     attention_needs,
+    check_length,
     model_input,
     number_of_ids,
 )
@@ -47,6 +49,7 @@ from tl_loops.upstream.version import HAS_HOOKED_TRANSFORMER, warn_if_untried
 __all__ = [
     "HAS_HOOKED_TRANSFORMER",
     "POST_NORM_ARCHITECTURES",
+    "SOFTCAP_DISABLED",
     "SUPPORTED_ACTIVATIONS",
     "TRUNCATE_TEXT",
     "USE_DEFAULT_VALUE",
@@ -66,6 +69,7 @@ __all__ = [
     "apply_softcap",
     "can_restart",
     "copy_hooks",
+    "check_length",
     "complete_norm",
     "composition_scores",
     "get_attention_mask",

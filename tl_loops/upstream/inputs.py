@@ -20,8 +20,12 @@ from transformer_lens.utilities import (
 from tl_loops.upstream.bridges import is_bridge
 from tl_loops.upstream.tokenizers import encode
 
-TRUNCATE_TEXT = True
-"""Whether text beyond ``cfg.n_ctx`` is cut where the caller does not say; TransformerLens cuts."""
+TRUNCATE_TEXT = False
+"""Whether text beyond ``cfg.n_ctx`` is cut where the caller does not say.
+
+TransformerLens cuts it without a word. A run of the first part is no run of the text, so here it
+raises; ``model.to_tokens`` still cuts, for those who want the first part.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +66,9 @@ def model_input(
         The tokens, with a mask only where something is padding.
 
     Raises:
-        ValueError: The input is neither, is empty, has other axes or ids that the model does not
-            have; there is no tokenizer for text; the mask does not fit, or has a row without a
-            real token.
+        ValueError: The input is neither, is empty, is longer than the context, has other axes or
+            ids that the model does not have; there is no tokenizer for text; the mask does not fit,
+            or has a row without a real token.
     """
     device = next(model.parameters()).device
     found: Tensor | None = None
@@ -76,6 +80,7 @@ def model_input(
             mask = mask[None]
     else:
         tokens, found = _tokenised(model, input, prepend_bos, padding_side, truncate)
+    check_length(model.cfg, tokens.shape[1])
     _check_ids(model, tokens)
     mask = found if mask is None else _checked_mask(mask, tokens)
     if mask is not None:
@@ -89,6 +94,26 @@ def attention_needs(mask: Tensor | None, cfg: Any) -> bool:
     Right padding of a causal model does not, and TransformerLens leaves its mask out.
     """
     return mask is not None and (cfg.attention_dir != "causal" or not bool(mask[:, 0].all()))
+
+
+def check_length(cfg: Any, n_tokens: int, n_past: int = 0) -> None:
+    """Raise for a run beyond the context, of text and of tokens alike.
+
+    Args:
+        cfg: Says the context, ``n_ctx``.
+        n_tokens: Number of new tokens, padding included.
+        n_past: Number of tokens before them: in a key-value cache, or in the prompt.
+
+    Raises:
+        ValueError: They are more than ``cfg.n_ctx``.
+    """
+    if n_past + n_tokens > cfg.n_ctx:
+        after = f" after {n_past}" if n_past else ""
+        raise ValueError(
+            f"{n_tokens} tokens{after} do not fit the context of n_ctx={cfg.n_ctx} tokens: give "
+            "less, cut text yourself (model.to_tokens(text) gives the first n_ctx tokens), or load "
+            "the model with a larger n_ctx"
+        )
 
 
 def number_of_ids(cfg: Any) -> int:

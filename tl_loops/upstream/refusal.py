@@ -13,11 +13,17 @@ LOOPED_ADAPTERS = {
 """TransformerLens's adapters of looped models, by class name."""
 
 
+_STACKS_OF_HEADS = (
+    "get_act_patch_attn_head_all_pos_every",
+    "get_act_patch_attn_head_by_pos_every",
+)
+
+
 def refuse_where_wrong(model: Any, tool: str) -> None:
     """Refuse a tool of TransformerLens on a model that it is wrong on; other models pass.
 
-    Those are all tools on a TransformerBridge of a looped model, and patching of direct paths on
-    any looped model.
+    Those are all tools on a TransformerBridge of a looped model, patching of direct paths on any
+    looped model, and stacks of patched heads where there are fewer key heads than query heads.
 
     Args:
         model: What the tool is called with.
@@ -31,6 +37,14 @@ def refuse_where_wrong(model: Any, tool: str) -> None:
             f"{tool} adds what a head writes to what a later head reads, but norms, iterations and "
             "the injection stand between them in a looped model: call tl_loops.patching.path_patch"
         )
+    if tool in _STACKS_OF_HEADS and getattr(model, "layout", None) is not None:
+        if (kv_heads := model.cfg.n_key_value_heads) is not None:
+            raise LoopedSemanticsError(
+                f"{tool} fills in 0 for key and value heads that do not exist: this model has "
+                f"{model.cfg.n_heads} query heads over {kv_heads} key and value heads. Call "
+                "get_act_patch_attn_head_{out,q,k,v,pattern}_... one by one, or "
+                "tl_loops.patching.activation_patch"
+            )
     if not is_bridge(model):
         return
     names = (parent.__name__ for parent in type(model.adapter).__mro__)

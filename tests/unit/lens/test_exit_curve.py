@@ -13,7 +13,8 @@ from tests.models import ARCHITECTURES, tiny_model
 from tests.unit.upstream.test_inputs import BOS
 from tests.unit.upstream.test_inputs import looped as with_tokenizer
 from tl_loops.lens.exit_curve import exit_curve
-from tl_loops.metrics.readout import answer_flips, kl_divergence, oracle_headroom, overthinking
+from tl_loops.metrics.answers import answer_flips, oracle_headroom, overthinking
+from tl_loops.metrics.readout import kl_divergence
 
 LENGTHS = (7, 4, 7)
 

@@ -7,18 +7,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tl_loops.metrics.readout import (
+from tl_loops.metrics.answers import (
     answer_flips,
-    divergence_from_last,
     first_of_final_run,
-    js_divergence,
-    kl_divergence,
     oracle_headroom,
     oracle_iteration,
-    output_entropy,
     overthinking,
-    predicted_tokens,
     saturation_iteration,
+)
+from tl_loops.metrics.readout import (
+    divergence_from_last,
+    js_divergence,
+    kl_divergence,
+    output_entropy,
+    predicted_tokens,
     successive_divergence,
     token_margin,
     token_probability,

@@ -134,11 +134,12 @@ def test_any_integers_are_tokens(dtype):
     assert found.mask is None
 
 
-def test_long_text_is_cut_unless_told_otherwise():
+def test_long_text_is_cut_only_when_asked():
     model = looped(n_ctx=4)
-    assert model_input(model, "a b c d e").tokens.shape == (1, 4)
-    assert model_input(model, "a b c d e", truncate=False).tokens.shape == (1, 6)
-    assert model_input(model, torch.tensor([3, 4, 5, 6, 7])).tokens.shape == (1, 5)
+    assert model_input(model, "a b c d e", truncate=True).tokens.shape == (1, 4)
+    for given in ("a b c d e", torch.tensor([3, 4, 5, 6, 7])):
+        with pytest.raises(ValueError, match="do not fit the context of n_ctx=4 tokens"):
+            model_input(model, given)
 
 
 def test_ids_after_the_vocabulary():

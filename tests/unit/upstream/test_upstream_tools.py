@@ -175,24 +175,30 @@ def test_a_setter_changes_its_cell_alone(name):
     assert not torch.equal(expected, corrupted)
 
 
-def test_all_kinds_of_activation_in_one_tensor():
-    # Grouped keys and values are the hard case: they are padded to the number of heads.
+def test_all_kinds_of_heads_in_one_tensor_need_a_key_head_for_every_query_head():
     small = dict(n_prelude=0, n_core=1, n_coda=0, n_iterations=2, n_heads=2, n_key_value_heads=1)
+    model = tiny_model("olmo_grouped", **small)
+    run = (model, CORRUPTED, model.run_with_cache(CLEAN)[1], metric)
+    for name in ("all_pos", "by_pos"):
+        with pytest.raises(LoopedSemanticsError, match="fills in 0 for key and value heads"):
+            getattr(patching, f"get_act_patch_attn_head_{name}_every")(*run)
+    assert patching.get_act_patch_attn_head_k_all_pos(*run).shape[-1] == 1
+
+
+def test_all_kinds_of_activation_in_one_tensor():
+    small = dict(n_prelude=0, n_core=1, n_coda=0, n_iterations=2, n_heads=2, n_key_value_heads=None)
     model = tiny_model("olmo_grouped", **small)
     run = (model, CORRUPTED, model.run_with_cache(CLEAN)[1], metric)
     kinds = ("out", "q", "k", "v", "pattern")
 
-    def padded(grid):
-        return torch.nn.functional.pad(grid, (0, model.cfg.n_heads - grid.shape[-1]))
-
     every = patching.get_act_patch_attn_head_all_pos_every(*run)
     for row, kind in zip(every, kinds, strict=True):
         single = getattr(patching, f"get_act_patch_attn_head_{kind}_all_pos")(*run)
-        assert_close(row, padded(single), **CLOSE)
+        assert_close(row, single, **CLOSE)
     by_pos = patching.get_act_patch_attn_head_by_pos_every(*run)
     for row, kind in zip(by_pos, kinds, strict=True):
         single = getattr(patching, f"get_act_patch_attn_head_{kind}_by_pos")(*run)
-        single = single.movedim(1, 2) if kind == "pattern" else padded(single)
+        single = single.movedim(1, 2) if kind == "pattern" else single
         assert_close(row, single, **CLOSE)
     blocks = patching.get_act_patch_block_every(*run)
     for row, kind in zip(blocks, ("resid_pre", "attn_out", "mlp_out"), strict=True):
