@@ -326,10 +326,11 @@ def test_stages_of_other_options_are_not_compared():
         profile(samples(3)).align_stages(reference, "successive_cosine")
 
 
-def test_plots_are_drawn_by_the_plots_package(monkeypatch):
+def test_plots_are_drawn_by_plot_profile(monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        "tl_loops.plots.plot_profile", lambda *a, **k: drawn.append((a, k)) or "figure"
+        "tl_loops.measurements.profile.plot_profile",
+        lambda *a, **k: drawn.append((a, k)) or "figure",
     )
     p = profile(samples(2))
     assert p.plot("successive_cosine", by="layer", title="x") == "figure"
