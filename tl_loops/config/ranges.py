@@ -104,7 +104,7 @@ def _as_number(name: str, kind: type, value: Any) -> int | float:
     if isinstance(value, bool) or not isinstance(value, wanted):
         raise ConfigError(f"{name} must be {what}, got {_shown(value)}")
     if isinstance(value, numbers.Integral):
-        number = operator.index(value)  # type: ignore[arg-type]
+        number = operator.index(value)
         if abs(number) >= 2**63:
             raise ConfigError(f"{name} must be {what} below 2^63, got {_shown(value)}")
         return number

@@ -1,6 +1,7 @@
 """Multi-head attention: fused, or explicit when somebody looks at scores or patterns."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -311,7 +312,8 @@ def _fused_hides(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def _transformed() -> bool:
     """Whether torch.func is at work, under which no number can be looked at."""
-    return torch._C._functorch.maybe_current_level() is not None  # pyright: ignore
+    functorch: Any = vars(torch._C)["_functorch"]
+    return functorch.maybe_current_level() is not None
 
 
 def _unit_rms(x: Tensor) -> Tensor:
