@@ -58,7 +58,7 @@ def ponder_loss(
     mean over all tokens of Σ_t p_t L_t + β KL(p ‖ geometric(λ)).
 
     Args:
-        losses: L_t, the loss of the output read behind each iteration.
+        losses: L_t, the loss of the output read after each iteration.
         halting: p_t, summing to 1 over the iterations.
         rate: λ of the prior.
         beta: β.

@@ -33,7 +33,7 @@ def check_regular(path: str | os.PathLike[str]) -> Path:
         path: Of a file that need not exist; links are followed.
 
     Returns:
-        The path behind all links.
+        The path after all links.
 
     Raises:
         ValueError: There is something that is not a regular file: a directory, device or pipe.

@@ -208,7 +208,7 @@ def effect(
     Args:
         gradient: [batch, ...].
         delta: The same shape.
-        kept_dims: How many axes behind the batch are kept.
+        kept_dims: How many axes after the batch are kept.
     """
     working = torch.float64 if gradient.dtype == torch.float64 else torch.float32
     product = gradient.to(working) * delta.to(working)

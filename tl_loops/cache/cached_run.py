@@ -64,7 +64,7 @@ class CachedRun:
         return self.model.cfg.readout.over(self.layout)
 
     def block(self, index: int) -> Any:
-        """The weights behind an unrolled block of this run."""
+        """The weights of an unrolled block of this run."""
         return self.blocks[self.layout.physical_name(index)]
 
     def raw(self, name: str) -> Tensor:
@@ -268,7 +268,7 @@ class CachedRun:
             name = _NAMES[site.kind]
         return Rows(self.read(name)[None], [site.label])
 
-    def _behind_branch(self, site: Site) -> FrozenNorm | None:
+    def _branch_norm(self, site: Site) -> FrozenNorm | None:
         """The norm between a branch and the add, where there is one."""
         if self.model.cfg.block_norm not in ("sandwich", "post_branch"):
             return None
@@ -277,7 +277,7 @@ class CachedRun:
         return self.freeze(f"blocks.{site.block}.{name}", getattr(self.block(site.block), name))
 
     def _unmodulated(self) -> None:
-        """Refuse to take apart branches that are gated behind their weights."""
+        """Refuse to take apart branches whose output is gated."""
         if getattr(self.model.cfg, "time_conditioning", False):
             raise LoopedSemanticsError(
                 "what a branch of this model writes is gated by the iteration, so no head, neuron "
@@ -298,7 +298,7 @@ class CachedRun:
             z = self.read(f"{prefix}.hook_z", pos_dim=-3)
             W_O = working(self.block(site.block).attn.W_O).to(z)
             values = torch.einsum("...he,hed->h...d", z, W_O)
-        norm = self._behind_branch(site)
+        norm = self._branch_norm(site)
         labels = part_labels(self.layout, site.block, "H", range(values.shape[0]))
         return Rows(values if norm is None else norm(values), labels)
 
@@ -322,7 +322,7 @@ class CachedRun:
             return None
         acts, W_out, labels = self._neurons(site, neurons)
         values = torch.einsum("...n,nd->n...d", acts, W_out)
-        norm = self._behind_branch(site)
+        norm = self._branch_norm(site)
         return Rows(values if norm is None else norm(values), labels)
 
     def pulled_neurons(self, site: Site, g: Tensor, neurons: Slice) -> Rows | None:
@@ -330,7 +330,7 @@ class CachedRun:
         if site.kind != "mlp":
             return None
         acts, W_out, labels = self._neurons(site, neurons)
-        norm = self._behind_branch(site)
+        norm = self._branch_norm(site)
         products = (g if norm is None else norm.adjoint(g)) @ W_out.T * acts
         return Rows(products.movedim(-1, 0).movedim(1, -1), labels)
 
@@ -349,5 +349,5 @@ class CachedRun:
             return None
         stream = self.read(f"blocks.{site.block}.hook_{site.kind}_out")
         values = working(bias).to(stream).expand_as(stream)[None]
-        norm = self._behind_branch(site)
+        norm = self._branch_norm(site)
         return Rows(values if norm is None else norm(values), [site.label])

@@ -52,7 +52,7 @@ class Carrier:
 
         Args:
             steps: The path.
-            has_injection: Whether e enters again behind the beginning of the loop. If neither it
+            has_injection: Whether e enters again after the beginning of the loop. If neither it
                 nor the state does, what lies before the loop does not reach the target.
         """
         starts = [(i, step) for i, step in enumerate(steps) if isinstance(step, BeginLoop)]

@@ -87,7 +87,7 @@ class LayerDecomposition(ResidualReadout):
 
         Components: ``"embed"`` and ``"pos_embed"``; ``"initial_state"`` where the state before
         iteration 0 is not the prelude's output e; ``"injection"``; and the attention and MLP output
-        of every block. Norms with a bias (LayerNorm) behind an iteration add ``"r3_norm_bias"``.
+        of every block. Norms with a bias (LayerNorm) after an iteration add ``"r3_norm_bias"``.
 
         Args:
             layer: Decompose what enters this block; ``None`` or -1: what enters the final norm.
@@ -202,7 +202,7 @@ class LayerDecomposition(ResidualReadout):
         incl_remainder: bool,
         full: bool = False,
     ) -> Labelled:
-        """A carried stack with its remainder, behind the norm that reads it."""
+        """A carried stack with its remainder, after the norm that reads it."""
         if incl_remainder:
             stack = torch.cat([stack, (run.residual(target) - stack.sum(0))[None]])
             labels = [*labels, "remainder"]
@@ -217,7 +217,7 @@ class LayerDecomposition(ResidualReadout):
     def compute_head_results(self) -> None:
         """Cache what each head of each block adds up to in its attention, as ``hook_result``.
 
-        They sum (with ``b_O``) to the attention's output before a norm behind the branch; it is
+        They sum (with ``b_O``) to the attention's output before a norm after the branch; it is
         :meth:`stack_head_results` that applies that norm. Blocks whose ``hook_z`` was not cached
         are left out.
 

@@ -211,7 +211,7 @@ def path_steps(
         device: Where the maps go; ``None``: where the weights are.
 
     Raises:
-        ValueError: ``from_iteration`` lies behind the target.
+        ValueError: ``from_iteration`` lies after the target.
         LoopedSemanticsError: A mechanism of the loop makes the stream no sum along one path.
     """
     cfg, blocks = model.cfg, model.physical_blocks()
@@ -222,9 +222,9 @@ def path_steps(
         carry, prepare = injection_maps(model.injection, device or model.embed.W_E.device)
     if from_iteration is not None:
         enters = layout.index(iteration=from_iteration, layer=0)
-        behind = target.state_out is not None and target.state_out < from_iteration
-        if behind or target.layer < enters:
-            raise ValueError(f"from_iteration={from_iteration} lies behind the place asked for")
+        passed = target.state_out is not None and target.state_out < from_iteration
+        if passed or target.layer < enters:
+            raise ValueError(f"from_iteration={from_iteration} lies after the place asked for")
 
     def normed(prefix: str, norm: Any, label: str, iteration: int | None) -> Iterator[Step]:
         frozen = freeze(prefix, norm)

@@ -92,7 +92,7 @@ class ResidualReadout(ActivationCache):
         *,
         incl_states: bool = False,
     ) -> Stack | Labelled:
-        """The residual stream before every block up to ``layer`` (and behind the last one).
+        """The residual stream before every block up to ``layer`` (and after the last one).
 
         With ``apply_ln`` and ``layer`` at the end, every row goes through the final norm with a
         scale of its own (the logit lens): times ``W_U`` it gives the logits that the model would
@@ -172,7 +172,7 @@ class ResidualReadout(ActivationCache):
 
         With the cached scale this is linear: the gain is applied (1 where it was folded), and
         LayerNorm's bias is not, since it belongs to no component. Where the place is read without a
-        norm (``block_norm="post_branch"``, or a state behind the norm between iterations), the
+        norm (``block_norm="post_branch"``, or a state after the norm between iterations), the
         stack is returned as it is.
 
         Args:

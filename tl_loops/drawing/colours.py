@@ -27,12 +27,12 @@ SCALES = {
 
 
 def iteration_colours(n_iterations: int) -> list[str]:
-    """One colour an iteration, green to yellow."""
+    """One colour per iteration, green to yellow."""
     return ramp(ITERATIONS, n_iterations)
 
 
 def layer_colours(n_layers: int) -> list[str]:
-    """One colour a layer, blue to green."""
+    """One colour per layer, blue to green."""
     return ramp(LAYERS, n_layers)
 
 

@@ -60,7 +60,7 @@ class Line:
         colour: ``#rrggbb``.
         z: [point], in a panel with a third axis.
         spread: [point], half the height of a band around the line.
-        hover: One text a point; empty: the coordinates.
+        hover: One text per point; empty: the coordinates.
         joined: Whether a line joins the points.
         symbol: Marker at each point; ``None``: none (but for a point that has no neighbours).
         dashed: Whether the line is dashed.

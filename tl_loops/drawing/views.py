@@ -1,4 +1,4 @@
-"""circuitsvis views that need no network, hold the script once a page and keep their height.
+"""circuitsvis views that need no network, hold the script once per page and keep their height.
 
 circuitsvis itself asks a public host whether it is online whenever a notebook shows a figure, and
 then either links to a content network or puts its whole script into every single figure.
@@ -134,7 +134,7 @@ class CircuitsView:
 def as_text(token: str) -> str:
     """A token that circuitsvis shows as text, though it puts tokens into the page as HTML.
 
-    A space of no width behind ``<`` and ``&`` keeps them from beginning a tag or an entity.
+    A space of no width after ``<`` and ``&`` keeps them from beginning a tag or an entity.
     """
     return token.replace("&", "&\u200b").replace("<", "<\u200b")
 

@@ -1,4 +1,4 @@
-"""LoopUS: the middle layers of a pretrained model looped behind a selective gate (2605.11011).
+"""LoopUS: the middle layers of a pretrained model looped after a selective gate (2605.11011).
 
 The reference may stop early, once a confidence head on the last token's change passes a threshold.
 Here every iteration runs; ``iter.{t}.hook_halt_logit`` is what the head says at every position.

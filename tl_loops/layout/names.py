@@ -7,7 +7,7 @@ from typing import Any, Literal
 from tl_loops.errors import did_you_mean
 
 Place = Literal["block", "iteration", "run"]
-Moment = Literal["start", "loop", "before", "after", "coda", "end"]
+Moment = Literal["start", "loop", "before", "first", "after", "coda", "end"]
 
 _STREAM = ("batch", "pos", "d_model")
 _SCALE = ("batch", "pos", "one")
@@ -31,7 +31,8 @@ class HookSpec:
         head_when: Config fields, the values with which it has a head axis after the positions, and
             the name of that axis.
         moment: When it fires. Run: at the ``"start"``, entering the ``"loop"``, before the
-            ``"coda"``, at the ``"end"``. Iteration: ``"before"`` or ``"after"`` its blocks.
+            ``"coda"``, at the ``"end"``. Iteration: ``"before"`` its blocks, in the
+            ``"first"`` of them, or ``"after"`` them.
         residual: Whether its tensor is the residual stream itself, which a lens can read.
     """
 

@@ -39,7 +39,7 @@ def as_index(what: str, value: Any) -> int:
 
 
 def one_index(what: str, value: Any, size: int, where: str = "") -> int:
-    """One index along an axis, counted from 0.
+    """One index along per axis, counted from 0.
 
     Args:
         what: What the axis counts, for the message.

@@ -117,7 +117,7 @@ def exit_curve(
     """Loss, accuracy, KL to the last iteration, flips and overthinking at each iteration.
 
     All from one trajectory: the state that leaves each iteration goes through all that the model
-    does behind the loop (:class:`tl_loops.lens.CodaLens`), which is what ``model(tokens,
+    does after the loop (:class:`tl_loops.lens.CodaLens`), which is what ``model(tokens,
     n_iterations=t + 1)`` gives. Separates the trajectory from the readout as in arXiv 2607.20519.
     One state an iteration is held for a batch, and the logits of two iterations. Padding of the
     vocabulary is never an answer and has no part in the KL.
@@ -127,7 +127,7 @@ def exit_curve(
         prompts: Strings, or 1-D tensors of tokens, each measured at its own length.
         answers: One for each prompt: text (tokenised as it stands, without BOS), a token or a 1-D
             tensor of tokens, which follows the prompt and is predicted token by token. ``None``:
-            every token of a prompt behind its first is predicted.
+            every token of a prompt after its first is predicted.
         n_iterations: Number of iterations; ``None``: the model's.
         batch_size: Prompts of equal length in one pass at most.
         progress: Whether to show a progress bar.
@@ -180,7 +180,7 @@ def _check_exits(cfg: Any) -> None:
 def _with_answers(
     model: Model, prompts: Iterable[Any], answers: Sequence[Any] | None
 ) -> tuple[list[Int[Tensor, "_"]], list[int]]:
-    """Prompts with their answers behind them, and how many of the last tokens are targets."""
+    """Prompts with their answers after them, and how many of the last tokens are targets."""
     if answers is None:
         tokens = token_prompts(model, prompts, at_least=2)
         return tokens, [prompt.shape[0] - 1 for prompt in tokens]
@@ -193,20 +193,20 @@ def _with_answers(
             text = answer
             answer = tokens_alone(model, f"answer {number}", answer, prepend_bos=False)
             check_known(model, f"answer {number}", text, answer.tolist())
-        behind = torch.as_tensor(answer).reshape(-1).cpu()
-        if not behind.numel() or behind.is_floating_point() or behind.dtype == torch.bool:
+        ids = torch.as_tensor(answer).reshape(-1).cpu()
+        if not ids.numel() or ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(f"answer {number} is {answer!r}, expected text or integer token ids")
         d_vocab = model.cfg.d_vocab
-        if not 0 <= int(behind.min()) <= int(behind.max()) < d_vocab:
-            raise ValueError(f"answer {number} is {behind.tolist()}, expected ids below {d_vocab}")
-        whole = torch.cat([prompt, behind.long()])
+        if not 0 <= int(ids.min()) <= int(ids.max()) < d_vocab:
+            raise ValueError(f"answer {number} is {ids.tolist()}, expected ids below {d_vocab}")
+        whole = torch.cat([prompt, ids.long()])
         if whole.shape[0] - 1 > model.cfg.n_ctx:
             raise ValueError(
                 f"prompt {number} and its answer have {whole.shape[0]} tokens, but the context is "
                 f"cfg.n_ctx={model.cfg.n_ctx}"
             )
         joined.append(whole)
-        n_targets.append(behind.shape[0])
+        n_targets.append(ids.shape[0])
     return joined, n_targets
 
 

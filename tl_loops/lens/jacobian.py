@@ -161,7 +161,7 @@ def fit_jacobian_lens(
         depend on a point.
 
     Raises:
-        ValueError: A prompt is too short, a target does not lie behind its source, or an argument
+        ValueError: A prompt is too short, a target does not lie after its source, or an argument
             is out of range.
         TypeError: ``prompts`` is no list of strings or tensors.
         HookNameError: A point or target that the model does not have.
@@ -222,7 +222,7 @@ def _targets(
     for source, its_target in zip(sources, targets, strict=True):
         if source.depth >= its_target.depth and source.name != its_target.name:
             raise ValueError(
-                f"the target {its_target.alias} does not lie behind the point {source.alias}"
+                f"the target {its_target.alias} does not lie after the point {source.alias}"
             )
     return targets
 

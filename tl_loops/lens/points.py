@@ -1,6 +1,5 @@
 """Where a lens reads: points on the residual stream, by hook name, iteration and layer."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -8,13 +7,11 @@ from typing import Literal
 from tl_loops.layout.coordinate import Phase
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
+from tl_loops.layout.names import Place, hook_specs, spec_of
 from tl_loops.layout.of_model import require_layout
 
 PointSet = Literal["blocks", "core", "states"]
 
-_BLOCK = re.compile(r"^blocks\.(\d+)\.hook_(resid_pre|resid_mid|resid_post)$")
-_ITERATION = re.compile(r"^iter\.(\d+)\.hook_(state_in|injected|state_out)$")
-_LOOSE = ("hook_embed", "hook_injection", "hook_initial_state")
 _IN_BLOCK = {"resid_pre": 0.0, "resid_mid": 0.3, "resid_post": 0.6}
 _BEFORE_BLOCK = {
     "state_out": 0.35,
@@ -23,7 +20,9 @@ _BEFORE_BLOCK = {
     "state_in": 0.2,
     "injected": 0.1,
 }
-"""How far a point lies behind the start of its block, and before that of the block it leads to."""
+"""How far a point lies after the start of its block, and before that of the block it leads to."""
+
+_WHERE: dict[Place, str] = {"block": "of a block", "iteration": "of an iteration", "run": "once"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def select_points(model: Model, points: PointSet | str | Sequence[str]) -> tuple
 
     Args:
         model: A model with a layout.
-        points: ``"blocks"``: behind every unrolled block. ``"core"``: behind every core block.
+        points: ``"blocks"``: after every unrolled block. ``"core"``: after every core block.
             ``"states"``: the state that leaves each iteration. Or hook names of the residual
             stream, canonical or by coordinate (``"iter.3.0.hook_resid_mid"``).
 
@@ -95,35 +94,25 @@ def select_points(model: Model, points: PointSet | str | Sequence[str]) -> tuple
 
 
 def _point(layout: LoopLayout, name: str) -> LensPoint:
-    block, between = _BLOCK.match(name), _ITERATION.match(name)
-    if block is not None:
-        index, kind = int(block.group(1)), block.group(2)
-        at = layout.coordinate(index)
-        label = layout.label(index) + ("" if kind == "resid_post" else f" {kind}")
-        return LensPoint(
-            name,
-            layout.alias(name),
-            label,
-            kind,
-            at.phase,
-            at.iteration,
-            at.layer,
-            index,
-            index + _IN_BLOCK[kind],
+    spec = spec_of(name)
+    if spec is None or not spec.residual:
+        said = "; ".join(
+            f"{', '.join(row.name for row in hook_specs(place) if row.residual)} {where}"
+            for place, where in _WHERE.items()
         )
-    if between is not None:
-        t, kind = int(between.group(1)), between.group(2)
-        label = f"r{t}" + ("" if kind == "state_out" else f" {kind}")
-        blocks = layout.iteration_blocks(t)
-        following = blocks.stop if kind == "state_out" else blocks.start
-        depth = following - _BEFORE_BLOCK[kind]
-        return LensPoint(name, name, label, kind, "core", t, depth=depth)
-    if name in _LOOSE:
-        kind = name.removeprefix("hook_")
+        raise ValueError(f"{name} is not on the residual stream; a lens reads {said}")
+    kind = spec.short
+    if spec.place == "run":
         depth = -1.0 if kind == "embed" else layout.core_start - _BEFORE_BLOCK[kind]
         return LensPoint(name, name, kind, kind, depth=depth)
-    raise ValueError(
-        f"{name} is not on the residual stream; a lens reads hook_resid_pre, hook_resid_mid and "
-        "hook_resid_post of a block, hook_state_in, hook_injected and hook_state_out of an "
-        f"iteration, {', '.join(_LOOSE[:-1])} and {_LOOSE[-1]}"
-    )
+    number = int(name.split(".")[1])
+    if spec.place == "iteration":
+        label = f"r{number}" + ("" if kind == "state_out" else f" {kind}")
+        blocks = layout.iteration_blocks(number)
+        following = blocks.stop if kind == "state_out" else blocks.start
+        depth = following - _BEFORE_BLOCK[kind]
+        return LensPoint(name, name, label, kind, "core", number, depth=depth)
+    at = layout.coordinate(number)
+    label = layout.label(number) + ("" if kind == "resid_post" else f" {kind}")
+    where = (at.phase, at.iteration, at.layer, number, number + _IN_BLOCK[kind])
+    return LensPoint(name, layout.alias(name), label, kind, *where)

@@ -53,14 +53,14 @@ def read_lens(
         input: Text, or tokens [batch, pos] or [pos].
         lens: :class:`LogitLens`, :class:`CodaLens`, :class:`ExitLens`, a :class:`TunedLens` or a
             :class:`JacobianLens`.
-        points: ``"blocks"`` (behind every unrolled block), ``"core"`` (behind every core block),
+        points: ``"blocks"`` (after every unrolled block), ``"core"`` (after every core block),
             ``"states"`` (what leaves each iteration), or hook names of the residual stream;
             ``None``: what the lens reads by itself.
         positions: ``"all"``; ``"last"``: the last real token of each prompt; indices; or
             [batch, read], for each prompt its own.
         track: Tokens to follow, by name. A value is an id or a single token's text for all
-            prompts; a list with one entry a prompt, each an id, a text, or a list of spellings; or
-            ids [batch] or [batch, spelling], -1 where there is none.
+            prompts; a list with one entry per prompt, each an id, a text, or a list of spellings;
+            or ids [batch] or [batch, spelling], -1 where there is none.
         top_k: Number of top tokens to keep.
         keep_logits: Keep all logits, [point, batch, read, d_vocab]. Only then do gradients flow
             into the result.
@@ -100,11 +100,11 @@ def read_lens(
 
 
 def logit_lens(model: Model, input: LensInput, **options: Any) -> LensResult:
-    """Final norm and unembedding applied to the residual behind each block.
+    """Final norm and unembedding applied to the residual after each block.
 
     What lies between the point and the final norm is skipped: the rest of the loop, the norm
-    before the coda, the coda. Without a coda, a state behind the norm between iterations is normed
-    already and is unembedded as it is. Behind the last block the result is the model's logits
+    before the coda, the coda. Without a coda, a state after the norm between iterations is normed
+    already and is unembedded as it is. After the last block the result is the model's logits
     (unless a model without coda has a norm in its place).
 
     Args:
@@ -124,7 +124,7 @@ def logit_lens(model: Model, input: LensInput, **options: Any) -> LensResult:
 
 
 def coda_lens(model: Model, input: LensInput, **options: Any) -> LensResult:
-    """The state of each iteration through all that the model does behind the loop.
+    """The state of each iteration through all that the model does after the loop.
 
     That is the norm before the coda, the coda's blocks on the whole sequence, the final norm and
     the unembedding; without a coda the final norm and the unembedding. At the state of iteration t

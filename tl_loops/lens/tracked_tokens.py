@@ -24,8 +24,8 @@ def tracked_ids(
     Args:
         model: Its tokenizer turns text to ids, its vocabulary bounds them.
         name: What the token is called, for messages.
-        value: An id or a single token's text for all prompts; a list with one entry a prompt, each
-            an id, a text or a list of spellings; or ids [batch] or [batch, spelling].
+        value: An id or a single token's text for all prompts; a list with one entry per prompt,
+            each an id, a text or a list of spellings; or ids [batch] or [batch, spelling].
         batch: Number of prompts.
 
     Returns:

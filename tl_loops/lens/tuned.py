@@ -26,7 +26,7 @@ from tl_loops.runs.storage import load_artefact, save_artefact
 
 @dataclass(frozen=True, eq=False)
 class TunedLens:
-    """A logit lens behind an affine translator ``h + A h + b`` of its own at each point.
+    """A logit lens after an affine translator ``h + A h + b`` of its own at each point.
 
     Attributes:
         points: Hook names by coordinate, one a translator.
@@ -35,7 +35,7 @@ class TunedLens:
         losses: Mean KL(model || lens) of each training step in nats, [step, point].
         sizes: Sizes of the model that it was trained on.
 
-    Source: 2303.08112, section 3 (one translator a layer; here one a layer and iteration).
+    Source: 2303.08112, section 3 (one translator per layer; here one a layer and iteration).
     """
 
     points: tuple[str, ...]
@@ -112,7 +112,7 @@ def train_tuned_lens(
     n_iterations: int | None = None,
     progress: bool = True,
 ) -> TunedLens:
-    """Train one translator a point to minimise KL(model's output || lens) at every position.
+    """Train one translator per point to minimise KL(model's output || lens) at every position.
 
     Translators start at the identity, which is the logit lens. Adam with a learning rate that
     falls linearly to 0. The model's weights and their gradients are left alone.

@@ -1,4 +1,4 @@
-"""Measurements by name: what each reads, how it is reduced to one number a prompt, and where."""
+"""Measurements by name: what each reads, how it is reduced to one number per prompt, and where."""
 
 from tl_loops.measurements.find import DEFAULT_METRICS, find_measurement
 from tl_loops.measurements.measurement import (

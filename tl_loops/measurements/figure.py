@@ -37,8 +37,8 @@ def plot_profile(
 ) -> Any:
     """One metric of a profile in one of the paper's three groupings.
 
-    ``"iteration"``: one curve an iteration from green to yellow, over the relative depth of one
-    pass; prelude and coda stand in front and behind, shaded. ``"layer"``: one curve a core layer
+    ``"iteration"``: one curve per iteration from green to yellow, over the relative depth of one
+    pass; prelude and coda stand in front and after, shaded. ``"layer"``: one curve a core layer
     from blue to green, over the iterations; blocks of prelude and coda are points left and right.
     ``"unrolled"``: one curve over all blocks. A feedforward profile is always unrolled.
 

@@ -42,7 +42,7 @@ class Measurement:
             series that is placed at iterations gives [iteration, batch].
         options: Names and defaults of the options.
         window: Calls that ``"previous"`` spans, this one included.
-        per_token: For series: one number a token, [batch, pos], from an activation and (with
+        per_token: For series: one number per token, [batch, pos], from an activation and (with
             ``against_last``) the activation of the layer's last call.
         against_last: Whether a pass before this one must keep what the last calls give.
         causal: Whether it is defined for causal attention only, or the option and its value for
@@ -145,7 +145,7 @@ def resolve_options(
 
     Raises:
         ValueError: An option is unknown (near matches are suggested), its value is refused, or
-            what it gives is not one number a prompt.
+            what it gives is not one number per prompt.
     """
     for option in given:
         if option not in measurement.options:

@@ -119,14 +119,14 @@ class LoopProfile:
     def by_iteration(
         self, metric: str, statistic: Statistic = "mean", outer: bool = False
     ) -> Shaped[Tensor, "iteration depth"]:
-        """A statistic with one row an iteration.
+        """A statistic with one row per iteration.
 
         Args:
             metric: Name of a metric.
             statistic: What to show.
-            outer: Whether each row also has the prelude's blocks in front and the coda's behind,
+            outer: Whether each row also has the prelude's blocks in front and the coda's after,
                 which are the same in all rows; its x axis is then :attr:`pass_depth`. Otherwise it
-                is that without ``n_prelude`` entries in front and ``n_coda`` behind.
+                is that without ``n_prelude`` entries in front and ``n_coda`` after.
 
         Raises:
             ValueError: As :meth:`unrolled`; a feedforward model has no iterations.
@@ -225,7 +225,7 @@ class LoopProfile:
             **options: Of :func:`tl_loops.metrics.stages.align_stages`.
 
         Returns:
-            One entry an iteration (a single one for a feedforward profile).
+            One entry per iteration (a single one for a feedforward profile).
 
         Raises:
             ValueError: The metric is in only one of them, was measured with other options, or has

@@ -1,4 +1,4 @@
-"""From an activation of a batch to one number a prompt: heads or tokens averaged within it."""
+"""From an activation of a batch to one number per prompt: heads or tokens averaged within it."""
 
 from collections.abc import Callable
 from typing import Any

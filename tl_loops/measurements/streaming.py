@@ -132,7 +132,7 @@ def reduce_batch(
 
     Held at any time, besides what the forward pass itself needs: for metrics that compare calls the
     last one or two calls of each core layer, for those that compare with the last iteration one
-    call of each, and one number a token and call for trajectories and exits. Metrics that compare
+    call of each, and one number per token and call for trajectories and exits. Metrics that compare
     with the last iteration take a second pass; where the initial state is drawn afresh at each
     pass, both start from one draw.
 

@@ -13,7 +13,7 @@ _KINDS = {
     "first": None,
     "window": "a number of tokens",
 }
-"""Kinds of sharing, and what the number behind the colon is."""
+"""Kinds of sharing, and what the number after the colon is."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class KVSharing:
       ``"shared:g"`` writes g times the new plus 1 - g times the old keys and values, a fixed gate
       in the place of MELT's, whose equations were not released.
     - ``"first"``: all iterations read those of iteration 0 (recursive sharing of 2507.10524).
-    - ``"window:W"``: an iteration behind the first reads its own within the last W tokens (with the
+    - ``"window:W"``: an iteration after the first reads its own within the last W tokens (with the
       token itself), and those of iteration 0 beyond. IQuest-Coder's loop attends to both and mixes
       the results by a trained gate; here each key is seen once.
 

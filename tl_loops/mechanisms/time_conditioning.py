@@ -118,7 +118,7 @@ class _TimeConditioning(Mechanism):
         ),
     )
     points = (
-        spec("hook_condition", "iteration", "batch one d_model"),
+        spec("hook_condition", "iteration", "batch one d_model", moment="first"),
         *(
             spec(f"modulation.hook_{name}", "block", "batch one d_model")
             for name in ("attn_gate", "mlp_gate", "attn_scale", "mlp_scale")

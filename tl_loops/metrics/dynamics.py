@@ -42,7 +42,7 @@ def successive_difference(
             of the `[pos, d_model]` matrix. `"none"`: L2 norm per token.
         relative: divide by the norm of the later state, ||X_t|| (the latent difference of Huginn).
         rms: divide by sqrt(d_model), which makes models of different width comparable.
-        mask: True at real tokens, one run a row; broadcasts over the batch axes; not with
+        mask: True at real tokens, one run per row; broadcasts over the batch axes; not with
             `agg="none"`.
 
     Returns:
@@ -71,7 +71,7 @@ def successive_cosine(
     Args:
         states: `[iteration, *batch, pos, d_model]`, or `[iteration, d_model]` for one token.
         agg: `"token_mean"`, or `"none"` to keep the tokens.
-        mask: True at real tokens, one run a row; broadcasts over the batch axes; not with
+        mask: True at real tokens, one run per row; broadcasts over the batch axes; not with
             `agg="none"`.
 
     Returns:
@@ -103,7 +103,7 @@ def fixed_point_distance(
         agg: as in `successive_difference`.
         relative: divide by the norm of the reference, ||X*||, one constant for the whole curve.
         rms: divide by sqrt(d_model).
-        mask: True at real tokens, one run a row; broadcasts over the batch axes; not with
+        mask: True at real tokens, one run per row; broadcasts over the batch axes; not with
             `agg="none"`.
 
     Returns:
@@ -134,7 +134,7 @@ def fixed_point_cosine(
         states: `[iteration, *batch, pos, d_model]`, or `[iteration, d_model]` for one token.
         reference: which of the states is X*, or X* itself, `[*batch, pos, d_model]`.
         agg: `"token_mean"`, or `"none"` to keep the tokens.
-        mask: True at real tokens, one run a row; broadcasts over the batch axes; not with
+        mask: True at real tokens, one run per row; broadcasts over the batch axes; not with
             `agg="none"`.
 
     Returns:

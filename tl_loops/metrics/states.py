@@ -75,6 +75,6 @@ def pool_tokens(
         )
     if values[0].ndim < 2:
         values = [value.unsqueeze(-1) for value in values]
-    # The iteration axis goes behind the tokens, because the mask has none.
+    # The iteration axis goes after the tokens, because the mask has none.
     last = [value.movedim(0, -1) for value in values]
     return map_spans(pool, last, mask, core_ndim=2, position_dims=(-2,)).movedim(-1, 0)

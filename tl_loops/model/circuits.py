@@ -20,7 +20,7 @@ class EffectiveWeights(Mapping[str, Tensor]):
 
     What reads the residual stream (``W_Q``, ``W_K``, ``W_V``, ``W_in``, ``W_gate``, ``W_U``) has
     the gain of its norm folded in, and the centring of LayerNorm; what writes to the stream
-    (``W_O``, ``W_out``) the gain of a norm behind it. Up to a factor at each position, which is the
+    (``W_O``, ``W_out``) the gain of a norm after it. Up to a factor at each position, which is the
     norm's scale, these are the maps that the model applies; they do not change when norms are
     folded. The weights of the model are left alone: a matrix is made when it is asked for.
     """
@@ -64,9 +64,9 @@ def effective_weight(block: Any, part: str, weight: str) -> Tensor:
             "weights have no one effect: read the raw weights from model.blocks"
         )
     raw = getattr(getattr(block, part), weight)
-    before, behind = ("ln1", "ln1_post") if part == "attn" else ("ln2", "ln2_post")
+    before, after = ("ln1", "ln1_post") if part == "attn" else ("ln2", "ln2_post")
     if weight in ("W_O", "W_out"):
-        norm = getattr(block, behind, None)
+        norm = getattr(block, after, None)
         return working(raw) if norm is None else FrozenNorm.of(norm, None, raw.device)(working(raw))
     return _read_through(getattr(block, before, None), raw)
 
@@ -109,7 +109,7 @@ def accumulated_bias(
 
     Raises:
         ValueError: ``layer`` is out of range.
-        LoopedSemanticsError: The sum depends on the position, because a norm stands behind
+        LoopedSemanticsError: The sum depends on the position, because a norm stands after
             some bias.
     """
     cfg, depth = self.cfg, self.layout.n_layers
@@ -244,13 +244,13 @@ def _circuit(model: Any, mode: str, block: Any) -> FactoredMatrix:
     W_O = effective_weight(block, "attn", "W_O")
     if mode == "V":
         return FactoredMatrix(effective_weight(block, "attn", "W_V"), W_O)
-    queries = _behind_qk_norm(model, block.attn, "q_norm", "W_Q", block)
-    keys = _behind_qk_norm(model, block.attn, "k_norm", "W_K", block)
+    queries = _after_qk_norm(model, block.attn, "q_norm", "W_Q", block)
+    keys = _after_qk_norm(model, block.attn, "k_norm", "W_K", block)
     circuit = FactoredMatrix(queries, keys.mT)
     return circuit if mode == "Q" else circuit.T
 
 
-def _behind_qk_norm(model: Any, attn: Any, norm: str, weight: str, block: Any) -> Tensor:
+def _after_qk_norm(model: Any, attn: Any, norm: str, weight: str, block: Any) -> Tensor:
     W = effective_weight(block, "attn", weight)
     if model.cfg.qk_norm == "head_weight":
         gain = getattr(attn, norm).w

@@ -76,7 +76,7 @@ def generate(
             ``kv_sharing``. A ``prefix_mask`` [batch, pos] is of the prompt.
 
     Returns:
-        The input with what was sampled behind it.
+        The input with what was sampled after it.
 
     Raises:
         ValueError: An argument that does not fit; see the message.

@@ -1,7 +1,7 @@
 """How often a loop runs: for one call by a view of the model, or in place; weights stay.
 
 A call with ``n_iterations=`` runs on a view: another object over the same weights, with blocks and
-hook points for that number. The model itself is not changed, so an interrupt leaves nothing behind
+hook points for that number. The model itself is not changed, so an interrupt leaves nothing after
 and several threads can call one model. Changing a model in place is all or nothing: everything new
 is made first, and what was there comes back if anything stops the change.
 """

@@ -17,7 +17,7 @@ class Block(nn.Module):
     """A transformer block under TransformerLens's names.
 
     ``hook_attn_out`` and ``hook_mlp_out`` are what is added to the residual stream;
-    ``hook_resid_mid`` and ``hook_resid_post`` are the stream behind each add (and behind the norm
+    ``hook_resid_mid`` and ``hook_resid_post`` are the stream after each add (and after the norm
     on the sum, with ``"post_residual"`` and ``"post_norm"``). ``ln1`` and ``ln2`` norm a branch's
     input; ``ln1_post`` and ``ln2_post`` its output, or with these two the sum.
 

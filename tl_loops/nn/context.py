@@ -50,7 +50,7 @@ def make_context(
     tokens: Int[Tensor, "batch pos"] | None = None,
     prefix_mask: Bool[Tensor, "batch pos"] | None = None,
 ) -> ForwardContext:
-    """Positions and masks for ``n_new`` tokens behind ``n_past`` cached ones.
+    """Positions and masks for ``n_new`` tokens after ``n_past`` cached ones.
 
     Args:
         batch: Batch size.
@@ -95,7 +95,7 @@ def make_context(
             sees_any = allowed.any(-1, keepdim=True)
             blind = None if bool(sees_any.all()) else ~sees_any
         allowed = allowed.expand(batch, 1, n_new, n_keys)
-    # One new token behind a cache sees every key: neither mask nor causality is needed.
+    # One new token after a cache sees every key: neither mask nor causality is needed.
     causal = causal and not (n_past > 0 and n_new == 1)
     return ForwardContext(positions, cos, sin, allowed, causal, blind, tokens)
 

@@ -61,7 +61,7 @@ class SlotEntry(KeyValueCacheEntry):
 
     @property
     def far(self) -> FarKeys | None:
-        """What is read beyond the window, where there is one; valid behind :meth:`append`."""
+        """What is read beyond the window, where there is one; valid after :meth:`append`."""
         if self._sharing.kind != "window" or self._first is None:
             return None
         return FarKeys(self._first.keys, self._first.values, self._sharing.size or 1)

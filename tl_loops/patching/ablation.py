@@ -282,7 +282,7 @@ def ablate_massive(
 
 
 def _site_hook(site: MassiveSite, method: str) -> str:
-    """Where a site is taken away: the MLP of its block, or the stream behind it."""
+    """Where a site is taken away: the MLP of its block, or the stream after it."""
     if site.block < 0:
         return "blocks.0.hook_resid_pre"
     return f"blocks.{site.block}.hook_{'mlp_out' if method.startswith('mlp') else 'resid_post'}"

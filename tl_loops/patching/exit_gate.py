@@ -29,7 +29,7 @@ FORCED = 100.0
 def exit_gate_logits(
     model: Model, tokens: Any, **forward_arguments: Any
 ) -> Float[Tensor, "iteration batch pos"]:
-    """The halting logit behind every iteration (positive: stop).
+    """The halting logit after every iteration (positive: stop).
 
     Args:
         model: A looped model with an exit gate.
@@ -141,7 +141,7 @@ def patch_exit_gate(
 def force_exit(
     model: Model, iteration: int, positions: Selection | None = None
 ) -> list[tuple[str, Any]]:
-    """Hooks that make the gate stop behind one iteration and at no earlier one.
+    """Hooks that make the gate stop after one iteration and at no earlier one.
 
     They matter to runs that read the gate: ``exit_threshold`` or ``weighted_exit``.
 

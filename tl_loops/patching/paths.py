@@ -74,7 +74,7 @@ def path_patch(
     named by ``freeze`` keep their corrupted values in every block from the sender on (but for the
     output that the sender itself is part of); norms, injection and the residual stream are run. (2)
     What reaches the receiver there is put into the receiver of a corrupted run, in which everything
-    behind it is run. The metric of the second run is the entry. It is that of the corrupted run
+    after it is run. The metric of the second run is the entry. It is that of the corrupted run
     where the receiver lies before the sender.
 
     Args:

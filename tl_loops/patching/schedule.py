@@ -149,7 +149,7 @@ def swap_hooks(model: Model, cache: Any, a: int, b: int, what: str = "state") ->
         b: The other.
         what: ``"state"``: the state that leaves a becomes the recorded one of b, and vice versa.
             ``"update"``: a adds to its state what b added in the recorded run, and vice versa
-            (behind the norm between iterations, where there is one).
+            (after the norm between iterations, where there is one).
 
     Returns:
         Pairs for ``run_with_hooks`` or ``model.hooks``. They copy what they put in.

@@ -27,7 +27,7 @@ def attention_view(
     Args:
         tokens: The prompt's tokens as text (``model.to_str_tokens``).
         attention: Patterns of one prompt, e.g. ``cache["pattern", 3, 0][0]``; values in [0, 1].
-        head_names: One name a head; ``None``: H0, H1, ...
+        head_names: One name per head; ``None``: H0, H1, ...
         height: Height in CSS pixels.
         digits: Decimals that are kept.
         title: Above the view.
@@ -60,7 +60,7 @@ def attention_heads(
     width: int = 380,
     digits: int = 3,
 ) -> CircuitsView:
-    """All heads of some core layers, one column an iteration, side by side.
+    """All heads of some core layers, one column per iteration, side by side.
 
     Heads are named as they are addressed: ``r3.0H2`` is iteration 3, layer 0, head 2. Click one to
     enlarge it; point at a token to see where it looks.

@@ -183,7 +183,7 @@ def _probabilities(source: Any) -> np.ndarray:
                 "the profile has no exit_probability: measure(model, prompts, "
                 "metrics=('exit_probability',)) of a model with an exit gate"
             )
-        # One value an iteration, at its last layer.
+        # One value per iteration, at its last layer.
         return as_array(source.by_iteration("exit_probability")[:, -1])
     values = as_array(source)
     if values.ndim == 0:

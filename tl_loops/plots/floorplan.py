@@ -33,7 +33,7 @@ def plot_floorplan(
     backend: str | None = None,
     **options: Any,
 ) -> Any:
-    """All attention patterns of one prompt, block after block, one row a head.
+    """All attention patterns of one prompt, block after block, one row per head.
 
     Prelude and coda are outlined, iterations stand apart. Each square is one pattern, queries from
     top to bottom and keys from left to right.
@@ -41,7 +41,7 @@ def plot_floorplan(
     Args:
         source: An activation cache with ``pattern`` of all blocks; or patterns
             [block, head, dest, src].
-        heads: ``"all"``, or ``"mean"`` for one square a block.
+        heads: ``"all"``, or ``"mean"`` for one square per block.
         row: Which prompt of a cache.
         tile: Pixels of a square at most; patterns of more tokens are shown by the largest weight in
             each pixel, which keeps sinks and diagonals visible.

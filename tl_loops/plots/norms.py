@@ -28,7 +28,7 @@ def plot_residual_norms(
     backend: str | None = None,
     **options: Any,
 ) -> Any:
-    """Length of the residual stream behind each block (arXiv 2604.11791, Fig. 9).
+    """Length of the residual stream after each block (arXiv 2604.11791, Fig. 9).
 
     Of a cache or a tensor the first token stands apart, on which massive activations sit, from the
     mean and the largest of the others; of a profile there is the mean over tokens
@@ -61,7 +61,7 @@ def plot_residual_norms(
         panel = _of_streams(source, subject.layout)
         legend = "token"
     figure = Figure(
-        title or "Length of the residual stream behind each block",
+        title or "Length of the residual stream after each block",
         subject.line(complete=title is None),
         (panel,),
         legend=legend,

@@ -108,7 +108,7 @@ def plot_matrix(
 
     Args:
         values: [row, column]; NaN is left grey.
-        rows: One name a row.
+        rows: One name per row.
         columns: One name a column.
         title: What it shows, of which model and on which prompts.
         row_label: What the rows are.

@@ -47,7 +47,7 @@ def plot_patching(
     """What patching each cell does, red below 0 and blue above, white at 0.
 
     Positions run along x with their tokens, or else heads, then layers. One more axis runs along y.
-    Where there are three or more axes, one panel an iteration (or layer, or block) shows the rest;
+    Where there are three or more axes, one panel per iteration (or layer, or block) shows the rest;
     a fourth axis makes one panel for each pair.
 
     Args:

@@ -32,8 +32,9 @@ def plot_ranks(
 
     Args:
         result: From a lens with ``track=...``, or of :func:`tl_loops.lens.track_entities`.
-        by: ``"depth"``: one curve a token along all points. ``"layer"``: one panel a token with
-            one curve a layer over the iterations, which is how places that are not read alike (the
+        by: ``"depth"``: one curve per token along all points. ``"layer"``: one panel per token,
+            with one curve per layer over the iterations, which is how places that are not read
+            alike (the
             fourth core layer of Huginn under the logit lens) are told apart.
         model: Model or its name.
         prompts: Their number or text; ``None``: as many as were read.

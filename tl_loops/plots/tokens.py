@@ -1,4 +1,4 @@
-"""Tokens coloured by a number each, and token log probabilities, one view an iteration."""
+"""Tokens coloured by a number each, and token log probabilities, one view per iteration."""
 
 import math
 from collections.abc import Mapping
@@ -51,7 +51,7 @@ def colored_tokens(
         A view that a notebook shows.
 
     Raises:
-        ValueError: Not one number a token.
+        ValueError: Not one number per token.
     """
     words = token_texts(model, tokens)
     rows = dict(values) if isinstance(values, Mapping) else {"": values}

@@ -95,7 +95,7 @@ def answers_section(model: Model, prompts: Sequence[PromptText]) -> Section:
     finding = f"On the {len(prompts)} prompts shown the answer stays the same from {when}."
     text = (
         "Each column decodes the state that leaves an iteration through all that the model does "
-        "behind the loop (coda lens): it is what the model would answer if it stopped there. "
+        "after the loop (coda lens): it is what the model would answer if it stopped there. "
         f"{finding} Green answers are right."
     )
     title = f"Answer after each iteration ({model.cfg.model_name}, coda lens, last position)"

@@ -39,7 +39,7 @@ def floorplan_section(model: Model, cache: LoopedActivationCache, prompt: str) -
 def attention_section(
     model: Model, tokens: Int[Tensor, "1 pos"], cache: LoopedActivationCache
 ) -> Section:
-    """Attention patterns of the core, drawn by circuitsvis, one view an iteration."""
+    """Attention patterns of the core, drawn by circuitsvis, one view per iteration."""
     words, cfg, layout = model.to_str_tokens(tokens[0]), model.cfg, model.layout
     weights = cfg.n_core * cfg.n_heads * len(words) ** 2
     room = max(1, _ATTENTION_BYTES // _BYTES_A_WEIGHT)

@@ -112,7 +112,7 @@ def pairs_section(cache: LoopedActivationCache, prompt: str) -> Section:
         for what in ("cosine", "attention")
     ]
     text = (
-        "Cosine of the residual streams behind two blocks, and distance of their attention "
+        "Cosine of the residual streams after two blocks, and distance of their attention "
         "patterns. A loop that has settled into a cycle shows stripes, one every core layer."
     )
     return Section("pairs", "All pairs of blocks", [text], [columns(figures)])

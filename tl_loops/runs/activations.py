@@ -1,4 +1,4 @@
-"""What can be patched: named activations, the axes that each has, and the hook points behind it."""
+"""What can be patched: named activations, the axes that each has, and the hook points after it."""
 
 import re
 from collections.abc import Mapping

@@ -70,8 +70,8 @@ def nothing(value: Tensor, hook: Any) -> None:
     """Look at nothing: a hook that only makes its hook point fire."""
 
 
-def behind(base: Tensor, n_past: int, new: Tensor) -> Tensor:
-    """The base run's first positions with a cell's behind them."""
+def after_prefix(base: Tensor, n_past: int, new: Tensor) -> Tensor:
+    """The base run's first positions with a cell's after them."""
     return torch.cat([base[:, :n_past], new], dim=1) if n_past else new
 
 

@@ -50,7 +50,7 @@ class Grid:
         activation: What is patched.
         axes: Names of the axes.
         values: Index values along each axis.
-        regions: One region a cell, the last axis fastest.
+        regions: One region per cell, the last axis fastest.
     """
 
     activation: Activation

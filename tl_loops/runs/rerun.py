@@ -24,7 +24,7 @@ from tl_loops.runs.cells import (
     CellOutput,
     Edit,
     Score,
-    behind,
+    after_prefix,
     hooked,
     nothing,
     scalar,
@@ -201,7 +201,7 @@ class BaseRun:
                 there, too.
 
         Returns:
-            One number a cell, in float32 (float64 where ``score`` gives float64).
+            One number per cell, in float32 (float64 where ``score`` gives float64).
         """
         assert self.logits is not None
         results: list[Tensor | None] = [None] * len(cells)
@@ -260,9 +260,9 @@ class BaseRun:
             values = {}
             for name in self.read:
                 base = self.values[name]
-                late = read[name].shape[0] <= rows.start  # The cell joined behind that point.
-                values[name] = base if late else behind(base, n_past, read[name][rows])
-            output = CellOutput(behind(self.logits, n_past, logits[rows]), values)
+                late = read[name].shape[0] <= rows.start  # The cell joined after that point.
+                values[name] = base if late else after_prefix(base, n_past, read[name][rows])
+            output = CellOutput(after_prefix(self.logits, n_past, logits[rows]), values)
             scores.append(scalar(score(output), logits))
         return scores
 
@@ -347,7 +347,7 @@ class BaseRun:
         return arguments
 
     def _past(self, n_cells: int, n_past: int, start: int, stop: int | None) -> KeyValueCache:
-        """The base run's keys and values at the first positions, one row a cell and prompt."""
+        """The base run's keys and values at the first positions, one row per cell and prompt."""
         assert self.past is not None
         end = self.cfg.n_layers if stop is None else stop
         entries = []

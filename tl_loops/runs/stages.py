@@ -28,7 +28,8 @@ def stage_of(name: str, layout: LoopLayout | None, n_layers: int) -> int:
         return n_layers - 1
     if kind == "iter":
         blocks = layout.iteration_blocks(int(rest.split(".")[0]))
-        return max(blocks[0] - 1, 0) if moment == "before" else blocks[-1]
+        first = {"before": max(blocks[0] - 1, 0), "first": blocks[0]}
+        return first.get(moment, blocks[-1])
     if moment == "loop":
         return crossing_block(layout)
     return layout.coda_start - 1 if moment == "coda" else n_layers - 1

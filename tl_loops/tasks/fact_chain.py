@@ -1,4 +1,4 @@
-"""The task of the embedded model: follow k facts that stand in the context, one hop an iteration.
+"""The task of the embedded model: follow k facts that stand in the context, one hop per iteration.
 
 A prompt lists facts in random order and asks where a chain of them leads::
 

@@ -1,6 +1,6 @@
 """Asking before TransformerLens's tools run on a model, also those imported later.
 
-A hook point of a bridged looped model fires once an iteration. Tools that keep one firing of it, or
+A hook point of a bridged looped model fires once per iteration. Tools that keep one firing, or
 edit all of them, give numbers that mean nothing, and no warning.
 """
 
@@ -99,7 +99,7 @@ class _Guards(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Iterable[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Find a module that is to be guarded as everybody else would, and guard it behind."""
+        """Find a module that is to be guarded as everybody else would, and guard it after."""
         if fullname not in GUARDED_FUNCTIONS and fullname not in {m for m, _ in GUARDED_METHODS}:
             return None
         for finder in sys.meta_path:

@@ -94,7 +94,7 @@ class TextMethods:
             padding_side: Overrides the tokenizer's, for text.
 
         Returns:
-            One string a token; for a list, one such list an element.
+            One string per token; for a list, one such list per element.
 
         Raises:
             ValueError: There is no tokenizer, or the input is none of the above.

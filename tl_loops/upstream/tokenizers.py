@@ -18,7 +18,7 @@ _NO_PADDING_ID = 0
 """What fills shorter rows where a tokenizer has no padding token; the mask says that it does."""
 
 
-def set_tokenizer(model: Any, tokenizer: Any, default_padding_side: str | None = None) -> None:
+def set_tokenizer(self: Any, tokenizer: Any, default_padding_side: str | None = None) -> None:
     """Give a model its tokenizer, made to prepend BOS where it can.
 
     TransformerLens gives a tokenizer without EOS the text ``"<|endoftext|>"`` for EOS, BOS and
@@ -26,7 +26,7 @@ def set_tokenizer(model: Any, tokenizer: Any, default_padding_side: str | None =
     a missing BOS becomes EOS (as there), and what the tokenizer lacks altogether stays missing.
 
     Args:
-        model: Has ``cfg`` and takes ``tokenizer``.
+        self: Has ``cfg`` and takes ``tokenizer``.
         tokenizer: A Hugging Face tokenizer.
         default_padding_side: ``"left"`` or ``"right"``; ``None``: the tokenizer's.
 
@@ -39,7 +39,7 @@ def set_tokenizer(model: Any, tokenizer: Any, default_padding_side: str | None =
         raise ValueError(
             f"default_padding_side must be 'left', 'right' or None, got {default_padding_side!r}"
         )
-    cfg, given = model.cfg, as_given(tokenizer)
+    cfg, given = self.cfg, as_given(tokenizer)
     if given is tokenizer:
         given = copy.deepcopy(tokenizer)
     # TransformerLens reloads a tokenizer from its path. One that was made in memory has none: it
@@ -55,7 +55,7 @@ def set_tokenizer(model: Any, tokenizer: Any, default_padding_side: str | None =
         tokenizer.bos_token = tokenizer.eos_token
     if tokenizer.pad_token is None and tokenizer.bos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
-    model.tokenizer = tokenizer
+    self.tokenizer = tokenizer
     if cfg.d_vocab == -1:
         cfg.d_vocab = max(tokenizer.get_vocab().values()) + 1
     if cfg.d_vocab_out == -1:

@@ -420,7 +420,7 @@ def test_from_an_iteration_on(model, cache):
         assert_close(stack.sum(0), stream(cache, cache.layout.n_layers), **CLOSE)
         full = cache.get_full_resid_decomposition(from_iteration=first)
         assert_close(full.sum(0), stream(cache, cache.layout.n_layers), **CLOSE)
-    with pytest.raises(ValueError, match="behind the place"):
+    with pytest.raises(ValueError, match="after the place"):
         cache.decompose_resid(0 if model.cfg.n_prelude else 1, from_iteration=1)
 
 

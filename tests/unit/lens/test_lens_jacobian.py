@@ -258,7 +258,7 @@ def test_saving_and_loading(tmp_path, model, prompts):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": "iter.0.hook_state_out", "points": "states"}, "does not lie behind"),
+        ({"target": "iter.0.hook_state_out", "points": "states"}, "does not lie after"),
         ({"target": "loop_ends", "points": "blocks"}, "is in no iteration"),
         ({"skip_positions": 5}, "prompt 0"),
         ({"skip_positions": -1}, "at least 0"),

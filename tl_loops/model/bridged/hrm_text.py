@@ -1,4 +1,4 @@
-"""HRM-Text behind TransformerBridge: two stacks, whose layers fire once a call of their stack."""
+"""HRM-Text after TransformerBridge: two stacks, whose layers fire once per call of their stack."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

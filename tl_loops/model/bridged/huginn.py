@@ -1,4 +1,4 @@
-"""Huginn (Raven) behind TransformerBridge: its own attention, so neither scores nor patterns."""
+"""Huginn (Raven) after TransformerBridge: its own attention, so neither scores nor patterns."""
 
 from collections.abc import Iterator
 from typing import Any

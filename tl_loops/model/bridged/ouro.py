@@ -1,4 +1,4 @@
-"""Ouro behind TransformerBridge: every layer fires once an iteration, in order."""
+"""Ouro after TransformerBridge: every layer fires once per iteration, in order."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

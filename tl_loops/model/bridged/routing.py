@@ -13,7 +13,7 @@ from tl_loops.upstream import HookPoint, has_hooks, unshared
 
 Fire = Callable[[Tensor], Tensor]
 Stop = tuple[str, bool]
-"""A hook point to stop at, and whether before its hooks rather than behind them."""
+"""A hook point to stop at, and whether before its hooks rather than after them."""
 
 
 class _Stopped(Exception):

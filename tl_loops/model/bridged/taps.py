@@ -53,13 +53,13 @@ class Columns(View):
         part = value if self.bias is None else value - self.bias
         if self.d_head is not None:
             part = part.flatten(-2)
-        behind = self.start + self.width
-        return torch.cat([fired[..., : self.start], part.to(fired), fired[..., behind:]], dim=-1)
+        stop = self.start + self.width
+        return torch.cat([fired[..., : self.start], part.to(fired), fired[..., stop:]], dim=-1)
 
 
 @dataclass(frozen=True)
 class SumWith(View):
-    """The stream behind an addition, seen at the branch that is added.
+    """The stream after an addition, seen at the branch that is added.
 
     The addition itself lies inside the Hugging Face block, where nothing can hook it; an edit of
     the sum is the same edit of the branch.

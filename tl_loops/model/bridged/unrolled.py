@@ -242,7 +242,7 @@ class UnrolledBridge(LoopedTransformer):
         return self.bridge.original_model.get_submodule(name[1:].partition(":")[0])
 
     def _stop_name(self, stop: int | None) -> tuple[str, bool] | None:
-        """The hook point that a run stops at, and whether before its hooks or behind them."""
+        """The hook point that a run stops at, and whether before its hooks or after them."""
         if stop is None:
             return None
         if stop == 0:

@@ -40,9 +40,9 @@ def loop(
     Args:
         model: Any HookedTransformer, of any config; not one that is looped already.
         start: First block that repeats.
-        stop: The block behind the last one that repeats.
+        stop: The block after the last one that repeats.
         n_iterations: How often they run, at least 1.
-        repeats: How often each of these blocks runs, alone, one run behind the other.
+        repeats: How often each of these blocks runs, alone, one run after the other.
         loops: Several ``(start, stop, n_iterations)``, in order, not overlapping.
 
     Returns:

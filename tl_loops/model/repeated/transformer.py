@@ -222,7 +222,7 @@ class RepeatedTransformer(CoordinateHooks, BorrowedWeights):
         return hooks.hook_injected(unshared(resid, hooks.hook_injected))
 
     def _leave(self, index: int, resid: Tensor) -> Tensor:
-        """The hook point behind a block that ends an iteration."""
+        """The hook point after a block that ends an iteration."""
         t = self.layout.coordinate(index).iteration
         if t is None or index != self.layout.iteration_blocks(t)[-1]:
             return resid

@@ -76,7 +76,7 @@ class BorrowedWeights(PhysicalWeights):
         """Weight matrices with the norms next to them folded in.
 
         Raises:
-            LoopedSemanticsError: The blocks have no MLP, experts, or norms behind their branches
+            LoopedSemanticsError: The blocks have no MLP, experts, or norms after their branches
                 under the names of norms before them.
         """
         self._check_plain_blocks("tl_parameters")
