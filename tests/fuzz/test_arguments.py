@@ -36,7 +36,7 @@ def result_of(name, arguments):
 
 EVERY = [(name, oddity) for name in CALLS for oddity in ODD]
 SAMPLE = EVERY if "FUZZ_EXAMPLES" in os.environ else EVERY[::5]
-"""All of them by ``make fuzz``, every fifth otherwise (5 and the number of ways share no factor)."""
+"""All of them by ``make fuzz``, otherwise every fifth: 5 and the number of ways share no factor."""
 
 
 @pytest.mark.parametrize(("name", "oddity"), SAMPLE)
