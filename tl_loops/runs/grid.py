@@ -129,22 +129,22 @@ def axis_labels(
     window: int = 1,
     where: Mapping[str, Selection] | None = None,
 ) -> list[list[str]]:
-    """Labels for plots, one list an axis of the tensor that :func:`activation_patch` returns.
+    """Labels for plots, one list per axis of what ``activation_patch`` returns.
 
     Args:
         model: The model.
-        axes: As given to :func:`activation_patch`.
+        axes: As given to it.
         tokens: The prompt (its first row gives the labels); needed for an axis of positions.
-        activation: As given to :func:`activation_patch`.
-        window: As given to :func:`activation_patch`.
-        where: As given to :func:`activation_patch`.
+        activation: As given to :func:`tl_loops.patching.activation_patch`.
+        window: As given to :func:`tl_loops.patching.activation_patch`.
+        where: As given to :func:`tl_loops.patching.activation_patch`.
 
     Returns:
         ``"r3"`` for iterations (``"r3-r4"`` for windows), ``"l1"`` for layers, ``layout.label`` for
         blocks, ``"H2"`` for heads, and the token with its position (``"the_4"``) or the position.
 
     Raises:
-        ValueError: As :func:`activation_patch`; or an axis of positions without tokens.
+        ValueError: As ``activation_patch``; or an axis of positions without tokens.
     """
     positional = {"pos", "src_pos", "dest_pos"} & set(axes)
     if positional and tokens is None:
