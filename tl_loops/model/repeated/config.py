@@ -6,6 +6,7 @@ from typing import Any, SupportsIndex
 
 from tl_loops.config.checks import whole_iterations
 from tl_loops.config.config import LoopedTransformerConfig
+from tl_loops.config.ranges import check_depth
 from tl_loops.errors import ConfigError
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.segments import Segment, named_segments
@@ -116,7 +117,10 @@ class RepeatedConfig(LoopedTransformerConfig):
             ConfigError: ``n_iterations`` is not an integer of at least 1.
             LoopedSemanticsError: The layout has several loops.
         """
-        self._place(self._layout.with_iterations(whole_iterations(n_iterations)))
+        n_iterations = whole_iterations(n_iterations)
+        longest = max(len(self._layout.iteration_blocks(t)) for t in range(self.n_iterations))
+        check_depth(self.n_prelude + n_iterations * longest + self.n_coda)
+        self._place(self._layout.with_iterations(n_iterations))
 
     def count_parameters(self) -> int:
         """Number of trained scalars, each physical weight counted once."""
