@@ -104,6 +104,7 @@ class LoopedTransformerConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         check_values(self)
+        check_depth(self, self.n_iterations)
         try:
             layout = self.layout
         except ValueError as error:
@@ -113,7 +114,6 @@ class LoopedTransformerConfig(BaseConfig):
                 f"n_layers={self.n_layers} contradicts n_prelude + n_iterations * n_core + n_coda "
                 f"= {layout.n_layers}; leave n_layers out"
             )
-        check_depth(layout.n_layers)
         self.n_layers = layout.n_layers
         if self.max_iterations is None and any(m.has_rows(self) for m in self.mechanisms):
             self.max_iterations = self.n_iterations
@@ -193,8 +193,8 @@ class LoopedTransformerConfig(BaseConfig):
         for mechanism in self.mechanisms:
             mechanism.check_iterations(self, n_iterations)
         check_rows(self, self.mechanisms, n_iterations)
+        check_depth(self, n_iterations)
         layout = self.layout.with_iterations(n_iterations)
-        check_depth(layout.n_layers)
         self.n_iterations, self.n_layers = n_iterations, layout.n_layers
 
     def count_parameters(self) -> int:
