@@ -105,7 +105,7 @@ class LoopedTransformerConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         check_values(self)
-        check_depth(self.n_prelude + self.n_iterations * self.n_core + self.n_coda)
+        check_depth(self, self.n_iterations)
         try:
             layout = self.layout
         except ValueError as error:
@@ -194,7 +194,7 @@ class LoopedTransformerConfig(BaseConfig):
         for mechanism in self.mechanisms:
             mechanism.check_iterations(self, n_iterations)
         check_rows(self, self.mechanisms, n_iterations)
-        check_depth(self.n_prelude + n_iterations * self.n_core + self.n_coda)
+        check_depth(self, n_iterations)
         layout = self.layout.with_iterations(n_iterations)
         self.n_iterations, self.n_layers = n_iterations, layout.n_layers
 

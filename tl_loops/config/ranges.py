@@ -85,12 +85,13 @@ def check_numbers(cfg: Any) -> None:
     _check_together(cfg)
 
 
-def check_depth(n_layers: int) -> None:
-    """Refuse more unrolled blocks than a computer can hold.
+def check_depth(cfg: Any, n_iterations: int) -> None:
+    """Refuse more unrolled blocks than a computer can hold, before any is counted out.
 
     Raises:
         ConfigError: There are more than :data:`MOST_BLOCKS`.
     """
+    n_layers = cfg.n_prelude + n_iterations * cfg.n_core + cfg.n_coda
     if n_layers > MOST_BLOCKS:
         raise ConfigError(
             f"n_prelude + n_iterations * n_core + n_coda = {n_layers:,} unrolled blocks, each a "

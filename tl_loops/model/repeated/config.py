@@ -118,8 +118,8 @@ class RepeatedConfig(LoopedTransformerConfig):
             LoopedSemanticsError: The layout has several loops.
         """
         n_iterations = whole_iterations(n_iterations)
-        longest = max(len(self._layout.iteration_blocks(t)) for t in range(self.n_iterations))
-        check_depth(self.n_prelude + n_iterations * longest + self.n_coda)
+        if self.segments is None:
+            check_depth(self, n_iterations)
         self._place(self._layout.with_iterations(n_iterations))
 
     def count_parameters(self) -> int:
