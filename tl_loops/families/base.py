@@ -22,7 +22,7 @@ Table = Literal["cos and sin", "cos", "sin"]
 _REQUIRED = object()
 
 _ABOVE_ZERO = frozenset(
-    "d_model d_head d_mlp d_vocab n_heads n_key_value_heads n_ctx n_core n_iterations "
+    "d_model d_head d_mlp d_vocab n_heads n_key_value_heads n_ctx n_core "
     "rotary_base rotary_scaling_factor".split()
 )
 """Config fields that mean nothing at 0."""
