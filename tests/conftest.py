@@ -30,8 +30,9 @@ FILES = {
 }
 """Files of tests, by the marker that their tests get; ``-m MARKER`` collects no others."""
 
-INNER = ("layout", "mechanisms", "nn")
-"""Rooms that each block of each forward pass calls: checks of their arguments cost most."""
+INNER = ("config", "layout", "mechanisms", "nn")
+"""Rooms that each block of each forward pass calls: checks of their arguments cost most. A config
+checks its fields itself, and these errors are what its tests read."""
 
 
 def pytest_addoption(parser):
@@ -39,7 +40,7 @@ def pytest_addoption(parser):
         "--check-types",
         choices=["outer", "all"],
         help="check arguments and results of functions while they run, in all rooms but the inner "
-        "ones (layout, mechanisms, nn), or in all",
+        "ones (config, layout, mechanisms, nn), or in all",
     )
 
 

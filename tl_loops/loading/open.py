@@ -109,7 +109,7 @@ def _check_sizes(checkpoint: Checkpoint, fields: dict[str, Any], where: str) -> 
     iterations = fields.get("n_iterations", 1)
     if type(iterations) is int and iterations > _MOST_ITERATIONS:
         raise CheckpointError(
-            f"{where} asks for {shortened(iterations)} iterations, expected at most "
+            f"{where} asks for n_iterations = {shortened(iterations)}, expected at most "
             f"{_MOST_ITERATIONS:,}: the model has hook points for each of them"
         )
 

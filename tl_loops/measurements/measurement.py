@@ -149,7 +149,8 @@ def resolve_options(
     """
     for option in given:
         if option not in measurement.options:
-            hint = did_you_mean(option, measurement.options)
+            known = f"its options: {', '.join(measurement.options) or 'none'}"
+            hint = did_you_mean(option, measurement.options, known)
             raise ValueError(f"metric {name!r} has no option {option!r}: {hint}")
     options = {**measurement.options, **given}
     if not given:

@@ -18,7 +18,13 @@ from tl_loops.nn.context import make_context
 from tl_loops.nn.kv_cache import SharedKeyValueCache
 from tl_loops.nn.loop.run import StackRun
 from tl_loops.upstream import USE_DEFAULT_VALUE, KeyValueCache
-from tl_loops.upstream.inputs import ModelInput, attention_needs, check_length, model_input
+from tl_loops.upstream.inputs import (
+    ModelInput,
+    attention_needs,
+    check_length,
+    model_input,
+    token_ids,
+)
 
 
 @dataclass(eq=False)
@@ -178,7 +184,11 @@ def start_run(
             block = model.layout.index(iteration=start_at_iteration, layer=0)
         elif start_at_layer is not None:
             block = block_index(cfg.n_layers, start_at_layer, "start_at_layer")
-    check_length(cfg, n_new, n_past)
+    if n_past + n_new > cfg.n_ctx and attention_mask is not None:
+        # Padding takes no position: only real tokens count.
+        check_length(cfg, int(attention_mask.sum(-1).max()))
+    else:
+        check_length(cfg, n_new, n_past)
     context = make_context(
         batch,
         n_new,
@@ -221,7 +231,7 @@ def read_tokens(
                 "also give start_at_layer or start_at_iteration"
             )
         if attention_mask is not None:
-            tokens = model_input(model, input).tokens
+            tokens = token_ids(model, input)
             padding = attention_mask[:, -tokens.shape[1] :]
             return tokens, padding, _with_past(attention_mask, tokens, past)
     read = read_text_or_tokens(model, input)

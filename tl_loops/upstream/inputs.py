@@ -88,6 +88,17 @@ def model_input(
     return ModelInput(tokens.to(device), mask)
 
 
+def token_ids(model: Any, input: Tensor) -> Int[Tensor, "batch pos"]:
+    """Token ids of any length, checked; what is padding among them is known elsewhere.
+
+    Raises:
+        ValueError: They are empty, have other axes, or ids that the model does not have.
+    """
+    tokens = _checked_tokens(input)
+    _check_ids(model, tokens)
+    return tokens.to(next(model.parameters()).device)
+
+
 def attention_needs(mask: Tensor | None, cfg: Any) -> bool:
     """Whether padding reaches a real token where attention is not given the mask.
 
