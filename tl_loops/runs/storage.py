@@ -38,7 +38,7 @@ def _unsealed(content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
         n_header = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + n_header]).get("__metadata__", {})
     except (SafetensorError, ValueError, KeyError, RecursionError) as error:
-        raise ValueError(f"it is no readable safetensors file: {error}") from error
+        raise ValueError(f"it is not a readable safetensors file: {error}") from error
     checksum = header.get("checksum")
     if checksum is not None:
         seal, unsealed = _CHECKSUM + checksum.encode(), _CHECKSUM + _UNSEALED.encode()
