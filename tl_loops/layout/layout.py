@@ -387,6 +387,8 @@ class LoopLayout:
             LoopedSemanticsError: There are several loops.
         """
         if self.segments is not None:
+            if n_iterations == self.n_iterations:
+                return self
             raise LoopedSemanticsError(
                 f"{self.notation(injected=False)} has several loops, so one number of iterations "
                 "does not say which: call tl_loops.loop(model, loops=...) again, at no copy"

@@ -28,7 +28,7 @@ def test_text_is_tokenised_alone_and_never_cut(side):
     model = looped(side, n_ctx=64)
     found = [t.tolist() for t in token_prompts(model, ["a b", "c", "a <eos>"])]
     assert found == [[BOS, 3, 4], [BOS, 5], [BOS, 3, EOS]]
-    with pytest.raises(ValueError, match=r"prompt 1 has 66 tokens.*n_ctx=64"):
+    with pytest.raises(ValueError, match=r"prompt 1: 66 tokens do not fit.*n_ctx=64"):
         token_prompts(model, ["a", "b " * 65])
     with pytest.raises(ValueError, match=r"prompt 0 has 1 token.*at least 2: ''"):
         token_prompts(model, [""], at_least=2)
