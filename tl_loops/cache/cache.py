@@ -103,12 +103,30 @@ class LoopedActivationCache(NeuronDecomposition):
         self.mask = None if self.mask is None else self.mask.to(device)
         return self
 
-    def remove_batch_dim(self) -> "LoopedActivationCache":
+    def remove_batch_dim(self, batch_size: int | None = None) -> "LoopedActivationCache":
         """Drop the batch axis of a cache of one prompt.
+
+        Args:
+            batch_size: Number of prompts; ``None``: what most activations have.
 
         Returns:
             This cache.
+
+        Raises:
+            AssertionError: The cache holds several prompts; none of it is changed.
         """
+        if self.has_batch_dim and batch_size is not None:
+            # Only TransformerLens 4.x takes the number, so what it says is done here.
+            assert batch_size == 1, (
+                f"cannot remove the batch axis of a cache of {batch_size} prompts: take one of "
+                "them, cache.apply_slice_to_batch_dim([0])"
+            )
+            self.cache_dict = self._each_once(
+                lambda tensor: tensor[0] if tensor.ndim and len(tensor) == 1 else tensor
+            )
+            self.mask = None if self.mask is None else self.mask[0]
+            self.has_batch_dim = False
+            return self
         had_batch_dim = self.has_batch_dim
         super().remove_batch_dim()
         if had_batch_dim and self.mask is not None:

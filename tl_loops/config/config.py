@@ -92,7 +92,7 @@ class LoopedTransformerConfig(BaseConfig):
     embed_scale: float = setting(1.0, of_the_weights=False)
     padded_vocab: int | None = setting(None, of_the_weights=False, at_least=1)
     # Llama-style values for fields that TransformerLens defaults to GPT-2's.
-    act_fn: str = "silu"
+    act_fn: str | None = "silu"
     gated_mlp: bool = True
     normalization_type: str | None = "RMS"
     positional_embedding_type: str = "rotary"

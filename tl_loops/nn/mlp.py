@@ -26,7 +26,7 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: LoopedTransformerConfig, device: torch.device | str | None = None):
         super().__init__()
-        assert cfg.d_mlp is not None
+        assert cfg.d_mlp is not None and cfg.act_fn is not None
         self.gated = cfg.gated_mlp
         self.act_fn = ACTIVATIONS[cfg.act_fn]
         add_parameters(self, mlp_tensors(cfg), "mlp", cfg.dtype, device)

@@ -118,6 +118,16 @@ def test_removing_the_batch_axis(model, cache):
     assert torch.equal(one.apply_slice_to_batch_dim(None)["embed"], one["embed"])
 
 
+def test_removing_the_batch_axis_of_a_number_of_prompts_that_is_known(model):
+    _, cache = model.run_with_cache(TOKENS[:1])
+    _, expected = model.run_with_cache(TOKENS[:1], remove_batch_dim=True)
+    with pytest.raises(AssertionError, match="of a cache of 2 prompts"):
+        cache.remove_batch_dim(2)
+    assert cache.has_batch_dim
+    assert cache.remove_batch_dim(1) is cache and not cache.has_batch_dim
+    assert all(torch.equal(cache[name], expected[name]) for name in expected)
+
+
 # Stacking.
 
 
