@@ -186,7 +186,8 @@ def start_run(
             block = block_index(cfg.n_layers, start_at_layer, "start_at_layer")
     if n_past + n_new > cfg.n_ctx and attention_mask is not None:
         # Padding takes no position: only real tokens count.
-        check_length(cfg, int(attention_mask.sum(-1).max()))
+        longest = attention_mask[attention_mask.sum(-1).argmax()]
+        check_length(cfg, int(longest[-n_new:].sum()), int(longest[:-n_new].sum()))
     else:
         check_length(cfg, n_new, n_past)
     context = make_context(
