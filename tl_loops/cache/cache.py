@@ -115,7 +115,8 @@ class LoopedActivationCache(NeuronDecomposition):
         Raises:
             AssertionError: The cache holds several prompts; none of it is changed.
         """
-        if self.has_batch_dim and batch_size is not None:
+        had_batch_dim = self.has_batch_dim
+        if had_batch_dim and batch_size is not None:
             # Only TransformerLens 4.x takes the number, so what it says is done here.
             assert batch_size == 1, (
                 f"cannot remove the batch axis of a cache of {batch_size} prompts: take one of "
@@ -124,11 +125,9 @@ class LoopedActivationCache(NeuronDecomposition):
             self.cache_dict = self._each_once(
                 lambda tensor: tensor[0] if tensor.ndim and len(tensor) == 1 else tensor
             )
-            self.mask = None if self.mask is None else self.mask[0]
             self.has_batch_dim = False
-            return self
-        had_batch_dim = self.has_batch_dim
-        super().remove_batch_dim()
+        else:
+            super().remove_batch_dim()
         if had_batch_dim and self.mask is not None:
             self.mask = self.mask[0]
         return self

@@ -2,11 +2,25 @@
 
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from tl_loops.layout.names import spec
+from tl_loops.mechanisms.block_parts import AttentionPart, Context
 from tl_loops.mechanisms.mechanism import Config, Mechanism, Setting
-from tl_loops.mechanisms.tensors import PhysicalTensor, Tensors
+from tl_loops.mechanisms.tensors import PhysicalTensor, Tensors, project_in
+from tl_loops.upstream import HookPoint
+
+
+class _Gate(AttentionPart):
+    """``z = sigmoid(x W_gate) · z``, with x what the queries read."""
+
+    def __init__(self, attention: Any):
+        self._attention = attention
+
+    def heads(self, z: Tensor, query_input: Tensor) -> Tensor:
+        logits = project_in(query_input, self._attention.W_gate)
+        return self._attention.hook_gate(torch.sigmoid(logits)) * z
 
 
 class _AttentionGate(Mechanism):
@@ -28,6 +42,12 @@ class _AttentionGate(Mechanism):
     def block_weights(self, cfg: Config, number: int) -> Tensors:
         shape = (cfg.n_heads, cfg.d_model, cfg.d_head)
         return {"attn.W_gate": PhysicalTensor(shape, "heads_in")}
+
+    def block_modules(self, cfg: Config, number: int, device: Any = None) -> dict[str, nn.Module]:
+        return {"attn.hook_gate": HookPoint()}  # [batch, pos, head, d_head], in (0, 1)
+
+    def attention_part(self, attention: Any, context: Context) -> AttentionPart:
+        return _Gate(attention)
 
     def fold_attention_norm(self, block: Any, gain: Tensor) -> None:
         block.attn.W_gate.mul_(gain[:, None])

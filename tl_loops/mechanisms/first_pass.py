@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tl_loops.errors import ConfigError
 from tl_loops.layout.names import spec
+from tl_loops.mechanisms.block_parts import Attend, AttentionPart, Context
 from tl_loops.mechanisms.mechanism import (
     DECIDES_KEYS,
     Config,
@@ -47,11 +48,49 @@ class FirstPassGate(nn.Module):
         return self.hook_gate(torch.sigmoid((q * self.W).sum(-1) + self.b))
 
 
-class _Place(Part):
-    """Tells a block its iteration and layer."""
+def windowed(context: Context, n_new: int, n_keys: int, window: int) -> Context:
+    """The same with each query seeing its own position and the ``window - 1`` before it alone."""
+    device = context.positions.device
+    query = torch.arange(n_keys - n_new, n_keys, device=device).unsqueeze(-1)
+    key = torch.arange(n_keys, device=device)
+    allowed = ((key <= query) & (key > query - window))[None, None]
+    blind = None
+    if context.allowed is not None:
+        allowed = allowed & context.allowed
+        sees_any = allowed.any(-1, keepdim=True)
+        blind = None if bool(sees_any.all()) else ~sees_any
+    return replace(context, allowed=allowed, blind=blind)
+
+
+class _Keep(Part):
+    """Keeps keys and values of iteration 0, by layer, and tells a block where it stands."""
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self._first: dict[int, tuple[Tensor, Tensor]] = {}
 
     def context(self, t: int, layer: int, context: Any, x: Tensor) -> Any:
-        return replace(context, place=(t, layer))
+        return replace(context, notes={**context.notes, FIRST_PASS.name: (t, layer, self._first)})
+
+
+class _AttendToFirst(AttentionPart):
+    def __init__(self, attention: Any, window: int, note: Any):
+        self._gate: FirstPassGate = attention.first_pass
+        self._window = window
+        self._iteration, self._layer, self._first = note
+
+    def attend(
+        self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, context: Context, hooks: Any
+    ) -> Tensor:
+        if self._iteration == 0:
+            self._first[self._layer] = k, v
+            return attend(q, k, v, context, hooks)
+        near = windowed(context, q.shape[1], k.shape[1], self._window)
+        own = attend(q, k, v, near, hooks)
+        first = (self._gate.hook_attn_scores, self._gate.hook_pattern)
+        everything = attend(q, *self._first[self._layer], context, first)
+        gate = self._gate(q).unsqueeze(-1)
+        return gate * everything + (1 - gate) * own
 
 
 class _FirstPass(Mechanism):
@@ -94,8 +133,16 @@ class _FirstPass(Mechanism):
             "attn.first_pass.b": PhysicalTensor((cfg.n_heads,)),
         }
 
+    def block_modules(self, cfg: Config, number: int, device: Any = None) -> dict[str, nn.Module]:
+        return {"attn.first_pass": FirstPassGate(cfg, device)}
+
     def part(self, run: Run) -> Part:
-        return _Place(run)
+        return _Keep(run)
+
+    def attention_part(self, attention: Any, context: Context) -> AttentionPart | None:
+        note = context.notes.get(self.name)  # blocks outside the loop have none
+        window = attention.cfg.first_pass_window
+        return None if note is None else _AttendToFirst(attention, window, note)
 
     def path(self, cfg: Config) -> OnPath:
         return OnPath()  # it acts inside the attention

@@ -121,7 +121,7 @@ class _Halting(Mechanism):
         if cfg.halting == "ponder" and cfg.n_coda:
             raise ConfigError(
                 "halting='ponder' reads every state out, but n_coda is "
-                f"{cfg.n_coda}: a coda would run once an iteration; use n_coda=0"
+                f"{cfg.n_coda}: a coda would run once per iteration; use n_coda=0"
             )
         for name in ("exit_step", "exit_threshold"):
             if cfg.halting == "act" and getattr(cfg, name) is not None:

@@ -13,10 +13,8 @@ from tl_loops.mechanisms.iteration_weights import n_rows
 from tl_loops.mechanisms.mechanism import (
     LEAVES_ITERATION,
     LEAVES_LOOP,
-    MIXES_STATES,
     Config,
     Mechanism,
-    OnPath,
     Part,
     Run,
     Setting,
@@ -181,9 +179,6 @@ class _HyperConnections(Mechanism):
 
     def remixes(self, cfg: Config) -> bool:
         return True
-
-    def path(self, cfg: Config) -> OnPath:
-        return OnPath(refused=MIXES_STATES)
 
 
 HYPER_CONNECTIONS = _HyperConnections()

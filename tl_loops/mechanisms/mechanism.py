@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tl_loops.errors import ConfigError
 from tl_loops.layout.names import HookSpec, Place
+from tl_loops.mechanisms.block_parts import AttentionPart, BlockPart, Context
 from tl_loops.mechanisms.tensors import Tensors
 
 Config: TypeAlias = Any
@@ -206,6 +207,12 @@ class Mechanism:
         """The modules that own its weights beside the blocks, by the model's attribute."""
         return {}
 
+    def block_modules(
+        self, cfg: Config, number: int, device: torch.device | str | None = None
+    ) -> dict[str, nn.Module]:
+        """The modules of a physical layer, by name in the block: ``"attn.hook_gate"``."""
+        return {}
+
     def fold_attention_norm(self, block: Any, gain: Tensor) -> None:
         """Fold the gain of a block's pre-attention norm into weights of its own that read it."""
 
@@ -218,6 +225,18 @@ class Mechanism:
     def part(self, run: Run) -> Part | None:
         """Its part of one run; ``None``: it has none."""
         return None
+
+    def block_part(self, block: Any, context: Context) -> BlockPart | None:
+        """Its part of one call of a block; ``None``: it has none."""
+        return None
+
+    def attention_part(self, attention: Any, context: Context) -> AttentionPart | None:
+        """Its part of one call of an attention; ``None``: it has none."""
+        return None
+
+    def scales_branches(self, cfg: Config) -> bool:
+        """Whether what the branches of a block read and write is scaled by the iteration."""
+        return False
 
     def carries(self, cfg: Config) -> str | None:
         """What it takes from one iteration to the next besides the state; ``None``: nothing."""
@@ -237,11 +256,12 @@ class Mechanism:
     def path(self, cfg: Config) -> OnPath:
         """What it does to the residual stream as an iteration begins, for decompositions.
 
-        One with a part of its own that does not say it is refused, so that nothing is wrong in
-        silence.
+        One that mixes states is refused, and one with a part of its own that does not say what it
+        does, so that nothing is wrong in silence.
         """
-        silent = type(self).part is Mechanism.part
-        return OnPath() if silent else OnPath(refused=f"{self.name}: {MIXES_STATES}")
+        if type(self).part is Mechanism.part and not self.remixes(cfg):
+            return OnPath()
+        return OnPath(refused=f"{self.name}: {MIXES_STATES}")
 
     def path_after_loop(self, cfg: Config) -> OnPath:
         """What it does to the residual stream as it leaves the loop."""

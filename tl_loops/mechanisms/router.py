@@ -15,10 +15,8 @@ from tl_loops.mechanisms.mechanism import (
     DECIDES_KEYS,
     LEAVES_ITERATION,
     LEAVES_LOOP,
-    MIXES_STATES,
     Config,
     Mechanism,
-    OnPath,
     Part,
     Run,
     Setting,
@@ -233,9 +231,6 @@ class _Router(Mechanism):
 
     def remixes(self, cfg: Config) -> bool:
         return True
-
-    def path(self, cfg: Config) -> OnPath:
-        return OnPath(refused=MIXES_STATES)
 
 
 ROUTER = _Router()

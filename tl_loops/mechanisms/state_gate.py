@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from tl_loops.layout.names import HookSpec, Place, spec
 from tl_loops.mechanisms.mechanism import (
     LEAVES_ITERATION,
-    MIXES_STATES,
     Config,
     Mechanism,
     OnPath,
@@ -164,7 +163,7 @@ class _StateGate(Mechanism):
         return cfg.state_gate_rank is not None
 
     def path(self, cfg: Config) -> OnPath:
-        return OnPath(refused=MIXES_STATES) if cfg.state_gate_rank is not None else OnPath()
+        return super().path(cfg) if self.remixes(cfg) else OnPath()  # the head only reads
 
 
 STATE_GATE = _StateGate()

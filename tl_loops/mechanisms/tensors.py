@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 Storage = Literal["plain", "transposed", "heads_in", "heads_out"]
@@ -92,3 +94,17 @@ def add_parameters(
             if leaf.lstrip("_").startswith("b"):
                 memory.zero_()
             module.register_parameter(leaf, nn.Parameter(memory))
+
+
+def project_in(
+    x: Float[Tensor, "batch pos *head_or_not d_model"],
+    W: Float[Tensor, "head d_model d_head"],
+    b: Float[Tensor, "head d_head"] | None = None,
+) -> Float[Tensor, "batch pos head d_head"]:
+    """Project the residual stream to every head; an input with a head axis goes head by head."""
+    if x.ndim == 4:
+        projected = torch.einsum("bphd,hde->bphe", x, W)
+        return projected if b is None else projected + b
+    weight = W.transpose(1, 2).reshape(-1, W.shape[1])
+    bias = None if b is None else b.reshape(-1)
+    return F.linear(x, weight, bias).unflatten(-1, (W.shape[0], W.shape[2]))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tl_loops.errors import ConfigError
 from tl_loops.layout.names import spec
+from tl_loops.mechanisms.block_parts import BlockPart, Branch, Context
 from tl_loops.mechanisms.mechanism import Config, Mechanism, OnPath, Part, Run, Setting
 from tl_loops.mechanisms.tensors import Tensors, add_parameters, matrix, vector
 from tl_loops.upstream import HookPoint
@@ -102,7 +103,21 @@ class _Condition(Part):
             condition = model.time_conditioning(t, self.run.layout.n_iterations).to(x)
             condition = condition.expand(x.shape[0], 1, -1)
             self._conditions = {t: model.iter[t].hook_condition(condition)}
-        return replace(context, condition=self._conditions[t])
+        notes = {**context.notes, TIME_CONDITIONING.name: self._conditions[t]}
+        return replace(context, notes=notes)
+
+
+class _Modulate(BlockPart):
+    def __init__(self, modulations: Modulations):
+        self._scales = {"attn": modulations.attn_scale, "mlp": modulations.mlp_scale}
+        self._gates = {"attn": modulations.attn_gate, "mlp": modulations.mlp_gate}
+
+    def read(self, branch: Branch, x: Tensor) -> Tensor:
+        scale = self._scales[branch]
+        return x * (1 + (scale if x.ndim == 3 else scale.unsqueeze(2)))
+
+    def write(self, branch: Branch, out: Tensor) -> Tensor:
+        return self._gates[branch] * out
 
 
 class _TimeConditioning(Mechanism):
@@ -155,8 +170,17 @@ class _TimeConditioning(Mechanism):
     def modules(self, cfg: Config, device: Any) -> dict[str, nn.Module]:
         return {"time_conditioning": TimeConditioning(cfg, device)}
 
+    def block_modules(self, cfg: Config, number: int, device: Any = None) -> dict[str, nn.Module]:
+        return {"modulation": Modulation(cfg, device)}
+
     def part(self, run: Run) -> Part:
         return _Condition(run)
+
+    def block_part(self, block: Any, context: Context) -> BlockPart:
+        return _Modulate(block.modulation(context.notes[self.name]))
+
+    def scales_branches(self, cfg: Config) -> bool:
+        return True
 
     def path(self, cfg: Config) -> OnPath:
         return OnPath()  # it acts inside the branches

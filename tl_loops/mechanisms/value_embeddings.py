@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tl_loops.errors import ConfigError
 from tl_loops.layout.names import spec
+from tl_loops.mechanisms.block_parts import AttentionPart, Context
 from tl_loops.mechanisms.mechanism import Config, Mechanism, Setting
 from tl_loops.mechanisms.tensors import PhysicalTensor, Tensors, add_parameters, matrix
 from tl_loops.upstream import HookPoint
@@ -64,6 +65,16 @@ class ValueEmbedding(nn.Module):
         return self.hook_out(gate.unsqueeze(-1) * rows.repeat_interleave(copies, dim=2))
 
 
+class _AddToValues(AttentionPart):
+    def __init__(self, attention: Any, tokens: Int[Tensor, "batch pos"]):
+        self._attention, self._tokens = attention, tokens
+
+    def values(self, v: Tensor, value_input: Tensor) -> Tensor:
+        embed: ValueEmbedding = self._attention.value_embed
+        copies = v.shape[2] // embed.W_gate.shape[1]
+        return v + embed(value_input, self._tokens, copies)
+
+
 class _ValueEmbeddings(Mechanism):
     name = "value_embeddings"
     settings = (
@@ -101,8 +112,19 @@ class _ValueEmbeddings(Mechanism):
             "attn.value_embed.W_gate": matrix(cfg.value_gate_channels, kv_heads),
         }
 
+    def block_modules(self, cfg: Config, number: int, device: Any = None) -> dict[str, nn.Module]:
+        if not has_value_embedding(cfg, number):
+            return {}
+        return {"attn.value_embed": ValueEmbedding(cfg, number, device)}
+
+    def attention_part(self, attention: Any, context: Context) -> AttentionPart | None:
+        if not hasattr(attention, "value_embed"):
+            return None
+        assert context.tokens is not None
+        return _AddToValues(attention, context.tokens)
+
     def fold_attention_norm(self, block: Any, gain: Tensor) -> None:
-        embed = block.attn.value_embed
+        embed = getattr(block.attn, "value_embed", None)
         if embed is not None:
             embed.W_gate.mul_(gain[: embed.channels, None])
 

@@ -58,7 +58,7 @@ class EffectiveWeights(Mapping[str, Tensor]):
 
 def effective_weight(block: Any, part: str, weight: str) -> Tensor:
     """One weight of a block with the norms next to it folded in; see :class:`EffectiveWeights`."""
-    if getattr(block, "modulation", None) is not None:
+    if any(mechanism.scales_branches(block.cfg) for mechanism in block.cfg.mechanisms):
         raise LoopedSemanticsError(
             "what the blocks of this model read and write is scaled by the iteration, so their "
             "weights have no one effect: read the raw weights from model.blocks"

@@ -184,12 +184,7 @@ def start_run(
             block = model.layout.index(iteration=start_at_iteration, layer=0)
         elif start_at_layer is not None:
             block = block_index(cfg.n_layers, start_at_layer, "start_at_layer")
-    if n_past + n_new > cfg.n_ctx and attention_mask is not None:
-        # Padding takes no position: only real tokens count.
-        longest = attention_mask[attention_mask.sum(-1).argmax()]
-        check_length(cfg, int(longest[-n_new:].sum()), int(longest[:-n_new].sum()))
-    else:
-        check_length(cfg, n_new, n_past)
+    check_length(cfg, n_new, n_past, attention_mask)
     context = make_context(
         batch,
         n_new,

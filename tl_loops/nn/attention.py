@@ -1,6 +1,7 @@
 """Multi-head attention: fused, or explicit when somebody looks at scores or patterns."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,26 +12,14 @@ from torch import Tensor, nn
 
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.config.weights import block_tensors, query_key_norms
-from tl_loops.mechanisms.first_pass import FirstPassGate
-from tl_loops.mechanisms.tensors import add_parameters
-from tl_loops.mechanisms.value_embeddings import ValueEmbedding, has_value_embedding
-from tl_loops.nn.context import ForwardContext, windowed
+from tl_loops.mechanisms.block_parts import AttentionPart
+from tl_loops.mechanisms.tensors import add_parameters, project_in
+from tl_loops.nn.block_modules import add_block_modules
+from tl_loops.nn.context import ForwardContext
 from tl_loops.nn.kv_cache import FarKeys
 from tl_loops.nn.norm import Norm
 from tl_loops.nn.rotary import apply_rotary
 from tl_loops.upstream import FactoredMatrix, HookPoint, KeyValueCacheEntry, has_hooks
-
-
-def project_in(
-    x: Float[Tensor, "batch pos *head_or_not d_model"],
-    W: Float[Tensor, "head d_model d_head"],
-    b: Float[Tensor, "head d_head"],
-) -> Float[Tensor, "batch pos head d_head"]:
-    """Project the residual stream to every head; an input with a head axis goes head by head."""
-    if x.ndim == 4:
-        return torch.einsum("bphd,hde->bphe", x, W) + b
-    weight = W.transpose(1, 2).reshape(-1, W.shape[1])
-    return F.linear(x, weight, b.reshape(-1)).unflatten(-1, (W.shape[0], W.shape[2]))
 
 
 class Attention(nn.Module):
@@ -44,7 +33,6 @@ class Attention(nn.Module):
 
     W_Q: nn.Parameter
     W_O: nn.Parameter
-    W_gate: nn.Parameter
     q_norm: Norm
     k_norm: Norm
     W_K: Tensor
@@ -78,12 +66,7 @@ class Attention(nn.Module):
                 self.register_buffer(name, zeros, persistent=False)
         for name, length in query_key_norms(cfg).items():
             setattr(self, name, Norm(cfg, length, device))
-        if cfg.first_pass_window is not None:
-            self.first_pass = FirstPassGate(cfg, device)
-        if cfg.attn_gate:
-            self.hook_gate = HookPoint()  # [batch, pos, head, d_head], in (0, 1)
-        has_embedding = has_value_embedding(cfg, number)
-        self.value_embed = ValueEmbedding(cfg, number, device) if has_embedding else None
+        self._mechanisms = add_block_modules(self, cfg, number, device, "attn")
 
         self.hook_q = HookPoint()  # [batch, pos, head, d_head]
         self.hook_k = HookPoint()  # [batch, pos, kv_head, d_head]
@@ -114,7 +97,9 @@ class Attention(nn.Module):
         context: ForwardContext,
         past: KeyValueCacheEntry | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        q, k, v = self._queries_keys_values(query_input, key_input, value_input, context)
+        asked = (mechanism.attention_part(self, context) for mechanism in self._mechanisms)
+        parts = [part for part in asked if part is not None]
+        q, k, v = self._queries_keys_values(query_input, key_input, value_input, context, parts)
         far = None
         if past is not None:
             k, v = past.append(k, v)
@@ -123,25 +108,31 @@ class Attention(nn.Module):
             k = k.repeat_interleave(self.groups, dim=2)
             v = v.repeat_interleave(self.groups, dim=2)
         if far is None:
-            z = self._mixed(q, k, v, context)
+            attend = self._attend
+            for part in parts:
+                attend = partial(part.attend, attend)
+            z = attend(q, k, v, context, (self.hook_attn_scores, self.hook_pattern))
         else:
             z = self._beyond_window(q, k, v, context, far)
-        if self.cfg.attn_gate:
-            logits = project_in(query_input, self.W_gate, torch.zeros_like(self.b_Q))
-            z = self.hook_gate(torch.sigmoid(logits)) * z
+        for part in parts:
+            z = part.heads(z, query_input)
         return self._output(self.hook_z(z))
 
     def _queries_keys_values(
-        self, query_input: Tensor, key_input: Tensor, value_input: Tensor, context: ForwardContext
+        self,
+        query_input: Tensor,
+        key_input: Tensor,
+        value_input: Tensor,
+        context: ForwardContext,
+        parts: list[AttentionPart],
     ) -> tuple[Tensor, Tensor, Tensor]:
         ungrouped = self.cfg.ungroup_grouped_query_attention
         kv = "" if ungrouped else self.kv_prefix
         q = self.hook_q(project_in(query_input, self.W_Q, self.b_Q))
         k = self.hook_k(project_in(key_input, getattr(self, f"{kv}W_K"), getattr(self, f"{kv}b_K")))
         v = project_in(value_input, getattr(self, f"{kv}W_V"), getattr(self, f"{kv}b_V"))
-        if self.value_embed is not None:
-            assert context.tokens is not None
-            v = v + self.value_embed(value_input, context.tokens, self.groups if ungrouped else 1)
+        for part in parts:
+            v = part.values(v, value_input)
         v = self.hook_v(v)
         if self.cfg.qk_norm == "full":
             q = self.q_norm(q.flatten(-2)).view_as(q)
@@ -159,22 +150,6 @@ class Attention(nn.Module):
         if self.cfg.qk_norm == "head":
             q, k = _unit_rms(q), _unit_rms(k)
         return q, k, v
-
-    def _mixed(self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext) -> Tensor:
-        """What the heads read; from iteration 1 on mixed with iteration 0 where the config says."""
-        own = (self.hook_attn_scores, self.hook_pattern)
-        window = self.cfg.first_pass_window
-        if window is None or context.place is None:
-            return self._attend(q, k, v, context, own)
-        iteration, layer = context.place
-        if iteration == 0:
-            context.first_pass[layer] = k, v
-            return self._attend(q, k, v, context, own)
-        near = self._attend(q, k, v, windowed(context, q.shape[1], k.shape[1], window), own)
-        first = (self.first_pass.hook_attn_scores, self.first_pass.hook_pattern)
-        everything = self._attend(q, *context.first_pass[layer], context, first)
-        gate = self.first_pass(q).unsqueeze(-1)
-        return gate * everything + (1 - gate) * near
 
     def _attend(
         self,

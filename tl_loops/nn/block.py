@@ -5,8 +5,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_loops.config.config import LoopedTransformerConfig
-from tl_loops.mechanisms.time_conditioning import Modulation
+from tl_loops.mechanisms.block_parts import BlockPart, Branch
 from tl_loops.nn.attention import Attention, GroupedQueryAttention
+from tl_loops.nn.block_modules import add_block_modules
 from tl_loops.nn.context import ForwardContext
 from tl_loops.nn.mlp import MLP
 from tl_loops.nn.norm import Norm
@@ -47,7 +48,7 @@ class Block(nn.Module):
         if cfg.block_norm != "pre":
             self.ln1_post = Norm(cfg, device=device, weight=weight)
             self.ln2_post = Norm(cfg, device=device, weight=weight)
-        self.modulation = Modulation(cfg, device) if cfg.time_conditioning else None
+        self._mechanisms = add_block_modules(self, cfg, number, device, "")
         attention = Attention if cfg.n_key_value_heads is None else GroupedQueryAttention
         self.attn = attention(cfg, device, number)
         self.mlp = MLP(cfg, device)
@@ -71,24 +72,29 @@ class Block(nn.Module):
     ) -> Float[Tensor, "batch pos d_model"]:
         resid_pre = self.hook_resid_pre(unshared(resid_pre, self.hook_resid_pre))
 
-        mod = None if self.modulation is None else self.modulation(context.condition)
-        inputs = self._attention_inputs(resid_pre, None if mod is None else mod.attn_scale)
+        asked = (mechanism.block_part(self, context) for mechanism in self._mechanisms)
+        parts = [part for part in asked if part is not None]
+        inputs = self._attention_inputs(resid_pre, parts)
         attn_out = self.attn(*inputs, context=context, past=past)
-        attn_out = attn_out if mod is None else mod.attn_gate * attn_out
+        for part in parts:
+            attn_out = part.write("attn", attn_out)
         resid_mid = self._add(resid_pre, attn_out, "ln1_post", self.hook_attn_out)
         resid_mid = self.hook_resid_mid(resid_mid)
 
         mlp_in = self.hook_mlp_in(resid_mid.clone()) if self.cfg.use_hook_mlp_in else resid_mid
-        mlp_out = self.mlp(self._pre_norm("ln2", mlp_in, None if mod is None else mod.mlp_scale))
-        mlp_out = mlp_out if mod is None else mod.mlp_gate * mlp_out
+        mlp_out = self.mlp(self._read("mlp", mlp_in, parts))
+        for part in parts:
+            mlp_out = part.write("mlp", mlp_out)
         resid_post = self._add(resid_mid, mlp_out, "ln2_post", self.hook_mlp_out)
         return self.hook_resid_post(resid_post)
 
-    def _pre_norm(self, name: str, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        x = getattr(self, name)(x) if self.norm_input else x
-        if scale is None:
-            return x
-        return x * (1 + (scale if x.ndim == 3 else scale.unsqueeze(2)))
+    def _read(self, branch: Branch, x: Tensor, parts: list[BlockPart]) -> Tensor:
+        """What a branch reads of the stream."""
+        if self.norm_input:
+            x = self.ln1(x) if branch == "attn" else self.ln2(x)
+        for part in parts:
+            x = part.read(branch, x)
+        return x
 
     def _add(self, resid: Tensor, branch: Tensor, norm: str, hook: HookPoint) -> Tensor:
         if self.cfg.block_norm == "pre":
@@ -99,11 +105,11 @@ class Block(nn.Module):
         return resid + hook(post_norm(branch))
 
     def _attention_inputs(
-        self, resid: Tensor, scale: Tensor | None
+        self, resid: Tensor, parts: list[BlockPart]
     ) -> tuple[Tensor, Tensor, Tensor]:
         cfg = self.cfg
         if not (cfg.use_attn_in or cfg.use_split_qkv_input):
-            x = self._pre_norm("ln1", resid, scale)
+            x = self._read("attn", resid, parts)
             return x, x, x
         if cfg.use_split_qkv_input:
             ungrouped = cfg.ungroup_grouped_query_attention
@@ -115,7 +121,7 @@ class Block(nn.Module):
             )
         else:
             inputs = (self.hook_attn_in(_per_head(resid, cfg.n_heads)),) * 3
-        q, k, v = (self._pre_norm("ln1", x, scale) for x in inputs)
+        q, k, v = (self._read("attn", x, parts) for x in inputs)
         return q, k, v
 
 

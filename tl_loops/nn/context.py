@@ -1,6 +1,8 @@
 """What all blocks of one forward pass share: positions, rotations and the attention mask."""
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,9 +24,7 @@ class ForwardContext:
         causal: With ``allowed=None``: whether attention is causal.
         blind: Queries that see no key at all (padding); their attention output is zero.
         tokens: The new tokens, where they are known.
-        place: Iteration and layer of the core block that this is for, where blocks ask for it.
-        condition: What modulates the block at its iteration, where blocks ask for it.
-        first_pass: Keys and values of iteration 0 by layer, for later iterations.
+        notes: What mechanisms tell the core block that this is for, by their names.
     """
 
     positions: Int[Tensor, "batch pos"]
@@ -34,9 +34,7 @@ class ForwardContext:
     causal: bool
     blind: Bool[Tensor, "batch 1 query 1"] | None
     tokens: Int[Tensor, "batch pos"] | None = None
-    place: tuple[int, int] | None = None
-    condition: Float[Tensor, "batch 1 d_model"] | None = None
-    first_pass: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def make_context(
@@ -98,17 +96,3 @@ def make_context(
     # One new token after a cache sees every key: neither mask nor causality is needed.
     causal = causal and not (n_past > 0 and n_new == 1)
     return ForwardContext(positions, cos, sin, allowed, causal, blind, tokens)
-
-
-def windowed(context: ForwardContext, n_new: int, n_keys: int, window: int) -> ForwardContext:
-    """The same with each query seeing its own position and the ``window - 1`` before it alone."""
-    device = context.positions.device
-    query = torch.arange(n_keys - n_new, n_keys, device=device).unsqueeze(-1)
-    key = torch.arange(n_keys, device=device)
-    allowed = ((key <= query) & (key > query - window))[None, None]
-    blind = None
-    if context.allowed is not None:
-        allowed = allowed & context.allowed
-        sees_any = allowed.any(-1, keepdim=True)
-        blind = None if bool(sees_any.all()) else ~sees_any
-    return replace(context, allowed=allowed, blind=blind)

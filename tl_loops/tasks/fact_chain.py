@@ -5,7 +5,7 @@ A prompt lists facts in random order and asks where a chain of them leads::
     Eve likes Bob . Ann likes Eve . Bob likes Dan . ... 2 hops from Ann :
 
 Two hops from Ann are Ann → Eve → Bob, so the answer is ``Bob``. After ``t`` iterations a model that
-takes one hop an iteration is at the person min(t, k) hops away. Every word is one token.
+takes one hop per iteration is at the person min(t, k) hops away. Every word is one token.
 
 Everybody in a prompt is the subject of exactly one fact, and whom they like is drawn at random; so
 neither where a fact stands nor who lacks a fact tells the answer. The prompts of the two splits are
@@ -19,23 +19,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
-
-__all__ = [
-    "NAMES",
-    "FactChainTask",
-    "Prompt",
-    "Split",
-    "answer_after",
-    "corrupt",
-    "fact_chain_prompts",
-    "follow",
-    "question",
-    "sample_pair",
-    "sample_prompts",
-    "score",
-    "split_of",
-    "vocabulary",
-]
 
 Split = Literal["train", "held_out"]
 Fact = tuple[str, str]

@@ -107,17 +107,23 @@ def attention_needs(mask: Tensor | None, cfg: Any) -> bool:
     return mask is not None and (cfg.attention_dir != "causal" or not bool(mask[:, 0].all()))
 
 
-def check_length(cfg: Any, n_tokens: int, n_past: int = 0) -> None:
+def check_length(
+    cfg: Any, n_tokens: int, n_past: int = 0, mask: Int[Tensor, "batch key"] | None = None
+) -> None:
     """Raise for a run beyond the context, of text and of tokens alike.
 
     Args:
         cfg: Says the context, ``n_ctx``.
-        n_tokens: Number of new tokens, padding included.
+        n_tokens: Number of new tokens.
         n_past: Number of tokens before them: in a key-value cache, or in the prompt.
+        mask: 0 where a token, cached or new, is padding, which takes no position.
 
     Raises:
         ValueError: They are more than ``cfg.n_ctx``.
     """
+    if n_past + n_tokens > cfg.n_ctx and mask is not None:
+        longest = mask[mask.sum(-1).argmax()]
+        n_tokens, n_past = int(longest[-n_tokens:].sum()), int(longest[:-n_tokens].sum())
     if n_past + n_tokens > cfg.n_ctx:
         after = f" after {n_past}" if n_past else ""
         raise ValueError(

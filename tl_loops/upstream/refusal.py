@@ -51,7 +51,7 @@ def refuse_where_wrong(model: Any, tool: str) -> None:
     looped = next((LOOPED_ADAPTERS[name] for name in names if name in LOOPED_ADAPTERS), None)
     if looped is not None:
         raise LoopedSemanticsError(
-            f"{tool} is wrong on a bridged {looped}: every hook point fires once an iteration, and "
-            "the tool keeps one firing or edits all of them. Call it on tl_loops.unroll(bridge), "
-            "whose hook points fire once"
+            f"{tool} is wrong on a bridged {looped}: every hook point fires once per iteration, "
+            "and the tool keeps one firing or edits all of them. Call it on "
+            "tl_loops.unroll(bridge), whose hook points fire once"
         )

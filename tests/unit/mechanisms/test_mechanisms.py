@@ -520,7 +520,7 @@ def test_patching_everything_gives_the_clean_logits(name):
         (dict(router="token_choice", router_scale=0.0), "router_scale must be above 0"),
         (dict(router="token_choice", max_iterations=5), "shares tokens out among 5 depths"),
         (dict(halting="act"), "needs exit_gate=True"),
-        (dict(halting="ponder", exit_gate=True, n_coda=1), "a coda would run once an iteration"),
+        (dict(halting="ponder", exit_gate=True, n_coda=1), "a coda would run once per iteration"),
         (dict(halting="act", exit_gate=True, act_epsilon=1.0), "act_epsilon must be"),
         (dict(halting="act", exit_gate=True, exit_threshold=0.5), "exclude each other"),
         (dict(halting="act", exit_gate=True, router="token_choice"), "exclude each other"),

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from tl_loops.layout.names import spec
-from tl_loops.mechanisms.mechanism import Config, Mechanism, OnPath, Part, Run, Setting
-from tl_loops.mechanisms.tensors import Tensors, add_parameters, vector
+from tl_loops.mechanisms.block_parts import AttentionPart
+from tl_loops.mechanisms.mechanism import Config, Mechanism, Part, Run, Setting
+from tl_loops.mechanisms.tensors import PhysicalTensor, Tensors, add_parameters, vector
 from tl_loops.upstream import HookPoint
 
 
@@ -48,11 +49,22 @@ class _Leak(Part):
         return state + share * self._before
 
 
+class _Heads(AttentionPart):
+    def __init__(self, attention: Any):
+        self._attention = attention
+
+    def heads(self, z: Tensor, query_input: Tensor) -> Tensor:
+        return self._attention.hook_leak(z * (1 + self._attention.b_leak[:, None]))
+
+
 class _LeakMechanism(Mechanism):
     name = "leak"
     owners = ("leak",)
     settings = (Setting("leak", bool, False, "Whether the state before an iteration leaks."),)
-    points = (spec("hook_leak", "iteration", "batch pos d_model"),)
+    points = (
+        spec("hook_leak", "iteration", "batch pos d_model"),
+        spec("attn.hook_leak", "block", "batch pos head d_head"),
+    )
     with_stacks = False
 
     def phrases(self, cfg: Config) -> dict[str, str]:
@@ -61,8 +73,17 @@ class _LeakMechanism(Mechanism):
     def weights(self, cfg: Config) -> Tensors:
         return {"leak.b_leak": vector(cfg.d_model)}
 
+    def block_weights(self, cfg: Config, number: int) -> Tensors:
+        return {"attn.b_leak": PhysicalTensor((cfg.n_heads,))}
+
     def modules(self, cfg: Config, device: Any = None) -> dict[str, nn.Module]:
         return {"leak": Leak(cfg, device)}
+
+    def block_modules(self, cfg: Config, number: int, device: Any = None) -> dict[str, nn.Module]:
+        return {"attn.hook_leak": HookPoint()}
+
+    def attention_part(self, attention: Any, context: Any) -> AttentionPart:
+        return _Heads(attention)
 
     def part(self, run: Run) -> Part:
         return _Leak(run)
@@ -98,7 +119,7 @@ tokens = torch.tensor([[1, 2, 3, 4, 5]])
 
 # Built and run, by its equations.
 assert "leak.b_leak" in dict(model.physical_named_parameters())
-assert cfg.n_params == plain.cfg.n_params + 16
+assert cfg.n_params == plain.cfg.n_params + 16 + 4 * 4  # 4 physical layers of 4 heads
 logits, cache = model.run_with_cache(tokens)
 for t in range(3):
     left = cache["resid_post", model.layout.index(iteration=t, layer=1)]
@@ -116,6 +137,7 @@ else:
     raise AssertionError("two stacks were accepted")
 with torch.no_grad():
     model.leak.b_leak.normal_()
+    model.blocks[1].attn.b_leak.normal_()  # that of every iteration
 model.save_pretrained(sys.argv[2])
 loaded = LoopedTransformer.from_pretrained_no_processing(sys.argv[2])
 logits, cache = model.run_with_cache(tokens)
@@ -123,6 +145,10 @@ assert torch.equal(loaded(tokens), model(tokens))
 
 # Cached, hooked by coordinate, patched.
 assert cache["leak", 2].shape == (1, 5, 16)
+heads = cache["pattern", 5] @ cache["v", 5].transpose(1, 2)
+heads = heads.transpose(1, 2) * (1 + model.blocks[1].attn.b_leak[:, None])
+assert_close(cache["blocks.5.attn.hook_leak"], heads)
+assert_close(cache["z", 5], heads)
 other = torch.tensor([[5, 4, 3, 2, 1]])
 grid = patching.activation_patch(
     model, other, cache, lambda x: x[0, -1, 3], activation="leak", axes=("iteration",),
@@ -171,6 +197,7 @@ NAMES_NONE = (
     *("config/config.py", "config/checks.py", "config/describe.py", "config/weights.py"),
     *("config/readout.py", "layout/names.py", "model/looped.py", "model/weights.py"),
     *("nn/loop/run.py", "nn/loop/hooks.py", "nn/unrolling.py"),
+    *("nn/attention.py", "nn/block.py", "nn/block_modules.py", "nn/context.py"),
 )
 """What goes over the list of mechanisms."""
 
@@ -179,6 +206,8 @@ NAMES_NONE = (
 def test_what_goes_over_the_list_names_no_module_of_it(file):
     text = (PACKAGE / file).read_text(encoding="utf-8")
     for module in (PACKAGE / "mechanisms").glob("*.py"):
-        if module.stem not in ("__init__", "mechanism", "tensors", "exclusions", "kv_sharing"):
+        if module.stem not in (
+            *("__init__", "mechanism", "block_parts", "tensors", "exclusions", "kv_sharing"),
+        ):
             allowed = module.stem == "iteration_weights"
             assert allowed or f"mechanisms.{module.stem} " not in text, (file, module.stem)

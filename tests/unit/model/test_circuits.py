@@ -247,7 +247,7 @@ def test_effective_weights_are_the_maps_of_the_model(model):
             if block.ln1.b is not None:
                 values = values + torch.einsum("d,hde->he", block.ln1.b, block.attn.W_V)
         values = values + block.attn.b_V
-        if block.attn.value_embed is not None:
+        if hasattr(block.attn, "value_embed"):
             read = cache["normalized", index, "ln1"] * block.ln1.w
             values = values + block.attn.value_embed(read, TOKENS, block.attn.groups)
         groups = block.attn.groups if cfg.n_key_value_heads else 1
