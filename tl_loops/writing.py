@@ -62,7 +62,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         ValueError: There is something that is not a regular file.
         OSError: Nothing can be created there, for example because the disk is read-only.
     """
-    with _named(path):
+    with named(path):
         target = _target(path)
         staged, descriptor = _open_staged(target)
         os.close(descriptor)
@@ -85,7 +85,7 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
         ValueError: There is something that is not a regular file.
         OSError: The disk is full or fails; the message names the file.
     """
-    with _named(path):
+    with named(path):
         target = _target(path)
         staged, descriptor = _open_staged(target)
         try:
@@ -111,7 +111,7 @@ def in_use(path: str | os.PathLike[str]) -> Iterator[None]:
         FileInUseError: Another process or thread holds it.
         OSError: As in :func:`check_writable`.
     """
-    with _named(path):
+    with named(path):
         target = _target(path)
         lock = target.with_name(f".{target.name}.lock")
         descriptor = _locked(path, lock)
@@ -173,8 +173,12 @@ def _keep_permissions(stream: BinaryIO, target: Path) -> None:
 
 
 @contextmanager
-def _named(path: str | os.PathLike[str]) -> Iterator[None]:
-    """An error of the system says which file was to be written and why it could not be."""
+def named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """An error of the system says what was to be written and why it could not be.
+
+    Args:
+        path: Of the file or directory.
+    """
     try:
         yield
     except OSError as error:

@@ -1,15 +1,15 @@
 """Writing a checkpoint: config, physical weights and tokenizer, whole or not at all."""
 
 import dataclasses
+import hashlib
+import itertools
 import json
 import math
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +22,12 @@ from tl_loops.errors import CheckpointError, ConfigError
 from tl_loops.families.native import FORMAT_VERSION, MODEL_TYPE
 from tl_loops.loading.files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 from tl_loops.loading.json_file import read_json
+from tl_loops.loading.replacing import readable, replaced
 from tl_loops.mechanisms.tensors import FLOATS
 from tl_loops.upstream import as_given
 from tl_loops.upstream.config_fields import OF_THIS_RUN
 
-_OWN_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_OWN_WEIGHTS = re.compile(r"model(-[0-9a-f]{16})?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def config_to_json(cfg: LoopedTransformerConfig) -> dict[str, Any]:
@@ -66,9 +67,10 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint in tl_loops's own format, which every loading function reads.
 
-    All files are written under a temporary name in ``directory`` and moved into place at the end,
-    ``config.json`` last, so that a failure leaves neither a half file nor a checkpoint that looks
-    whole. At most one tensor is copied at a time.
+    A kill at any moment leaves the old checkpoint or the new one: see
+    :mod:`tl_loops.loading.replacing`. A reader of the weights alone finds old or new ones too: they
+    are one file, or files named after their content with an index that is replaced at once. Other
+    files of the directory stay. At most one tensor is copied at a time.
 
     Args:
         directory: Created if need be. An earlier checkpoint in this format is replaced.
@@ -81,6 +83,8 @@ def save_checkpoint(
         CheckpointError: ``directory`` holds something else, or the tensors are not those of the
             config; every missing, unexpected and misshapen one is named.
         ConfigError: A config field cannot be written as JSON.
+        FileInUseError: Another process or thread saves into the directory.
+        OSError: The disk is full or may not be written; the message names the directory.
     """
     target = Path(directory)
     _check_target(target)
@@ -90,29 +94,22 @@ def save_checkpoint(
         "format_version": FORMAT_VERSION,
         "config": config_to_json(cfg),
     }
-    created = not target.exists()
-    target.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-    try:
+    with replaced(target, CONFIG_FILE, _place_in_order, _is_own_weights) as staging:
         # In the order of physical_tensors, so that equal models give equal files.
         ordered = {name: tensors[name] for name in physical_tensors(cfg)}
         _write_weights(staging, ordered, max_shard_bytes)
         if tokenizer is not None:
             as_given(tokenizer).save_pretrained(staging)
         (staging / CONFIG_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        written = {file.name for file in staging.iterdir()}
-        stale = {file.name for file in target.iterdir() if _OWN_WEIGHTS.fullmatch(file.name)}
-        (target / CONFIG_FILE).unlink(missing_ok=True)
-        for name in stale - written:
-            (target / name).unlink()
-        for name in sorted(written, key=lambda name: (name == CONFIG_FILE, name)):
-            if (target / name).is_dir():
-                shutil.rmtree(target / name)
-            os.replace(staging / name, target / name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if created and not any(target.iterdir()):
-            target.rmdir()
+
+
+def _place_in_order(name: str) -> tuple[bool, bool, bool, str]:
+    """The config last, and before it what makes weights the current ones, after what it names."""
+    return name == CONFIG_FILE, not _is_own_weights(name), name in (INDEX_FILE, WEIGHTS_FILE), name
+
+
+def _is_own_weights(name: str) -> bool:
+    return _OWN_WEIGHTS.fullmatch(name) is not None
 
 
 def _check_target(target: Path) -> None:
@@ -120,7 +117,7 @@ def _check_target(target: Path) -> None:
         raise CheckpointError(f"{target} is a file; give a directory to save into")
     if not target.is_dir():
         return
-    config = target / CONFIG_FILE
+    config = readable(target) / CONFIG_FILE
     if config.exists():
         if read_json(config).get("model_type") != MODEL_TYPE:
             raise CheckpointError(
@@ -159,19 +156,30 @@ def _write_weights(directory: Path, tensors: dict[str, Tensor], max_shard_bytes:
         filename_pattern=WEIGHTS_FILE.replace(".safetensors", "{suffix}.safetensors"),
         max_shard_size=max_shard_bytes,
     )
+    weight_map = {}
     for file, names in split.filename_to_tensors.items():
-        write_safetensors(directory / file, [(name, tensors[name]) for name in names])
+        digest = hashlib.blake2b(digest_size=8) if split.is_sharded else None
+        write_safetensors(directory / file, [(name, tensors[name]) for name in names], digest)
+        if digest is not None:
+            # No file of earlier weights has this name and another content: while the files are
+            # replaced, an index never names files of two sets.
+            written, file = file, file.replace("model-", f"model-{digest.hexdigest()}-", 1)
+            os.rename(directory / written, directory / file)
+        weight_map |= dict.fromkeys(names, file)
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        index = {"metadata": split.metadata, "weight_map": weight_map}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-def write_safetensors(file: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def write_safetensors(
+    file: Path, tensors: Iterable[tuple[str, Tensor]], digest: Any = None
+) -> None:
     """Write tensors as a safetensors file, copying at most one of them at a time.
 
     Args:
         file: Path to create.
         tensors: Keys and floating-point tensors, on any device and with any strides.
+        digest: A hash of :mod:`hashlib` that takes in what is written.
 
     Raises:
         CheckpointError: A tensor has a type that checkpoints do not hold.
@@ -194,14 +202,15 @@ def write_safetensors(file: Path, tensors: Iterable[tuple[str, Tensor]]) -> None
     encoded = json.dumps(header, ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
     with open(file, "wb") as stream:
-        stream.write(len(encoded).to_bytes(8, "little"))
-        stream.write(encoded)
-        for _, tensor in ordered:
-            _write_bytes(stream, tensor)
-        stream.flush()
-        os.fsync(stream.fileno())
+        for part in itertools.chain(
+            (len(encoded).to_bytes(8, "little"), encoded),
+            (_row_major(tensor) for _, tensor in ordered),
+        ):
+            stream.write(part)
+            if digest is not None:
+                digest.update(part)
 
 
-def _write_bytes(stream: BinaryIO, tensor: Tensor) -> None:
-    row_major = tensor.detach().to("cpu").contiguous().view(-1)
-    stream.write(row_major.view(torch.uint8).numpy().data)
+def _row_major(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().to("cpu").contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data

@@ -16,6 +16,7 @@ from tl_loops.loading.files import (
     conversion,
 )
 from tl_loops.loading.json_file import read_json
+from tl_loops.loading.replacing import readable
 from tl_loops.loading.tokenizer import TOKENIZER_FILES
 
 
@@ -97,7 +98,7 @@ def resolve(
         _refuse_revision(revision, str(directory))
         if not (directory / CONFIG_FILE).is_file():
             raise CheckpointError(f"{directory} holds no {CONFIG_FILE}")
-        return Checkpoint(directory, directory.resolve().name)
+        return Checkpoint(directory, _given_directory(name_or_directory).resolve().name)
     name = os.fspath(name_or_directory)
     entry = find_known(name) if isinstance(name_or_directory, str) else None
     if entry is None:
@@ -131,10 +132,15 @@ def _local_directory(name: str | os.PathLike[str]) -> Path | None:
     path = os.path.expanduser(os.fspath(name))
     if isinstance(path, bytes) or not os.path.isdir(path):
         return None
-    if os.path.isfile(os.path.join(path, CONFIG_FILE)):
-        return Path(path)
+    directory = readable(Path(path))
+    if (directory / CONFIG_FILE).is_file():
+        return directory
     known = isinstance(name, str) and find_known(name) is not None
-    return None if known else Path(path)
+    return None if known else directory
+
+
+def _given_directory(name: str | os.PathLike[str]) -> Path:
+    return Path(os.path.expanduser(os.fspath(name)))
 
 
 def _unknown(name: str) -> UnknownModelError:

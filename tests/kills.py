@@ -1,0 +1,90 @@
+"""Running something in a process that is killed, or interrupting it here, at a chosen moment."""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from contextlib import contextmanager
+
+N_MOMENTS = int(os.environ.get("KILL_EXAMPLES", "20"))
+"""How many random moments a test tries; ``make fuzz`` sets more."""
+
+FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate"}
+
+
+def _fork(action):
+    """A process that runs an action and ends with 0, or with 1 where it raises."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            action()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return child
+
+
+def _was_killed(child):
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return True
+    assert os.WEXITSTATUS(status) == 0, "the process that was to be killed failed by itself"
+    return False
+
+
+def killed_before_event(number, directory, action):
+    """Run an action in a process that is killed right before its n-th file operation.
+
+    Only operations on files below a directory count. Gives whether there were so many.
+    """
+
+    def counted():
+        seen = 0
+
+        def hook(event, arguments):
+            nonlocal seen
+            if event in FILE_EVENTS and str(directory) in " ".join(map(str, arguments[:2])):
+                if seen == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                seen += 1
+
+        sys.addaudithook(hook)
+        action()
+
+    return _was_killed(_fork(counted))
+
+
+def killed_after(seconds, action):
+    """Run an action in a process that is killed after a time; whether it came so far."""
+    child = _fork(action)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    return _was_killed(child)
+
+
+@contextmanager
+def interrupted_after(seconds, kind=KeyboardInterrupt):
+    """Raise an interrupt in the block once a time is over; it may end before."""
+    over = False
+
+    def stop(number, frame):
+        if not over:
+            raise kind
+
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        yield
+    except kind:
+        pass
+    finally:
+        over = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
