@@ -3,69 +3,34 @@
 Importing this package registers the looped families, so that
 ``HookedTransformer.from_pretrained("tl-loops-tiny", n_iterations=8)`` works. Every pass of every
 recurrent layer then has hook points of its own, over weights that exist once.
+
+The public names are imported when the first one is used (PEP 562), and the families are registered
+once TransformerLens has been imported, by whomever: so the command line starts at once.
 """
 
-from tl_loops import attribution, lens, loop_hooks, metrics, patching, plots, steering, tasks
-from tl_loops.cache.cache import LoopedActivationCache
-from tl_loops.config.config import LoopedTransformerConfig
-from tl_loops.errors import (
-    CheckpointError,
-    ConfigError,
-    LoopedSemanticsError,
-    UnknownModelError,
-)
-from tl_loops.layout.coordinate import BlockCoordinate
-from tl_loops.layout.layout import LoopLayout
-from tl_loops.layout.part_labels import PartLabel, read_part_label
-from tl_loops.lens.exit_curve import ExitCurve, exit_curve
-from tl_loops.measurements.measure import available_metrics, measure
-from tl_loops.measurements.profile import LoopProfile
-from tl_loops.mechanisms.kv_sharing import KVSharing
-from tl_loops.model.bridged import UnrolledBridge, unroll
-from tl_loops.model.hooks import HookNameError
-from tl_loops.model.kv_sharing_effect import KVSharingEffect, kv_sharing_effect
-from tl_loops.model.looped import LoopedTransformer
-from tl_loops.model.registration import register, unregister
-from tl_loops.model.repeated.loop import loop
-from tl_loops.upstream import HookedTransformer, warn_if_untried
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from tl_loops.registration import register_when_imported
 from tl_loops.version import __version__ as __version__
 
-__all__ = [
-    "BlockCoordinate",
-    "CheckpointError",
-    "ConfigError",
-    "ExitCurve",
-    "HookNameError",
-    "HookedTransformer",
-    "KVSharing",
-    "KVSharingEffect",
-    "LoopLayout",
-    "LoopProfile",
-    "LoopedActivationCache",
-    "LoopedSemanticsError",
-    "LoopedTransformer",
-    "LoopedTransformerConfig",
-    "PartLabel",
-    "UnknownModelError",
-    "UnrolledBridge",
-    "attribution",
-    "available_metrics",
-    "exit_curve",
-    "kv_sharing_effect",
-    "lens",
-    "loop",
-    "loop_hooks",
-    "measure",
-    "metrics",
-    "patching",
-    "plots",
-    "read_part_label",
-    "register",
-    "steering",
-    "tasks",
-    "unregister",
-    "unroll",
-]
+if TYPE_CHECKING:
+    from tl_loops.public import *  # noqa: F403
+    from tl_loops.public import __all__ as __all__
+else:
 
-warn_if_untried()
-register()
+    def __getattr__(name: str) -> Any:
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        public = import_module("tl_loops.public")
+        globals().update({given: getattr(public, given) for given in public.__all__})
+        globals()["__all__"] = public.__all__
+        if name not in globals():
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals()[name]
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *import_module("tl_loops.public").__all__})
+
+
+register_when_imported()

@@ -6,14 +6,14 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "tl_loops"
 FLOORS = (
-    "errors metrics tasks version writing",
+    "errors later metrics tasks version writing",
     "layout upstream loop_losses",
     "mechanisms cache runs drawing loop_hooks",
     "config lens patching attribution measurements",
     "nn families plots steering",
     "loading",
     "model report",
-    "cli __init__ __main__",
+    "cli registration public __init__ __main__",
 )
 """The rooms of each floor, the lowest first."""
 

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tl_loops.writing import in_use, named
 
@@ -33,7 +34,7 @@ def readable(directory: Path) -> Path:
 
 @contextmanager
 def replaced(
-    directory: Path, marker: str, order: Callable[[str], object], outdated: Callable[[str], bool]
+    directory: Path, marker: str, order: Callable[[str], Any], outdated: Callable[[str], bool]
 ) -> Iterator[Path]:
     """Gather files in a directory that is yielded, and then let them replace those of another.
 
@@ -71,9 +72,7 @@ def replaced(
             directory.rmdir()
 
 
-def _place(
-    directory: Path, order: Callable[[str], object], outdated: Callable[[str], bool]
-) -> None:
+def _place(directory: Path, order: Callable[[str], Any], outdated: Callable[[str], bool]) -> None:
     """Put the files of a complete directory into place; doing it twice is the same as once."""
     saved, staging = directory / SAVED, _staging(directory)
     try:

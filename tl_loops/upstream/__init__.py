@@ -27,6 +27,7 @@ from transformer_lens.utilities import (
 )
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
+from tl_loops.later import at_end
 from tl_loops.upstream.bridges import is_bridge
 from tl_loops.upstream.classes import BaseConfig, HookedTransformer, Output, TransformerBase
 from tl_loops.upstream.from_pretrained import install_from_pretrained, uninstall_from_pretrained
@@ -41,6 +42,7 @@ from tl_loops.upstream.inputs import (
     number_of_ids,
 )
 from tl_loops.upstream.made_caches import install_made_caches, uninstall_made_caches
+from tl_loops.upstream.refusal import refuse_where_wrong
 from tl_loops.upstream.root import can_restart, complete_norm, init_root
 from tl_loops.upstream.text import TextMethods
 from tl_loops.upstream.tokenizers import as_given, remember, set_tokenizer
@@ -84,6 +86,7 @@ __all__ = [
     "attention_needs",
     "model_input",
     "number_of_ids",
+    "refuse_where_wrong",
     "sample_logits",
     "set_tokenizer",
     "as_given",
@@ -95,3 +98,5 @@ __all__ = [
     "unshared",
     "warn_if_untried",
 ]
+
+at_end(__name__)

@@ -6,19 +6,19 @@ from typing import Any
 from transformer_lens import ActivationCache
 
 
-def install_made_caches(is_looped: Callable[[Any], bool], looped_cache: type) -> None:
-    """Let ``ActivationCache(cache_dict, model)`` make a ``looped_cache`` for a looped model.
+def install_made_caches(cache_class: Callable[[Any], type | None]) -> None:
+    """Let ``ActivationCache(cache_dict, model)`` make a looped cache for a looped model.
 
     TransformerLens's own decompositions take every block for additive and know nothing of what
     happens between iterations.
 
     Args:
-        is_looped: Tells whether a model is looped.
-        looped_cache: A subclass of ActivationCache.
+        cache_class: Gives a looped model's subclass of ActivationCache, and ``None`` for any other.
     """
 
     def make(cls: type, cache_dict: Any = None, model: Any = None, *_: Any, **__: Any) -> Any:
-        return object.__new__(looped_cache if cls is ActivationCache and is_looped(model) else cls)
+        looped = cache_class(model) if cls is ActivationCache else None
+        return object.__new__(looped or cls)
 
     _set_new(make)
 

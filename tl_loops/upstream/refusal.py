@@ -3,7 +3,7 @@
 from typing import Any
 
 from tl_loops.errors import LoopedSemanticsError
-from tl_loops.upstream import is_bridge
+from tl_loops.upstream.bridges import is_bridge
 
 LOOPED_ADAPTERS = {
     "OuroArchitectureAdapter": "Ouro",

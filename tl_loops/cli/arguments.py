@@ -1,0 +1,88 @@
+"""The commands and their options.
+
+To add a command, write ``tl_loops/cli/<name>.py`` with a function ``run(options)`` that gives an
+exit code or ``None``, and put a line into :data:`COMMANDS`.
+"""
+
+import argparse
+from collections.abc import Callable
+
+from tl_loops.version import __version__
+
+EMBEDDED = "tl-loops-tiny"
+
+
+def parser() -> argparse.ArgumentParser:
+    """What reads the arguments of a command; ``command`` of its result is the command's name."""
+    whole = argparse.ArgumentParser(
+        prog="tl-loops", description="Looped transformer language models, iteration by iteration."
+    )
+    whole.add_argument("--version", action="version", version=f"tl-loops {__version__}")
+    commands = whole.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, (help_line, options) in COMMANDS.items():
+        command = commands.add_parser(name, help=help_line, description=help_line)
+        command.set_defaults(command=name)
+        for add in options:
+            add(command)
+    return whole
+
+
+def _any_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="a name, or a checkpoint directory")
+
+
+def _directory(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="DIRECTORY", help="a checkpoint directory, or a name")
+
+
+def _model_or_embedded(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "model", metavar="MODEL", nargs="?", default=EMBEDDED, help=f"default: {EMBEDDED}"
+    )
+
+
+def _measure(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--metrics", nargs="+", metavar="METRIC", help="which metrics: see tl-loops metrics"
+    )
+    command.add_argument("--out", help="file to write: .parquet, .csv or .json; else a table")
+    command.add_argument(
+        "--batch-size", type=int, default=8, help="prompts of equal length in one pass"
+    )
+    command.add_argument("--checkpoint", help="file that lets a killed run resume")
+
+
+def _report(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--out", default="report.html", help="default: report.html")
+
+
+def _prompts(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--prompts", metavar="FILE", help="text (one a line) or JSON lines; else a sample"
+    )
+    command.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _loading(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--n-iterations", type=int, metavar="N", help="passes through the core")
+    command.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float64"),
+        help="of the weights",
+    )
+
+
+Options = Callable[[argparse.ArgumentParser], None]
+
+COMMANDS: dict[str, tuple[str, tuple[Options, ...]]] = {
+    "models": ("list the models that load by name", ()),
+    "metrics": ("list the metrics that measure knows by name", ()),
+    "check": ("try what a checkpoint's model promises", (_directory, _loading)),
+    "measure": ("measure prompts into a profile", (_any_model, _measure, _prompts, _loading)),
+    "report": (
+        "write one self-contained HTML page",
+        (_model_or_embedded, _report, _prompts, _loading),
+    ),
+}
+"""Every command: what it does in one line, and what adds its options."""

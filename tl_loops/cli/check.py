@@ -1,0 +1,17 @@
+"""``tl-loops check``."""
+
+import argparse
+import warnings
+
+from tl_loops.cli.inputs import check_iterations
+from tl_loops.model.check import check
+
+
+def run(options: argparse.Namespace) -> int:
+    """Load a checkpoint, try what a looped model promises, and say what holds."""
+    check_iterations(options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*has no tokenizer files")
+        report = check(options.model, options.n_iterations, options.dtype)
+    print(report)
+    return 0 if report.passed else 1
