@@ -3,8 +3,8 @@
 # make test   the same with the test extras, then runs every test with TransformerLens 3.9 (in two
 #             passes: tests/conftest.py says what each checks), and those that are marked both_lines
 #             with 4.3
-# make fuzz   680 damaged checkpoints, many random configs and calls, and odd arguments, of which
-#             make test runs a sample
+# make fuzz   680 damaged checkpoints, many random configs and calls, odd arguments, and kills and
+#             interrupts at 200 moments each, of which make test runs a sample
 # make lint   ruff and pyright
 # make notebooks   runs the scripts of demos/ into notebooks
 # make docs   builds the documentation in site/; a warning or a dead link is an error
@@ -20,6 +20,8 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -
 TRANSFORMER_LENS = 'transformer-lens$(if $(TL),==$(TL).*)'
 # A file of tests stays in one process, which makes its models once; the slow files start first.
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
+
+KILLS = $(shell grep -rl "import .*N_MOMENTS" tests --include="test_*.py")
 
 .PHONY: demo test test-tl4 both-lines fuzz lint docs notebooks clean
 
@@ -41,6 +43,7 @@ both-lines: $(VENV)/.test
 fuzz: $(VENV)/.test
 	$(BIN)/python -m tests.fuzz.checkpoints --full
 	FUZZ_EXAMPLES=300 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/differential tests/fuzz
+	KILL_EXAMPLES=200 $(BIN)/python -m pytest $(PYTEST_ARGS) $(KILLS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -376,7 +376,13 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
         """Write config, physical weights (safetensors) and tokenizer; loads with from_pretrained.
 
         Args:
-            directory: Made where missing. A failure leaves no half-written file.
+            directory: Made where missing. A kill at any moment leaves the old checkpoint there or
+                the new one; files of others stay.
+
+        Raises:
+            CheckpointError: It holds a checkpoint of another format.
+            FileInUseError: Another process or thread saves there.
+            OSError: The disk is full or may not be written.
         """
         loading.save_checkpoint(
             Path(directory), self.cfg, self.physical_state_dict(), self.tokenizer
