@@ -108,7 +108,10 @@ def attention_needs(mask: Tensor | None, cfg: Any) -> bool:
 
 
 def check_length(
-    cfg: Any, n_tokens: int, n_past: int = 0, mask: Int[Tensor, "batch key"] | None = None
+    cfg: Any,
+    n_tokens: int,
+    n_past: int = 0,
+    mask: Int[Tensor, "batch key"] | Bool[Tensor, "batch key"] | None = None,
 ) -> None:
     """Raise for a run beyond the context, of text and of tokens alike.
 
