@@ -15,7 +15,7 @@ from tl_loops.mechanisms.kv_sharing import KVSharing
 from tl_loops.mechanisms.mechanism import check_choice
 from tl_loops.upstream import SOFTCAP_DISABLED
 
-_CHOICES: dict[str, tuple[str | None, ...]] = {
+CHOICES: dict[str, tuple[str | None, ...]] = {
     "positional_embedding_type": ("rotary", "standard", "none"),
     "normalization_type": ("RMS", "RMSPre", "LN", "LNPre"),
     "attention_dir": ("causal", "bidirectional"),
@@ -23,7 +23,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 }
 """Fields of TransformerLens that take one of a few names."""
 
-_UNSUPPORTED: dict[str, Any] = {
+UNSUPPORTED: dict[str, Any] = {
     "attn_only": False,
     "parallel_attn_mlp": False,
     "use_local_attn": False,
@@ -83,11 +83,11 @@ def check_values(cfg: Any) -> None:
         setting = setting_of(described)
         if setting is not None:
             check_choice(described.name, setting, getattr(cfg, described.name))
-    for name, allowed in _CHOICES.items():
+    for name, allowed in CHOICES.items():
         if getattr(cfg, name) not in allowed:
             choices = ", ".join(map(repr, allowed))
             raise ConfigError(f"{name} must be one of {choices}, got {getattr(cfg, name)!r}")
-    for name, off in _UNSUPPORTED.items():
+    for name, off in UNSUPPORTED.items():
         if hasattr(cfg, name) and getattr(cfg, name) != off:
             instead = f"; use {_INSTEAD[name]}" if name in _INSTEAD else ""
             raise ConfigError(

@@ -203,7 +203,12 @@ class LoopedTransformerConfig(BaseConfig):
         return sum(math.prod(tensor.shape) for tensor in physical_tensors(self).values())
 
     def describe(self) -> str:
-        """The data flow of one forward pass in a few lines."""
+        """The data flow of one forward pass, and all else that decides its numbers.
+
+        Two configs that compute something else from the same weights and input are never described
+        alike. A line is for a part: embedding, prelude, core, coda, readout, block, mechanisms,
+        norms, attention, positions, MLP, sizes.
+        """
         return data_flow(self)
 
     def set_seed_everywhere(self, seed: int) -> None:

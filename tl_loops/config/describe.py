@@ -1,20 +1,18 @@
-"""The data flow of a looped model in words and formulas."""
+"""The data flow of a looped model in words and formulas, with all that decides its numbers."""
 
 from typing import Any
 
-Config = Any  # the config describes itself by this
+from tl_loops.config.describe_parts import BLOCKS, embedding, parts, unembedding
 
-_BLOCKS = {
-    "pre": "x += attn(ln1(x)); x += mlp(ln2(x))",
-    "sandwich": "x += ln1_post(attn(ln1(x))); x += ln2_post(mlp(ln2(x)))",
-    "post_residual": "x = ln1_post(x + attn(ln1(x))); x = ln2_post(x + mlp(ln2(x)))",
-    "post_branch": "x += ln1_post(attn(x)); x += ln2_post(mlp(x))",
-    "post_norm": "x = ln1_post(x + attn(x)); x = ln2_post(x + mlp(x))",
-}
+Config = Any  # the config describes itself by this
 
 
 def data_flow(cfg: Config) -> str:
-    """The data flow of one forward pass in a few lines."""
+    """The data flow of one forward pass in a few lines.
+
+    Two configs that compute something else from the same weights and input are never described
+    alike.
+    """
     mechanisms, readout = cfg.mechanisms, cfg.readout
     said: dict[str, str] = {}
     for mechanism in mechanisms:
@@ -24,7 +22,7 @@ def data_flow(cfg: Config) -> str:
     begin = f"e = {e}; {said['begin']}"
     lines = [
         f"{cfg.model_name} {cfg.notation}, {cfg.n_params:,} parameters",
-        f"embed    x = {_embedding(cfg)}",
+        f"embed    x = {embedding(cfg)}",
         f"{prelude}; {begin}" if cfg.n_prelude else f"{prelude} {begin}",
     ]
     if "calls" in said:
@@ -41,19 +39,12 @@ def data_flow(cfg: Config) -> str:
         blocks = f"; {cfg.n_coda} x block" if cfg.n_coda else ""
         lines.append(f"coda     x = {entering}{blocks}")
     read = state if readout.state_is_normed else "x"
-    final = (
-        f"{read} W_U" if readout.state_is_normed or not readout.final_norm else "ln_final(x) W_U"
-    )
+    final = read if readout.state_is_normed or not readout.final_norm else "ln_final(x)"
     if "calls" in said and not cfg.n_coda and not readout.final_norm:
-        final = f"{state} W_U"
-    lines += [f"readout  logits = {final}", f"block    {_BLOCKS[cfg.block_norm]}"]
+        final = state
+    lines += [f"readout  logits = {unembedding(cfg, final)}", f"block    {BLOCKS[cfg.block_norm]}"]
     for mechanism in mechanisms:
         lines += mechanism.describe(cfg)
-    return "\n".join(lines)
-
-
-def _embedding(cfg: Config) -> str:
-    scale = f" · {cfg.embed_scale:.4g}" if cfg.embed_scale != 1.0 else ""
-    embed = f"W_E[tokens]{scale}"
-    embed = f"ln({embed})" if cfg.post_embedding_ln else embed
-    return embed + " + W_pos[positions]" if cfg.positional_embedding_type == "standard" else embed
+    if any(mechanism.has_rows(cfg) for mechanism in mechanisms):
+        lines.append(f"rows     weights for up to {cfg.max_iterations} iterations")
+    return "\n".join(lines + parts(cfg))

@@ -6,7 +6,12 @@ from typing import Any, TypeVar
 
 from tl_loops.mechanisms.iteration_weights import MAX_ITERATIONS
 from tl_loops.mechanisms.mechanism import Mechanism, Setting
-from tl_loops.upstream.config_fields import SHAPES
+from tl_loops.upstream.config_fields import (
+    CHANGES_NO_NUMBER,
+    OF_THIS_RUN,
+    SAYS_NOTHING_OF_A_RUN,
+    SHAPES,
+)
 
 Class = TypeVar("Class", bound=type)
 
@@ -61,3 +66,17 @@ def fixed_by_weights(cls: type) -> frozenset[str]:
         if (setting := setting_of(field)) is not None and setting.of_the_weights
     }
     return SHAPES | own
+
+
+def computing(cls: type) -> tuple[str, ...]:
+    """The fields of a config class that decide what a run computes, in their order.
+
+    ``n_iterations`` is among them; the device, names, seeds of fresh weights and switches of hook
+    points are not.
+    """
+    silent = (CHANGES_NO_NUMBER | OF_THIS_RUN | SAYS_NOTHING_OF_A_RUN) - {"n_iterations"}
+    return tuple(
+        field.name
+        for field in dataclasses.fields(cls)
+        if ((own := setting_of(field)) is None or own.computes) and field.name not in silent
+    )

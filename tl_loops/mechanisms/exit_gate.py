@@ -11,6 +11,7 @@ from tl_loops.errors import ConfigError
 from tl_loops.layout.names import spec
 from tl_loops.mechanisms.mechanism import Config, Mechanism, OnPath, Part, Run, Setting
 from tl_loops.mechanisms.tensors import Tensors, add_parameters, matrix, vector
+from tl_loops.mechanisms.words import exactly
 
 
 class ExitGate(nn.Module):
@@ -76,6 +77,13 @@ class _ExitGate(Mechanism):
 
     def phrases(self, cfg: Config) -> dict[str, str]:
         return {"after": "gate(s)"}
+
+    def describe(self, cfg: Config) -> list[str]:
+        exits = [f"after iteration {cfg.exit_step}"] if cfg.exit_step is not None else []
+        if cfg.exit_threshold is not None:
+            threshold = exactly(cfg.exit_threshold)
+            exits.append(f"where the cumulative exit probability reaches {threshold}")
+        return [f"exit     {', or else '.join(exits)}"] if exits else []
 
     def weights(self, cfg: Config) -> Tensors:
         return {"exit_gate.W": matrix(cfg.d_model, 1), "exit_gate.b": vector(1)}

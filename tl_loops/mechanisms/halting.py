@@ -18,6 +18,7 @@ from tl_loops.mechanisms.mechanism import (
     Run,
     Setting,
 )
+from tl_loops.mechanisms.words import exactly
 
 
 @dataclass
@@ -133,7 +134,7 @@ class _Halting(Mechanism):
         if cfg.halting == "act":
             return [
                 "halting  p_t = σ(gate(s_t)) until the sum reaches "
-                f"{1 - cfg.act_epsilon:.4g}, then the rest; s = Σ p_t s_t"
+                f"{exactly(1 - cfg.act_epsilon)}, then the rest; s = Σ p_t s_t"
             ]
         return ["halting  p_t = σ(gate(s_t)) Π_{j<t} (1 - σ(gate(s_j))); the last: the rest"]
 

@@ -11,6 +11,7 @@ from tl_loops.errors import ConfigError
 from tl_loops.layout.names import spec
 from tl_loops.mechanisms.mechanism import Config, Mechanism, OnPath, Part, Run, Setting
 from tl_loops.mechanisms.tensors import Tensors, add_parameters, vector
+from tl_loops.mechanisms.words import exactly
 from tl_loops.upstream import unshared
 
 TRUNCATION = 3.0
@@ -111,6 +112,17 @@ class _Begin(Part):
         return model.hook_initial_state(unshared(state, model.hook_initial_state))
 
 
+def initial_state_in_words(cfg: Config) -> str:
+    """What the state before iteration 0 is, for ``describe()``: ``"= e"``."""
+    seed = f"seed {cfg.state_seed}" if cfg.state_seed is not None else "drawn afresh"
+    return {
+        "embed": "= e",
+        "normal": f"~ N(0, {exactly(cfg.initial_state_std)}²), truncated at 3σ, {seed}",
+        "zeros": "= 0",
+        "learned": "= learned vector",
+    }[cfg.initial_state]
+
+
 class _InitialState(Mechanism):
     name = "initial_state"
     owners = ("initial_state",)
@@ -152,14 +164,7 @@ class _InitialState(Mechanism):
             raise ConfigError(f"initial_state_std must be at least 0, got {cfg.initial_state_std}")
 
     def phrases(self, cfg: Config) -> dict[str, str]:
-        seed = f"seed {cfg.state_seed}" if cfg.state_seed is not None else "drawn afresh"
-        begin = {
-            "embed": "s = e",
-            "normal": f"s ~ N(0, {cfg.initial_state_std:.4g}²), truncated at 3σ, {seed}",
-            "zeros": "s = 0",
-            "learned": "s = learned vector",
-        }[cfg.initial_state]
-        return {"begin": begin}
+        return {"begin": f"s {initial_state_in_words(cfg)}"}
 
     def weights(self, cfg: Config) -> Tensors:
         return state_weights("initial_state", cfg.initial_state, cfg.d_model)

@@ -22,6 +22,9 @@ class _PrefixMask(Mechanism):
         if cfg.prefix_mask and cfg.attention_dir != "causal":
             raise ConfigError("prefix_mask needs attention_dir='causal'")
 
+    def describe(self, cfg: Config) -> list[str]:
+        return ["prefix   positions of prefix_mask see each other in both directions"]
+
 
 class _ExtraTokens(Mechanism):
     name = "n_extra_tokens"
@@ -35,7 +38,12 @@ class _ExtraTokens(Mechanism):
             at_least=0,
         ),
         Setting(
-            "extra_token_slices", int, 1, "How many of them are stored as one row.", at_least=1
+            "extra_token_slices",
+            int,
+            1,
+            "How many of them are stored as one row.",
+            at_least=1,
+            computes=False,
         ),
     )
 
@@ -46,6 +54,11 @@ class _ExtraTokens(Mechanism):
                 f"n_extra_tokens={cfg.n_extra_tokens} must be a multiple of "
                 f"extra_token_slices={slices}, and neither negative"
             )
+
+    def describe(self, cfg: Config) -> list[str]:
+        first = cfg.d_vocab
+        last = first + cfg.n_extra_tokens - 1
+        return [f"extra    tokens {first} to {last} have embeddings W_extra and no logits"]
 
     def weights(self, cfg: Config) -> Tensors:
         return {"embed.W_extra": PhysicalTensor((cfg.n_extra_tokens, cfg.d_model))}

@@ -41,6 +41,7 @@ class Setting:
         at_most: The largest value, where it is a number.
         unset: A number out of this range that stands for a value that is worked out.
         of_the_weights: Whether stored tensors fix it, so that loading cannot choose it.
+        computes: Whether it decides what a run computes, so that ``describe()`` has to say it.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Setting:
     at_most: int | float | None = None
     unset: int | float | None = None
     of_the_weights: bool = True
+    computes: bool = True
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from tl_loops.mechanisms.mechanism import (
     Setting,
 )
 from tl_loops.mechanisms.tensors import Tensors, add_parameters, matrix
+from tl_loops.mechanisms.words import exactly
 
 
 class Router(nn.Module):
@@ -210,7 +211,7 @@ class _Router(Mechanism):
         return cfg.router is not None
 
     def describe(self, cfg: Config) -> list[str]:
-        scale = "" if cfg.router_scale == 1.0 else f"{cfg.router_scale:.4g}·"
+        scale = "" if cfg.router_scale == 1.0 else f"{exactly(cfg.router_scale)}·"
         gate = "g_t x" if cfg.router_gates == "every" else "x"
         return [
             f"router   g = {scale}{cfg.router_score}(s W), depth i = argmax g; "

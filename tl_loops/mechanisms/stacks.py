@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from tl_loops.errors import ConfigError
 from tl_loops.layout.names import spec
-from tl_loops.mechanisms.initial_state import InitialState, state_weights
+from tl_loops.mechanisms.initial_state import InitialState, initial_state_in_words, state_weights
 from tl_loops.mechanisms.mechanism import Config, Mechanism, OnPath, Part, Run, Setting
 from tl_loops.mechanisms.tensors import Tensors
 from tl_loops.upstream import unshared
@@ -114,20 +114,19 @@ class _Stacks(Mechanism):
             )
 
     def phrases(self, cfg: Config) -> dict[str, str]:
-        words = {"embed": "e", "zeros": "0", "learned": "learned vector"}
-        words["normal"] = f"N(0, {cfg.initial_state_std:.4g}²)"
+        slow_state = {"embed": "e", "learned": "learned vector"}[cfg.slow_initial_state]
+        layers = ", both of the same layers" if cfg.shared_stacks else ""
         fast, slow = f"z{cfg.stacks[0]}", f"z{cfg.stacks[-1]}"
         after = "ln_final(x)" if cfg.norm_between_iterations else "x"
         inject = " + e" if cfg.injection is not None else ""
         run, cycles = f"{cfg.n_core} x block", cfg.n_iterations // len(cfg.stacks)
         calls = [
-            f"core     {cycles} x [ calls of {' '.join(cfg.stacks)} ], each call:",
+            f"core     {cycles} x [ calls of {' '.join(cfg.stacks)} ], each call{layers}:",
             f"  {cfg.stacks[0]:<6} x = {fast} + {slow}{inject}; {run}; {fast} = {after}",
             f"  {cfg.stacks[-1]:<6} x = {slow} + {fast}; {run}; {slow} = {after}",
         ]
-        first, second = words[cfg.initial_state], words[cfg.slow_initial_state]
         return {
-            "begin": f"{fast} = {first}, {slow} = {second}",
+            "begin": f"{fast} {initial_state_in_words(cfg)}, {slow} = {slow_state}",
             "calls": "\n".join(calls),
             "state": slow,
         }

@@ -124,6 +124,14 @@ class _StateGate(Mechanism):
             return {}
         return {"leave": "x = g·x + (1 - g)·s, g = exp(-softplus(W(x - s))·exp(A))"}
 
+    def describe(self, cfg: Config) -> list[str]:
+        lines = []
+        if cfg.state_gate_rank is not None:
+            lines.append(f"gate     g reads x - s through a map of rank {cfg.state_gate_rank}")
+        if cfg.halt_head:
+            lines.append("halting  a head reads what an iteration leaves into a halting logit")
+        return lines
+
     def points_of(self, cfg: Config, place: Place) -> tuple[HookSpec, ...]:
         if place != "iteration":
             return ()

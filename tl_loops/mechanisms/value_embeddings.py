@@ -101,7 +101,10 @@ class _ValueEmbeddings(Mechanism):
             )
 
     def describe(self, cfg: Config) -> list[str]:
-        return ["values   v += 2·sigmoid(gate(ln1(x)))·W_E[tokens], in every second layer"]
+        return [
+            "values   v += 2·sigmoid(gate(ln1(x)))·W_E[tokens], in every second layer; the gate "
+            f"reads {cfg.value_gate_channels} channels"
+        ]
 
     def block_weights(self, cfg: Config, number: int) -> Tensors:
         if not has_value_embedding(cfg, number):

@@ -9,20 +9,9 @@ import pytest
 import tl_loops
 from tests.models import tiny_config
 from tl_loops import ConfigError
-from tl_loops.config.checks import _CHOICES, _UNSUPPORTED
+from tl_loops.config.checks import CHOICES, UNSUPPORTED
 from tl_loops.upstream import BaseConfig
-
-SAYS_NOTHING = {
-    # About where a model comes from.
-    *("checkpoint_index", "checkpoint_label_type", "checkpoint_value", "from_checkpoint"),
-    *("decoder_start_token_id", "tokenizer_name", "train_seq_length", "trust_remote_code"),
-    # TransformerLens fills them in for its own use.
-    *("uses_rms_norm", "layer_norm_folding"),
-    # Details of mechanisms whose switch is refused.
-    *("norm_topk_prob", "relative_attention_max_distance", "relative_attention_num_buckets"),
-    *("yarn_factor", "yarn_attention_factor", "yarn_beta_fast", "yarn_beta_slow"),
-    *("yarn_original_max_position_embeddings", "yarn_truncate", "yarn_global_attn_only"),
-}
+from tl_loops.upstream.config_fields import DETAILS_OF_THE_UNSUPPORTED, SAYS_NOTHING_OF_A_RUN
 
 
 def test_every_field_is_read_or_refused_or_says_nothing():
@@ -34,8 +23,9 @@ def test_every_field_is_read_or_refused_or_says_nothing():
         if not path.relative_to(root).as_posix().startswith(elsewhere)
     )
     read = set(re.findall(r"\.(\w+)\b", code))
-    unread = {f.name for f in dataclasses.fields(BaseConfig)} - read - SAYS_NOTHING
-    assert unread <= {*_UNSUPPORTED, *_CHOICES}
+    says_nothing = SAYS_NOTHING_OF_A_RUN | DETAILS_OF_THE_UNSUPPORTED
+    unread = {f.name for f in dataclasses.fields(BaseConfig)} - read - says_nothing
+    assert unread <= {*UNSUPPORTED, *CHOICES}
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,14 @@ import torch
 import tl_loops
 from tests.closeness import assert_close
 from tests.models import tiny_model, tiny_tokens
+from tl_loops.config.checks import UNSUPPORTED
+from tl_loops.config.fields import computing
 from tl_loops.errors import ConfigError, LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.model.repeated.config import RepeatedConfig
 from tl_loops.model.repeated.loop import loop
 from tl_loops.upstream import HAS_HOOKED_TRANSFORMER
+from tl_loops.upstream.config_fields import DETAILS_OF_THE_UNSUPPORTED
 
 if not HAS_HOOKED_TRANSFORMER:
     pytest.skip("loops HookedTransformer, which 4.0 removed", allow_module_level=True)
@@ -476,3 +480,17 @@ def test_the_document_runs(monkeypatch):
         elif statement:
             exec(statement, scope)
     assert scope["looped"].cfg.n_iterations == 16
+
+
+def test_looped_feedforward_models_that_differ_are_described_otherwise():
+    described = [loop(feedforward(kind), 2, 4, 3).cfg.describe() for kind in KINDS]
+    assert len(set(described)) == len(described)
+    assert "x += attn(ln1(x)) + mlp(ln2(x))" in described[list(KINDS).index("pythia")]
+    adjacent = feedforward("llama", rotary_adjacent_pairs=True)
+    assert "dimensions 2i and 2i + 1" in loop(adjacent, 2, 4, 3).cfg.describe()
+    further = DETAILS_OF_THE_UNSUPPORTED | UNSUPPORTED.keys()
+    for name in set(computing(RepeatedConfig)) & further:
+        cfg = copy.copy(loop(feedforward("gpt2"), 2, 4, 3).cfg)
+        before = cfg.describe()
+        setattr(cfg, name, "another value")
+        assert cfg.describe() != before, name

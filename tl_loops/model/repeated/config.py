@@ -4,13 +4,16 @@ import copy
 import dataclasses
 from typing import Any, SupportsIndex
 
-from tl_loops.config.checks import whole_iterations
+from tl_loops.config.checks import UNSUPPORTED, whole_iterations
 from tl_loops.config.config import LoopedTransformerConfig
+from tl_loops.config.describe_parts import BLOCKS, embedding, parts, unembedding
+from tl_loops.config.fields import computing
 from tl_loops.config.ranges import check_depth
 from tl_loops.errors import ConfigError
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.segments import Segment, named_segments
 from tl_loops.upstream import POST_NORM_ARCHITECTURES, BaseConfig
+from tl_loops.upstream.config_fields import DETAILS_OF_THE_UNSUPPORTED
 
 
 @dataclasses.dataclass(repr=False, eq=False)
@@ -47,6 +50,7 @@ class RepeatedConfig(LoopedTransformerConfig):
             block_norm="post_branch" if post_branch else "sandwich" if sandwich else "pre",
             attn_bias=True,
             unembed_bias=True,
+            rotary_layout="interleaved" if given.get("rotary_adjacent_pairs") else "half",
             mlp_bias=not (given.get("attn_only") or given.get("num_experts")),
             n_params=n_params,
             n_prelude=layout.n_prelude,
@@ -138,7 +142,7 @@ class RepeatedConfig(LoopedTransformerConfig):
         layout, n_coda = self._layout, self.n_coda
         lines = [
             f"{self.model_name} {self.notation}, {self.n_params:,} parameters, all of the original",
-            "embed    x = embedding of the original, with its positions",
+            f"embed    x = {embedding(self)}",
         ]
         first = layout.n_prelude
         if first:
@@ -154,8 +158,28 @@ class RepeatedConfig(LoopedTransformerConfig):
             first += layout.n_core
         if n_coda:
             lines.append(f"coda     blocks {first} to {first + n_coda - 1}")
-        lines.append("readout  logits = final norm and unembedding of the original")
-        return "\n".join(lines)
+        final = "x" if self.normalization_type is None else "ln_final(x)"
+        lines.append(f"readout  logits = {unembedding(self, final)}")
+        lines += [f"block    {self._block()}", *parts(self)]
+        also = [f"{name}={value!r}" for name, value in self._further().items()]
+        return "\n".join([*lines, *([f"also     {', '.join(also)}"] if also else [])])
+
+    def _block(self) -> str:
+        """A block of the original as formulas."""
+        if self.attn_only:
+            return BLOCKS[self.block_norm].partition(";")[0]
+        if self.parallel_attn_mlp:
+            return "x += attn(ln1(x)) + mlp(ln2(x))"
+        block = BLOCKS[self.block_norm]
+        return block.replace("_post", "") if self.block_norm == "post_branch" else block
+
+    def _further(self) -> dict[str, Any]:
+        """What decides the numbers and no config of a looped transformer may have."""
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        further = DETAILS_OF_THE_UNSUPPORTED | UNSUPPORTED.keys()
+        names = [name for name in computing(type(self)) if name in further]
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value != fields[name].default}
 
 
 def _repeated(name: str, start: int, stop: int, n_iterations: int) -> str:
