@@ -103,6 +103,12 @@ from tl_loops.metrics.residual import (
     residual_entropy_bound,
     residual_norm,
 )
+from tl_loops.metrics.sensitivity import (
+    FixedPointSensitivity,
+    JacobianNorm,
+    fixed_point_sensitivity,
+    jacobian_norm,
+)
 from tl_loops.metrics.stages import (
     StageAlignment,
     StagePermutationNull,
@@ -123,6 +129,8 @@ __all__ = [
     "TRAJECTORY_LABELS",
     "CosineClustering",
     "ExitCriterion",
+    "FixedPointSensitivity",
+    "JacobianNorm",
     "KMeans",
     "LoopSpectrum",
     "LyapunovExponents",
@@ -166,7 +174,9 @@ __all__ = [
     "expected_exit_iteration",
     "fixed_point_cosine",
     "fixed_point_distance",
+    "fixed_point_sensitivity",
     "fixed_point_slope",
+    "jacobian_norm",
     "js_divergence",
     "kl_divergence",
     "kmeans",

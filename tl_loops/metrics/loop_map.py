@@ -12,21 +12,22 @@ cannot be seen.
 """
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tl_loops.metrics.jacobian import (
+    Differentiation,
+    Jacobian,
+    LoopMap,
+    check_positive,
+    orthogonalise,
+)
 from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.metrics.precision import full_precision
-
-LoopMap = Callable[[Tensor], Tensor]
-Differentiation = Literal["forward", "double_backward"]
 
 _MIN_KRYLOV_DIM = 20
 
@@ -115,8 +116,8 @@ def loop_spectrum(
         ValueError: If `step` changes the shape or cuts gradients, or the counts are not positive.
         FloatingPointError: If the Jacobian holds NaN or inf.
     """
-    _check_positive(n_eigenvalues=n_eigenvalues, krylov_dim=krylov_dim)
-    jacobian = _Jacobian(step, state, differentiation)
+    check_positive(n_eigenvalues=n_eigenvalues, krylov_dim=krylov_dim)
+    jacobian = Jacobian(step, state, differentiation)
     size = jacobian.size
     n_eigenvalues = min(n_eigenvalues, size)
     limit = min(size, max(krylov_dim, n_eigenvalues))
@@ -126,7 +127,7 @@ def loop_spectrum(
     hessenberg = torch.zeros(limit + 1, limit, dtype=torch.float64)
     for m in range(1, limit + 1):
         product = jacobian.jvp(basis[-1])
-        following, coefficients, beta = _orthogonalise(product, basis)
+        following, coefficients, beta = orthogonalise(product, basis)
         hessenberg[:m, m - 1] = coefficients.double().cpu()
         hessenberg[m, m - 1] = beta
         values, residual = _ritz(hessenberg[: m + 1, :m], n_eigenvalues, exact=m == size)
@@ -135,7 +136,7 @@ def loop_spectrum(
         if m == limit or (enough and converged):
             return LoopSpectrum(values, residual, converged, m)
         if beta == 0:  # An invariant subspace: go on outside of it.
-            following, _, _ = _orthogonalise(jacobian.vector(generator), basis)
+            following, _, _ = orthogonalise(jacobian.vector(generator), basis)
         basis = torch.cat([basis, following[None]])
     raise AssertionError("the last round returns")
 
@@ -168,8 +169,8 @@ def operator_norm(
         RuntimeError: If the tolerance is not reached within `krylov_dim` products.
         FloatingPointError: If the Jacobian holds NaN or inf.
     """
-    _check_positive(krylov_dim=krylov_dim)
-    jacobian = _Jacobian(step, state, "double_backward")
+    check_positive(krylov_dim=krylov_dim)
+    jacobian = Jacobian(step, state, "double_backward")
     limit = min(jacobian.size, krylov_dim)
     basis = jacobian.vector(torch.Generator().manual_seed(seed))[None]
     basis = basis / basis.norm()
@@ -177,7 +178,7 @@ def operator_norm(
     error = math.inf
     for m in range(1, limit + 1):
         product = jacobian.vjp(jacobian.jvp(basis[-1]))
-        following, coefficients, beta = _orthogonalise(product, basis)
+        following, coefficients, beta = orthogonalise(product, basis)
         projected[:m, m - 1] = projected[m - 1, :m] = coefficients.double().cpu()
         values, vectors = torch.linalg.eigh(projected[:m, :m])
         squared = max(float(values[-1]), 0.0)
@@ -195,9 +196,9 @@ def operator_norm(
 
 @full_precision
 def lyapunov_exponents(
-    step: LoopMap,
+    step: LoopMap | Sequence[LoopMap],
     state: Float[Tensor, "..."],
-    n_iterations: int,
+    n_iterations: int | None = None,
     n_exponents: int = 1,
     skip: int = 0,
     seed: int = 0,
@@ -207,12 +208,13 @@ def lyapunov_exponents(
 
     Orthonormal tangent vectors are carried along and re-orthonormalised at every iteration; the
     exponents are the mean of log |diag R| (Benettin et al. 1980). With as many exponents as
-    dimensions their sum is the mean log |det J|.
+    dimensions their sum is the mean log |det J|. Where iterations differ (calls of two stacks, step
+    embeddings), give one map for each: every sub-update then has its QR.
 
     Args:
-        step: the loop map.
+        step: the loop map, or one for each iteration.
         state: the state before the first iteration, of any shape.
-        n_iterations: how many iterations to follow.
+        n_iterations: how many iterations to follow; None: as many as there are maps.
         n_exponents: how many tangent vectors.
         skip: leading iterations that turn the tangent vectors but are not averaged.
         seed: seed of the tangent vectors.
@@ -222,11 +224,22 @@ def lyapunov_exponents(
         `LyapunovExponents`; an exponent is -inf where the map collapses a direction.
 
     Raises:
-        ValueError: If `step` changes the shape or cuts gradients, a count is not positive, there
-            are more exponents than dimensions, or `skip` leaves no iteration.
+        ValueError: If `step` changes the shape or cuts gradients, a count is not positive, the
+            number of iterations is missing or is not that of the maps, there are more exponents
+            than dimensions, or `skip` leaves no iteration.
         FloatingPointError: If the Jacobian holds NaN or inf.
     """
-    _check_positive(n_iterations=n_iterations, n_exponents=n_exponents)
+    if callable(step):
+        if n_iterations is None:
+            raise ValueError("n_iterations is missing: one loop map can be followed for any number")
+        check_positive(n_iterations=n_iterations)
+        steps = [step] * n_iterations
+    else:
+        steps = list(step)
+        if n_iterations not in (None, len(steps)):
+            raise ValueError(f"n_iterations={n_iterations}, but there are {len(steps)} loop maps")
+        n_iterations = len(steps)
+    check_positive(n_iterations=n_iterations, n_exponents=n_exponents)
     if n_exponents > state.numel():
         raise ValueError(
             f"n_exponents={n_exponents} exceeds the {state.numel()} dimensions of the state"
@@ -239,131 +252,14 @@ def lyapunov_exponents(
     )
     tangents = torch.linalg.qr(start.to(state.device)).Q
     growth = []
-    for _ in range(n_iterations):
-        jacobian = _Jacobian(step, state, differentiation)
+    for one in steps:
+        jacobian = Jacobian(one, state, differentiation)
         moved = torch.stack([jacobian.jvp(v) for v in tangents.unbind(-1)], dim=-1)
         tangents, r = torch.linalg.qr(moved)
         growth.append(r.diagonal().abs().log())
         state = jacobian.output
     kept = torch.stack(growth[skip:])
     return LyapunovExponents(kept.mean(0), kept, state)
-
-
-def _differentiable_attention() -> AbstractContextManager[object]:
-    """Attention from plain products: the fused kernels have no forward or second derivative."""
-    return sdpa_kernel(SDPBackend.MATH)
-
-
-class _Jacobian:
-    """Products with the Jacobian of `step` at `state`, on flat vectors of at least float32."""
-
-    def __init__(self, step: LoopMap, state: Tensor, differentiation: Differentiation) -> None:
-        if differentiation not in ("forward", "double_backward"):
-            raise ValueError(
-                f'got differentiation={differentiation!r}, expected "forward" or "double_backward"'
-            )
-        self._step, self._state = step, state.detach()
-        self._dtype = statistic_dtype(state)
-        self.size = state.numel()
-        self._graph: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
-        self._seen_product = False
-        if differentiation == "forward":
-            with torch.no_grad():
-                output = step(self._state)
-        else:
-            with torch.inference_mode(False), torch.enable_grad(), _differentiable_attention():
-                x = self._state.clone().requires_grad_()
-                output = step(x)
-        if output.shape != state.shape:
-            raise ValueError(
-                f"step maps shape {list(state.shape)} to {list(output.shape)}; "
-                "a loop map returns a state of the same shape"
-            )
-        self.output = output.detach()
-        if differentiation == "double_backward":
-            with torch.inference_mode(False), torch.enable_grad():
-                # J^T u is linear in u, so its derivative with respect to u along v is J v.
-                u = torch.zeros_like(output, requires_grad=True)
-                pullback = None
-                if output.requires_grad:
-                    (pullback,) = torch.autograd.grad(
-                        output, x, u, create_graph=True, allow_unused=True
-                    )
-            self._graph = (x, output, u, pullback)
-
-    def vector(self, generator: torch.Generator) -> Tensor:
-        """Random direction."""
-        return torch.randn(self.size, generator=generator, dtype=self._dtype).to(self._state.device)
-
-    def jvp(self, v: Tensor) -> Tensor:
-        """J v."""
-        tangent = v.reshape(self._state.shape).to(self._state.dtype)
-        if self._graph is None:
-            with _differentiable_attention():
-                product = torch.func.jvp(self._step, (self._state,), (tangent,))[1]
-        else:
-            _, _, u, pullback = self._graph
-            product = None
-            if pullback is not None and pullback.requires_grad:
-                (product,) = torch.autograd.grad(
-                    pullback, u, tangent, retain_graph=True, allow_unused=True
-                )
-        product = self._checked(product)
-        if not self._seen_product:
-            self._seen_product = True
-            if not product.any():
-                self._refuse_cut_gradient(tangent)
-        return product
-
-    def vjp(self, w: Tensor) -> Tensor:
-        """J^T w, for `double_backward`."""
-        assert self._graph is not None
-        x, output, _, _ = self._graph
-        product = None
-        if output.requires_grad:
-            cotangent = w.reshape(output.shape).to(output.dtype)
-            (product,) = torch.autograd.grad(
-                output, x, cotangent, retain_graph=True, allow_unused=True
-            )
-        return self._checked(product)
-
-    def _refuse_cut_gradient(self, tangent: Tensor) -> None:
-        """Raise if the map moves along a tangent where its derivative is exactly zero."""
-        size = torch.finfo(tangent.dtype).eps ** 0.5 * max(1.0, float(self._state.norm()))
-        with torch.no_grad():
-            moved = self._step(self._state + size * tangent / tangent.norm())
-        if not torch.equal(moved, self.output):
-            raise ValueError(
-                "the derivative of step is exactly zero, yet its output changes with the state; "
-                "step cuts gradients (torch.no_grad, detach) or rounds: pass a differentiable map"
-            )
-
-    def _checked(self, product: Tensor | None) -> Tensor:
-        if product is None:  # The output does not depend on the state.
-            return torch.zeros(self.size, dtype=self._dtype, device=self._state.device)
-        product = product.detach().reshape(-1).to(self._dtype)
-        if not product.isfinite().all():
-            raise FloatingPointError(
-                "the Jacobian of the loop map has NaN or inf at this state; check that the map is "
-                "differentiable there and does not overflow in its dtype"
-            )
-        return product
-
-
-def _orthogonalise(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Split `vector` into its coefficients in the basis and the rest.
-
-    Returns the rest as a unit vector, the coefficients, and the length of the rest, which is 0
-    where only rounding is left.
-    """
-    coefficients = basis @ vector
-    rest = vector - coefficients @ basis
-    again = basis @ rest  # Once more: one pass of Gram-Schmidt loses orthogonality.
-    rest = rest - again @ basis
-    beta = float(rest.norm())
-    if beta <= 10 * torch.finfo(vector.dtype).eps * float(vector.norm()):
-        beta = 0.0
-    return rest / (beta if beta > 0 else 1.0), coefficients + again, beta
 
 
 def _ritz(hessenberg: Tensor, n_eigenvalues: int, exact: bool) -> tuple[Tensor, Tensor]:
@@ -376,9 +272,3 @@ def _ritz(hessenberg: Tensor, n_eigenvalues: int, exact: bool) -> tuple[Tensor, 
     )[:n_eigenvalues]
     beta = 0.0 if exact else float(hessenberg[-1, -1])
     return values[order], beta * vectors[-1, order].abs()
-
-
-def _check_positive(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name}={count}; expected at least 1")
