@@ -13,7 +13,7 @@ from tl_loops.errors import did_you_mean
 from tl_loops.layout.layout import LoopLayout
 
 Activation = Literal["pattern", "resid_post", "state_out", "exit_gate"]
-Needs = Literal["value", "previous", "last", "series"]
+Needs = Literal["value", "previous", "last", "series", "path"]
 Place = Literal["blocks", "calls", "last calls", "iterations", "last iteration"]
 Bounds = tuple[float, float]
 
@@ -36,14 +36,19 @@ class Measurement:
         needs: ``"value"``: the activation. ``"previous"``: also that of the same layer in the
             ``window - 1`` calls before, oldest first. ``"last"``: also that of the layer's last
             call. ``"series"``: what ``per_token`` made of all calls, [iteration, batch, pos].
+            ``"path"``: the same, where ``per_token`` is given the first call's activation and those
+            of the last ``window`` calls, oldest first (fewer at the beginning), and may give
+            several numbers a token, [iteration, batch, pos, number].
         place: Which blocks get a value: all (``"blocks"``); those of the core that have what is
             needed (``"calls"``); the last call of each core layer (``"last calls"``); the last
             layer of each iteration (``"iterations"``) or of the last one (``"last iteration"``). A
             series that is placed at iterations gives [iteration, batch].
         options: Names and defaults of the options.
-        window: Calls that ``"previous"`` spans, this one included.
+        window: Calls that ``"previous"`` and ``"path"`` span, this one included.
+        least_calls: Iterations (with two stacks, calls of the stack that is read out) without which
+            a path has no value.
         per_token: For series: one number per token, [batch, pos], from an activation and (with
-            ``against_last``) the activation of the layer's last call.
+            ``against_last``) the activation of the layer's last call. For paths: as said there.
         against_last: Whether a pass before this one must keep what the last calls give.
         causal: Whether it is defined for causal attention only, or the option and its value for
             which that is so.
@@ -59,7 +64,8 @@ class Measurement:
     place: Place
     options: Mapping[str, Any]
     window: int = 1
-    per_token: Callable[..., Float[Tensor, "batch pos"]] | None = None
+    least_calls: int = 1
+    per_token: Callable[..., Float[Tensor, "batch pos *number"]] | None = None
     against_last: bool = False
     causal: bool | tuple[str, str] = False
 
@@ -77,6 +83,8 @@ class Measurement:
         if self.place == "iterations":
             return tuple(layout.index(iteration=t, layer=-1) for t in range(layout.n_iterations))
         if self.place == "last iteration":
+            if self.needs == "path" and _last_path(layout) < self.least_calls:
+                return ()
             return (layout.index(iteration=-1, layer=-1),)
         calls = core_calls(layout).values()
         if self.place == "last calls":
@@ -84,6 +92,12 @@ class Measurement:
         if self.needs == "last":  # The distance of the last call to itself says nothing.
             return tuple(sorted(block for blocks in calls for block in blocks[:-1]))
         return tuple(sorted(b for blocks in calls for b in blocks[self.window - 1 :]))
+
+
+def _last_path(layout: LoopLayout) -> int:
+    """Number of states on the path that the last iteration belongs to."""
+    paths = [layout.state_path(t) for t in range(layout.n_iterations)]
+    return paths.count(paths[-1])
 
 
 def core_calls(layout: LoopLayout) -> dict[str, list[int]]:
@@ -126,6 +140,10 @@ def why_not(
         return "it counts the keys that a query can see, but this model's attention is not causal"
     if not measurement.blocks(layout, n_layers):
         assert layout is not None
+        if measurement.needs == "path":
+            least, n = measurement.least_calls, _last_path(layout)
+            what = "iterations" if layout.stacks is None else "states of one stack"
+            return f"it needs {least} {what} or more, but there are {n}"
         at_least = max(2, measurement.window)
         return f"it needs {at_least} iterations or more, but n_iterations is {layout.n_iterations}"
     return None
@@ -171,12 +189,18 @@ def _example(measurement: Measurement, n_tokens: int, d_model: int) -> list[Tens
     """Arguments for one prompt: uniform attention, or states that turn."""
     if measurement.needs == "series":
         return [torch.tensor([0.5, 1.0]).reshape(2, 1, 1).expand(2, 1, n_tokens)]
-    n_tensors = {"previous": measurement.window, "last": 2}.get(measurement.needs, 1)
+    sizes = {"previous": measurement.window, "path": measurement.window, "last": 2}
+    n_tensors = sizes.get(measurement.needs, 1)
     if measurement.reads == "pattern":
         visible = torch.ones(1, 1, n_tokens, n_tokens).tril()
         return [visible / visible.sum(-1, keepdim=True)] * n_tensors
     phase = torch.arange(n_tokens).unsqueeze(-1) + torch.arange(d_model)
-    return [(phase + shift).sin().unsqueeze(0) for shift in range(n_tensors)]
+    states = [(phase + shift).sin().unsqueeze(0) for shift in range(n_tensors)]
+    if measurement.needs != "path":
+        return states
+    assert measurement.per_token is not None
+    calls = range(1, n_tensors + 1)
+    return [torch.stack([measurement.per_token(states[0], *states[:n]) for n in calls])]
 
 
 def own_options(function: Callable, fixed: Iterable[str] = ()) -> dict[str, Any]:

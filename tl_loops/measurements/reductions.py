@@ -8,6 +8,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_loops.metrics import attention, massive, pairwise
+from tl_loops.metrics.paths import (
+    MOST_LAGS,
+    efficiency,
+    n_lags,
+    recurrence_lag,
+    step_components,
+)
+from tl_loops.metrics.settling import last_mean
+from tl_loops.metrics.states import direction_cosine, measured_states
 from tl_loops.metrics.trajectories import classify_trajectory
 
 PerPrompt = Float[Tensor, "batch"]
@@ -89,3 +98,68 @@ def gates_over_tokens(
 ) -> Float[Tensor, "*iteration batch"]:
     """A metric of the halting gates, averaged over the tokens."""
     return function(gates).mean(-1)
+
+
+def step_component(
+    *states: Float[Tensor, "batch pos d_model"], component: str
+) -> Float[Tensor, "batch"]:
+    """One part of the last step, averaged over the tokens."""
+    return getattr(step_components(torch.stack(states)), component)[-1].mean(-1)
+
+
+def path_lengths(
+    first: Float[Tensor, "batch pos d_model"], *recent: Float[Tensor, "batch pos d_model"]
+) -> Float[Tensor, "batch pos 3"]:
+    """Length of the step to a state (NaN for the first), its distance to the first, its norm."""
+    start, *states = measured_states(torch.stack([first, *recent]))
+    x = states[-1]
+    step = (x - states[-2]).norm(dim=-1) if len(states) > 1 else x.new_full(x.shape[:-1], torch.nan)
+    return torch.stack([step, (x - start).norm(dim=-1), x.norm(dim=-1)], dim=-1)
+
+
+def path_turn(
+    first: Float[Tensor, "batch pos d_model"], *recent: Float[Tensor, "batch pos d_model"]
+) -> Float[Tensor, "batch pos"]:
+    """Cosine between the last two steps; NaN before the second."""
+    x = measured_states(torch.stack(recent))
+    if len(recent) < 3:
+        return x.new_full(x.shape[1:-1], torch.nan)
+    before, after = x.diff(dim=0)[-2:]
+    return direction_cosine(after, before)
+
+
+def lag_distances(
+    first: Float[Tensor, "batch pos d_model"], *recent: Float[Tensor, "batch pos d_model"]
+) -> Float[Tensor, "batch pos lag"]:
+    """Distance to the state 1, 2, ... iterations before; NaN where there is none."""
+    *before, x = measured_states(torch.stack(recent))
+    found = [(x - other).norm(dim=-1) for other in reversed(before)]
+    missing = [x.new_full(x.shape[:-1], torch.nan)] * (MOST_LAGS - len(found))
+    return torch.stack([*found, *missing], dim=-1)
+
+
+def drift_of_path(
+    lengths: Float[Tensor, "iteration batch pos 3"], window: int, relative: bool
+) -> PerPrompt:
+    """The late drift of a prompt, from the lengths of its path."""
+    step, _, norm = lengths[1:].unbind(-1)
+    return last_mean(step / norm if relative else step, window).mean(-1)
+
+
+def efficiency_of_path(lengths: Float[Tensor, "iteration batch pos 3"]) -> PerPrompt:
+    """Path efficiency of a prompt, from the lengths of its path."""
+    step, distance, _ = lengths[1:].unbind(-1)
+    return efficiency(distance[-1], step).mean(-1)
+
+
+def persistence_of_path(turns: Float[Tensor, "iteration batch pos"]) -> PerPrompt:
+    """Directional persistence of a prompt, from the cosines of its path."""
+    return turns.nanmean(0).mean(-1)
+
+
+def lag_of_path(
+    distances: Float[Tensor, "iteration batch pos lag"], min_depth: float | int
+) -> PerPrompt:
+    """Recurrence lag of a prompt, from the mean over its tokens of their recurrence curves."""
+    curves = distances[..., : n_lags(len(distances), None)].nanmean(0)
+    return recurrence_lag(curves.mean(-2).movedim(-1, 0), min_depth)

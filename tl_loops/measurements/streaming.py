@@ -18,6 +18,9 @@ Hook = tuple[str, Callable[[Tensor, Any], Tensor | None]]
 CallKey = tuple[Activation, str]
 """An activation of one core layer (or, between iterations, of the loop): its calls are one path."""
 
+_SAMPLED = ("series", "path")
+"""What is sampled call by call, and reduced when the run is over."""
+
 
 @dataclass(frozen=True)
 class PlannedMetric:
@@ -131,7 +134,8 @@ def reduce_batch(
     """Run prompts of equal length and reduce what they give.
 
     Held at any time, besides what the forward pass itself needs: for metrics that compare calls the
-    last one or two calls of each core layer, for those that compare with the last iteration one
+    last one or two calls of each core layer, for those of the path of the states its first and its
+    last 16 states, for those that compare with the last iteration one
     call of each, and one number per token and call for trajectories and exits. Metrics that compare
     with the last iteration take a second pass; where the initial state is drawn afresh at each
     pass, both start from one draw.
@@ -210,6 +214,7 @@ class _Batch:
         self.last = last
         # The calls before the present one, as many as a metric needs.
         self.before: dict[CallKey, deque[Tensor]] = {}
+        self.first: dict[CallKey, Tensor] = {}
         self.series: dict[tuple[CallKey, Callable], Tensor] = {}
         self.n_calls = Counter(point.key for point in plan.points)
         self.calls_seen: Counter[CallKey] = Counter()
@@ -236,7 +241,7 @@ class _Batch:
         sampled = set()
         for metric in point.metrics:
             m = metric.measurement
-            if m.needs == "series":
+            if m.needs in _SAMPLED:
                 if m.per_token not in sampled:  # Several metrics share one series.
                     self._sample(point, m, x)
                     sampled.add(m.per_token)
@@ -257,13 +262,19 @@ class _Batch:
 
     def _remember(self, point: _Point, key: CallKey, x: Tensor) -> None:
         n = max(m.measurement.window for m in point.metrics) - 1
+        if any(m.measurement.needs == "path" for m in point.metrics):
+            self.first.setdefault(key, x)
         if n:
             self.before.setdefault(key, deque(maxlen=n)).append(x)
 
     def _sample(self, point: _Point, m: Measurement, x: Tensor) -> None:
         key = point.key
         assert key is not None and m.per_token is not None
-        value = m.per_token(x, self.last[key]) if m.against_last else m.per_token(x)
+        if m.needs == "path":
+            recent = [*self.before.get(key, ()), x][-m.window :]
+            value = m.per_token(self.first.get(key, x), *recent)
+        else:
+            value = m.per_token(x, self.last[key]) if m.against_last else m.per_token(x)
         if (key, m.per_token) not in self.series:
             self.series[key, m.per_token] = value.new_empty(self.n_calls[key], *value.shape)
         self.series[key, m.per_token][self.calls_seen[key]] = value
@@ -274,7 +285,7 @@ class _Batch:
     def finish(self) -> dict[str, Float[Tensor, "block batch"]]:
         """Reduce the series, and give all values."""
         for metric in self.plan.metrics:
-            if metric.measurement.needs == "series":
+            if metric.measurement.needs in _SAMPLED:
                 self._finish_series(metric)
         return {name: values.cpu().double() for name, values in self.values.items()}
 

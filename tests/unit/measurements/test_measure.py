@@ -24,7 +24,17 @@ from tl_loops.errors import CheckpointError
 from tl_loops.measurements import DEFAULT_METRICS, MEASUREMENTS
 from tl_loops.measurements.measure import available_metrics, measure
 from tl_loops.measurements.profile import LoopProfile
-from tl_loops.metrics import attention, dynamics, exits, massive, pairwise, residual
+from tl_loops.metrics import (
+    attention,
+    dynamics,
+    exits,
+    geometry,
+    massive,
+    pairwise,
+    paths,
+    residual,
+    settling,
+)
 from tl_loops.metrics.trajectories import TRAJECTORY_LABELS, classify_trajectory
 
 N_ITERATIONS = 4
@@ -108,6 +118,8 @@ def on_full_cache(model: Any, tokens: Tensor) -> dict[str, dict[int, Tensor]]:
         "residual_norm": residual.residual_norm(resid),
         "bos_norm_ratio": massive.bos_norm_ratio(resid),
         "massive_activations": massive.massive_activations(resid).count,
+        "anisotropy": geometry.anisotropy(resid),
+        "token_curvature": geometry.token_curvature(resid),
     }
     values = {name: dict(enumerate(v)) for name, v in everywhere.items()}
     if not hasattr(model, "layout"):
@@ -141,6 +153,12 @@ def on_full_cache(model: Any, tokens: Tensor) -> dict[str, dict[int, Tensor]]:
         "attention_successive_difference": place(pairwise.pattern_distance(A[1:], A[:-1]), 1),
         "attention_fixed_point_distance": place(pairwise.pattern_distance(A[:-1], A[-1:])),
     }
+    parts = paths.step_components(X)
+    values |= {
+        "radial_step": place(parts.radial.mean(-1), 1),
+        "tangential_step": place(parts.tangential.mean(-1), 1),
+        "norm_ratio": place(parts.norm_ratio.mean(-1), 1),
+    }
     labels = classify_trajectory(X).labels  # [layer, pos]
     for label in TRAJECTORY_LABELS:
         share = torch.from_numpy((labels == label).mean(-1))
@@ -149,6 +167,14 @@ def on_full_cache(model: Any, tokens: Tensor) -> dict[str, dict[int, Tensor]]:
     states = torch.stack([cached[f"iter.{t}.hook_state_out"][0] for t in range(T)])
     values["state_entropy"] = dict(zip(ends, residual.residual_entropy(states), strict=True))
     values["state_norm"] = dict(zip(ends, residual.residual_norm(states), strict=True))
+    curve = paths.recurrence_curve(states).mean(-1)
+    values |= {
+        "late_drift": {ends[-1]: settling.late_drift(states).mean(-1)},
+        "path_efficiency": {ends[-1]: paths.path_efficiency(states).mean(-1)},
+        "directional_persistence": {ends[-1]: paths.directional_persistence(states).mean(-1)},
+    }
+    if T >= 6:
+        values["recurrence_lag"] = {ends[-1]: paths.recurrence_lag(curve)}
     if model.cfg.exit_gate:
         gates = torch.stack([cached[f"iter.{t}.hook_exit_gate"][0, :, 0] for t in range(T)])
         probability = exits.exit_distribution(gates).mean(-1)
@@ -169,7 +195,53 @@ def assert_streamed_is_cached(profile: LoopProfile, model: Any, given: list[Tens
             values = torch.stack([c[name][block].double() for c in cached])
             got = (profile.mean(name)[block], profile.std(name)[block])
             expected = (values.mean(), values.std())
-            assert_close(got, expected, rtol=1e-4, atol=2e-5, msg=f"{name} {block}")
+            nowhere = bool(values.isnan().all())  # no prompt comes back: no lag
+            message = f"{name} {block}"
+            assert_close(got, expected, rtol=1e-4, atol=2e-5, equal_nan=nowhere, msg=message)
+
+
+def test_the_path_of_the_states_is_streamed_over_any_number_of_iterations():
+    """More iterations than states are held, on an orbit that a hook makes of the states."""
+    model, given = looped("retrofitted"), prompts()[:1]
+    names = {
+        "late_drift": {"window": 7, "relative": True},
+        "recurrence_lag": {"min_depth": 0.3},
+        "path_efficiency": {},
+        "directional_persistence": {},
+    }
+    seen: list[Tensor] = []
+
+    def turn(state: Tensor, hook: Any) -> Tensor:
+        angle = torch.tensor(2 * torch.pi * int(hook.name.split(".")[1]) / 5.1)
+        state = torch.zeros_like(state)
+        state[..., 0], state[..., 1], state[..., 2] = angle.cos(), angle.sin(), 2.0
+        seen.append(state)
+        return state
+
+    with model.iterations(37), model.hooks([(lambda n: n.endswith("hook_state_out"), turn)]):
+        profile = quiet(model, given, names)
+        last = model.layout.index(iteration=-1, layer=-1)
+    states = torch.stack(seen)[:, 0]
+    assert len(states) == 37
+    expected = {
+        "late_drift": settling.late_drift(states, 7, relative=True).mean(),
+        "path_efficiency": paths.path_efficiency(states).mean(),
+        "directional_persistence": paths.directional_persistence(states).mean(),
+        "recurrence_lag": torch.tensor(5.0),
+    }
+    for name, value in expected.items():
+        assert float(profile.mean(name)[last]) == pytest.approx(float(value), rel=1e-5), name
+        assert int(profile.count(name).sum()) == 1
+
+
+def test_a_path_needs_its_iterations():
+    model = looped("retrofitted")
+    with pytest.raises(ValueError, match="needs 6 iterations or more, but there are 5"):
+        quiet(model, prompts(), "recurrence_lag", n_iterations=5)
+    with pytest.raises(ValueError, match="needs 2 iterations or more, but there are 1"):
+        quiet(model, prompts(), "late_drift", n_iterations=1)
+    with pytest.raises(ValueError, match="no option 'windov'"):
+        quiet(model, prompts(), {"late_drift": {"windov": 2}})
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -25,8 +25,8 @@ def test_every_entry_is_complete(name, measurement):
     assert measurement.unit
     assert measurement.summary[0].isupper() or measurement.summary[0].isdigit()
     assert "arXiv" in measurement.source
-    assert (measurement.per_token is not None) == (measurement.needs == "series")
-    assert (measurement.window > 1) == (measurement.needs == "previous")
+    assert (measurement.per_token is not None) == (measurement.needs in ("series", "path"))
+    assert (measurement.window > 1) == (measurement.needs in ("previous", "path"))
     assert measurement.against_last or measurement.needs != "last"
     for option in measurement.options:
         assert option not in ("mask", "validate", "reference")
