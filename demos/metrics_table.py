@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tl_loops import LoopedTransformer, LoopProfile, measure, metrics, tasks
+from tl_loops import dynamics as loop_dynamics
 from tl_loops.measurements import MEASUREMENTS, why_not
 from tl_loops.tasks.fact_chain import Prompt
 
@@ -259,6 +260,86 @@ def residual(r: Run) -> Numbers:
     return out
 
 
+def geometry(r: Run) -> Numbers:
+    first, last = r.resid_post[r.block(0)], r.resid_post[r.block(-1)]
+    tokens = r.states.flatten(1, 2)
+    near, far = (metrics.linear_cka(tokens[t], tokens[-1]) for t in (-2, 0))
+    curvature = metrics.token_curvature(last).mean()
+    spectrum = torch.linalg.svdvals(tokens.flatten(0, 1).double())
+    return {
+        "linear_cka": show(near),
+        "linear_cka.first": show(far),
+        "linear_cka.verdict": (
+            "is settled by the last iteration, and is not that of the first"
+            if near > 0.9 > far
+            else "changes until the last iteration"
+            if near <= 0.9
+            else "is that of the first iteration already"
+        ),
+        "token_curvature": show(curvature),
+        "token_curvature.first": show(metrics.token_curvature(first).mean()),
+        "token_curvature.verdict": "straighter" if curvature < 2 * math.pi / 3 else "more bent",
+        "anisotropy": show(metrics.anisotropy(last).mean()),
+        "anisotropy.first": show(metrics.anisotropy(first).mean()),
+        "rank_of_spectrum": show(metrics.rank_of_spectrum(spectrum)),
+        "rank_of_spectrum.max": str(len(spectrum)),
+        "rank_for_share": show(metrics.rank_for_share(spectrum, 0.99)),
+    }
+
+
+def settling(r: Run) -> Numbers:
+    token = r.states[:, :, -1]
+    stopped, half = token[:4], 3
+    drift = metrics.late_drift(stopped, relative=True)
+    correct = r.logits[half, :, -1].argmax(-1) == r.answers
+    table = metrics.settling_table(drift, correct)
+    settled, wandering = (table.counts.loc[name] for name in ("settled", "wandering"))
+    return {
+        "late_drift": show(metrics.late_drift(token).mean()),
+        "late_drift.relative": show(metrics.late_drift(token, relative=True).mean()),
+        "otsu_threshold": show(metrics.otsu_threshold(drift.log())),
+        "settling_table": show(table.auc),
+        "settling_table.settled": str(settled.sum()),
+        "settling_table.right": str(settled["correct"]),
+        "settling_table.wandering": str(wandering.sum()),
+        "settling_table.right_wandering": str(wandering["correct"]),
+        "settling_table.verdict": (
+            "wrong answers drift further"
+            if table.auc > 0.6
+            else "right answers drift further"
+            if table.auc < 0.4
+            else "drift hardly tells right from wrong here"
+        ),
+    }
+
+
+def paths(r: Run) -> Numbers:
+    parts = metrics.step_components(r.states)
+    radial, tangential = parts.radial[-1].mean(), parts.tangential[-1].mean()
+    curve = metrics.recurrence_curve(r.states).flatten(1).mean(-1)
+    lags = metrics.recurrence_lag(metrics.recurrence_curve(r.long_layers[-1]))
+    share = lags.isfinite().float().mean()
+    return {
+        "step_components": show(radial),
+        "step_components.tangential": show(tangential),
+        "step_components.ratio": show(parts.norm_ratio[-1].mean()),
+        "step_components.verdict": (
+            "mostly growth, which the norm before the readout takes away"
+            if radial > tangential
+            else "mostly a turn, which the readout sees"
+        ),
+        "path_efficiency": show(metrics.path_efficiency(r.states).mean()),
+        "directional_persistence": show(metrics.directional_persistence(r.states).mean()),
+        "recurrence_curve.first": show(curve[0]),
+        "recurrence_curve": show(curve[-1]),
+        "recurrence_curve.verdict": (
+            "only grows: nothing comes back" if (curve.diff() > 0).all() else "falls again"
+        ),
+        "recurrence_lag": show(share),
+        "recurrence_lag.verdict": "no orbit" if share < 0.05 else "some orbits",
+    }
+
+
 def dynamics(r: Run) -> Numbers:
     states, long = r.states, r.long_layers[-1]
     step = metrics.successive_difference(states).mean(-1)
@@ -383,6 +464,8 @@ def loop_map(r: Run) -> Numbers:
         spectrum = metrics.loop_spectrum(step, at, krylov_dim=128, tolerance=1e-3)
         norm = metrics.operator_norm(step, at, krylov_dim=256, tolerance=1e-3)
         lyapunov = metrics.lyapunov_exponents(step, r.states[0, :1], n_iterations=24, skip=8)
+        frobenius = metrics.jacobian_norm(step, at)
+        sensitivity = _damped_sensitivity(r)
     radius = float(spectrum.spectral_radius)
     period = float(spectrum.rotation_period[0])
     exponent = float(lyapunov.exponents[0])
@@ -397,6 +480,16 @@ def loop_map(r: Run) -> Numbers:
             if norm > 1
             else "no perturbation grows in an iteration"
         ),
+        "jacobian_norm": show(frobenius.norm),
+        "jacobian_norm.error": show(frobenius.norm_error),
+        "jacobian_norm.stretch": show(frobenius.rms_stretch),
+        "jacobian_norm.verdict": (
+            "a random small change grows"
+            if frobenius.rms_stretch > 1
+            else "a random small change shrinks"
+        ),
+        "fixed_point_sensitivity": show(sensitivity.response.norm()),
+        "fixed_point_sensitivity.radius": show(sensitivity.spectral_radius),
         "lyapunov_exponents": show(exponent),
         "lyapunov_exponents.verdict": _stability(exponent),
     }
@@ -406,6 +499,23 @@ def _stability(exponent: float) -> str:
     if abs(exponent) < 0.02:
         return "perturbations neither grow nor die out (marginal)"
     return "perturbations die out" if exponent < 0 else "perturbations grow"
+
+
+def _damped_sensitivity(r: Run) -> metrics.FixedPointSensitivity:
+    """Of iterations that read a fifth of the state, to e at the last token."""
+    step = loop_dynamics.loop_map(r.model, r.tokens[0])
+
+    def damped(state: Tensor, injection: Tensor) -> Tensor:
+        return step(state / 5, injection)
+
+    state, injection = step.state, step.injection
+    assert injection is not None
+    with torch.no_grad():
+        for _ in range(200):
+            state = damped(state, injection)
+    direction = torch.zeros_like(injection)
+    direction[-1] = injection[-1] / injection[-1].norm()
+    return metrics.fixed_point_sensitivity(damped, state, injection, direction[None])
 
 
 def neurons(r: Run) -> Numbers:
@@ -628,7 +738,10 @@ GROUPS = (
     attention,
     lipschitz,
     residual,
+    geometry,
     dynamics,
+    settling,
+    paths,
     trajectories,
     loop_map,
     neurons,
@@ -667,6 +780,8 @@ def _first_and_last_block(r: Run, name: str) -> str:
     layout, mean = r.model.layout, r.profile.mean(name)
     blocks = [layout.index(iteration=t, layer=-1) for t in range(layout.n_iterations)]
     blocks = [block for block in blocks if not math.isnan(float(mean[block]))]
+    if not blocks:
+        return "none: no prompt has one"
     ends = dict.fromkeys([blocks[0], blocks[-1]])
     return " → ".join(f"{show(mean[block])} ({layout.label(block)})" for block in ends)
 

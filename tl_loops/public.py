@@ -1,6 +1,16 @@
 """The public names of the package, which ``import tl_loops`` gives."""
 
-from tl_loops import attribution, lens, loop_hooks, metrics, patching, plots, steering, tasks
+from tl_loops import (
+    attribution,
+    dynamics,
+    lens,
+    loop_hooks,
+    metrics,
+    patching,
+    plots,
+    steering,
+    tasks,
+)
 from tl_loops.cache.cache import LoopedActivationCache
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import (
@@ -44,6 +54,7 @@ __all__ = [
     "UnrolledBridge",
     "attribution",
     "available_metrics",
+    "dynamics",
     "exit_curve",
     "kv_sharing_effect",
     "lens",

@@ -9,7 +9,7 @@ FLOORS = (
     "errors later metrics tasks version writing",
     "layout upstream loop_losses",
     "mechanisms cache runs drawing loop_hooks",
-    "config lens patching attribution measurements",
+    "config lens patching attribution measurements dynamics",
     "nn families plots steering",
     "loading",
     "model report",
@@ -17,7 +17,7 @@ FLOORS = (
 )
 """The rooms of each floor, the lowest first."""
 
-ANALYSES = "runs measurements lens patching attribution plots steering".split()
+ANALYSES = "runs measurements lens patching attribution dynamics plots steering".split()
 MODELS = "mechanisms config nn families loading model".split()
 """The two towers: neither imports the other. Both know the cache."""
 

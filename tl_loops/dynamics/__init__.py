@@ -5,13 +5,13 @@ model whose state is all that goes from one iteration to the next. What is one n
 a metric that :func:`tl_loops.measure` streams.
 """
 
+from tl_loops.dynamics.iteration_map import ModelLoopMap, loop_map, loop_maps
 from tl_loops.dynamics.jacobians import (
     IterationJacobians,
     injection_sensitivity,
     iteration_jacobians,
     run_exponents,
 )
-from tl_loops.dynamics.loop_map import ModelLoopMap, loop_map, loop_maps
 
 __all__ = [
     "IterationJacobians",

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_loops.dynamics.loop_map import ModelLoopMap, loop_map, loop_maps
+from tl_loops.dynamics.iteration_map import ModelLoopMap, loop_map, loop_maps
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
@@ -25,6 +25,7 @@ from tl_loops.metrics import (
     loop_spectrum,
     lyapunov_exponents,
 )
+from tl_loops.metrics.jacobian import Differentiation
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +87,7 @@ def iteration_jacobians(
     n_probes: int | None = 32,
     generator: torch.Generator | None = None,
     initial_state: Float[Tensor, "pos d_model"] | None = None,
+    differentiation: Differentiation = "double_backward",
     progress: bool = False,
 ) -> IterationJacobians:
     """Spectral radius and Frobenius norm of the Jacobian of iterations, along one run.
@@ -105,6 +107,8 @@ def iteration_jacobians(
         n_probes: Random vectors for the Frobenius norm; ``None``: all unit vectors, exactly.
         generator: Draws them, on the CPU; ``None``: a new one with seed 0.
         initial_state: The state before iteration 0; ``None``: the model's rule.
+        differentiation: ``"double_backward"``: keeps the graph of an iteration, and a product is a
+            backward pass through it. ``"forward"``: keeps no graph, and takes longer.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -125,9 +129,16 @@ def iteration_jacobians(
     for t in tqdm(chosen, desc="Jacobians", disable=not progress):
         step = maps[t]
         spectra.append(
-            loop_spectrum(step, step.state, n_eigenvalues, krylov_dim, tolerance=tolerance)
+            loop_spectrum(
+                step,
+                step.state,
+                n_eigenvalues,
+                krylov_dim,
+                tolerance=tolerance,
+                differentiation=differentiation,
+            )
         )
-        norms.append(jacobian_norm(step, step.state, n_probes, generator))
+        norms.append(jacobian_norm(step, step.state, n_probes, generator, differentiation))
     return IterationJacobians(chosen, tuple(spectra), tuple(norms), maps[0].n_dimensions)
 
 

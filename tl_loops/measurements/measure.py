@@ -48,7 +48,8 @@ def measure(
     """Mean, deviation and count over prompts of each metric at each unrolled block.
 
     Every activation is reduced in its hook and let go: memory grows neither with the number of
-    prompts nor (but for hook points and a few numbers a block and token) with the iterations.
+    prompts nor (but for hook points and a few numbers a block and token) with the iterations; the
+    path of the states (``late_drift``, ``recurrence_lag``, ...) takes its first and last 16 states.
     Each prompt is measured at its own length, without padding; heads or tokens are averaged within
     a prompt, and prompts weigh the same (arXiv 2604.11791, section 4.1). Statistics are float32 or
     better, also of a bfloat16 model. Hooks that are on the model act, so that ablated models can be

@@ -45,16 +45,23 @@ class CellOutput:
 
 
 @contextmanager
-def hooked(model: Model, hooks: Sequence[tuple[str, Callable]]) -> Iterator[None]:
+def hooked(
+    model: Model, hooks: Sequence[tuple[str, Callable]], before_others: bool = False
+) -> Iterator[None]:
     """``model.hooks`` without its visit to every hook point of the model when it ends.
 
     A run has as many stages as there are blocks, so that visit would cost more than the stages.
+
+    Args:
+        model: The model.
+        hooks: Canonical hook names and hooks.
+        before_others: Whether they act before hooks that are on the model already.
     """
     level = model.context_level + 1
     points = [model.hook_dict[name] for name, _ in hooks]
     try:
         for point, (_, hook) in zip(points, hooks, strict=True):
-            point.add_hook(hook, level=level)
+            point.add_hook(hook, level=level, prepend=before_others)
         yield
     finally:
         for point in points:

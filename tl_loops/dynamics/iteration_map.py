@@ -29,12 +29,12 @@ class ModelLoopMap:
     Call it with a state of the shape of ``state`` (and, where the model injects, another injection
     of the shape of ``injection``). It is differentiable in both, forwards and backwards (attention
     is computed unfused), and everything of :mod:`tl_loops.metrics` that takes a loop map takes it.
-    Hooks that are on the model act.
+    Hooks that are on the model act, those on its first ``hook_state_in`` included.
 
     Attributes:
-        state: The state of the run where the map begins: what ``iter.{t}.hook_state_in`` shows,
-            [pos, d_model]; of the chosen positions alone, if some were chosen; with two stacks both
-            states, [stack, pos, d_model].
+        state: The state of the run where the map begins: what comes to
+            ``iter.{t}.hook_state_in``, [pos, d_model]; of the chosen positions alone, if some were
+            chosen; with two stacks both states, [stack, pos, d_model].
         injection: e of the run, [pos, d_model]; ``None`` where nothing is injected.
         iteration: The first iteration that is run.
         span: How many are.
@@ -49,6 +49,7 @@ class ModelLoopMap:
     stacks: tuple[str, ...]
     pos: tuple[int, ...] | None
     _model: Model = field(repr=False)
+    _layout: LoopLayout = field(repr=False)
     _tokens: Int[Tensor, "1 pos"] = field(repr=False)
     _initial_state: Float[Tensor, "1 pos d_model"] | None = field(repr=False)
     _whole: Float[Tensor, "stack pos d_model"] = field(repr=False)
@@ -63,7 +64,8 @@ class ModelLoopMap:
             injection: In place of the run's e, for these iterations.
 
         Raises:
-            ValueError: A tensor of another shape, or an injection for a model that has none.
+            ValueError: A tensor of another shape, an injection for a model that has none, or
+                another number of iterations than when the map was made.
         """
         if state.shape != self.state.shape:
             raise ValueError(
@@ -82,11 +84,22 @@ class ModelLoopMap:
         if self.pos is not None:
             index = torch.tensor(self.pos, device=whole.device)
             whole = self._whole.index_copy(1, index, whole)
+        if require_layout(self._model) != self._layout:
+            raise ValueError(
+                f"the model now has {require_layout(self._model)!r}, but this map was made with "
+                f"{self._layout!r}: use it inside `with model.iterations(n):`, as it was made"
+            )
         with differentiable_attention():
             after = self._run(whole, injection)
         if self.pos is not None:
             after = after[:, list(self.pos)]
         return after if self.stacks else after[0]
+
+    def __repr__(self) -> str:
+        last = self.iteration + self.span - 1
+        which = f"iteration {last}" if self.span == 1 else f"iterations {self.iteration} to {last}"
+        joint = f", stacks {' and '.join(self.stacks)}" if self.stacks else ""
+        return f"ModelLoopMap({which} of {list(self.state.shape)}{joint})"
 
     @property
     def n_dimensions(self) -> int:
@@ -95,7 +108,7 @@ class ModelLoopMap:
 
     def _run(self, whole: Tensor, injection: Tensor | None) -> Tensor:
         """The states of all stacks after the last iteration of the span."""
-        layout, model = require_layout(self._model), self._model
+        layout, model = self._layout, self._model
         last = self.iteration + self.span - 1
         states = dict(zip(self.stacks or ("",), whole, strict=True))
         found: dict[str, Tensor] = {}
@@ -121,10 +134,10 @@ class ModelLoopMap:
             with hooked(model, hooks):
                 model(start, **arguments)
         else:
-            hooks = [*self._given(layout, states, injection), *hooks]
+            given = self._given(layout, states, injection)
             if self._initial_state is not None:
                 arguments["initial_state"] = self._initial_state
-            with hooked(model, hooks):
+            with hooked(model, given, before_others=True), hooked(model, hooks):
                 model(self._tokens, attention_mask=torch.ones_like(self._tokens), **arguments)
         return torch.stack([found.get(name, state) for name, state in states.items()])
 
@@ -260,7 +273,8 @@ def _loop_maps(
         arguments["initial_state"] = given
     # Tensors of inference mode could not be differentiated later.
     with torch.inference_mode(False), torch.no_grad():
-        with hooked(model, [(name, keep) for name in dict.fromkeys([*wanted, *extra])]):
+        hooks = [(name, keep) for name in dict.fromkeys([*wanted, *extra])]
+        with hooked(model, hooks, before_others=True):
             model(tokens.clone(), **arguments, **_stop(layout, max(names)))
     made = []
     for t, (state_in, *other_in) in names.items():
@@ -279,6 +293,7 @@ def _loop_maps(
                 stacks,
                 chosen,
                 model,
+                layout,
                 tokens,
                 found["hook_initial_state"] if drawn else given,
                 whole,
