@@ -293,16 +293,16 @@ def settling(r: Run) -> Numbers:
     drift = metrics.late_drift(stopped, relative=True)
     correct = r.logits[half, :, -1].argmax(-1) == r.answers
     table = metrics.settling_table(drift, correct)
-    settled, wandering = (table.counts.loc[name] for name in ("settled", "wandering"))
+    settled, wandering = table.counts.tolist()
     return {
         "late_drift": show(metrics.late_drift(token).mean()),
         "late_drift.relative": show(metrics.late_drift(token, relative=True).mean()),
         "otsu_threshold": show(metrics.otsu_threshold(drift.log())),
         "settling_table": show(table.auc),
-        "settling_table.settled": str(settled.sum()),
-        "settling_table.right": str(settled["correct"]),
-        "settling_table.wandering": str(wandering.sum()),
-        "settling_table.right_wandering": str(wandering["correct"]),
+        "settling_table.settled": str(sum(settled)),
+        "settling_table.right": str(settled[0]),
+        "settling_table.wandering": str(sum(wandering)),
+        "settling_table.right_wandering": str(wandering[0]),
         "settling_table.verdict": (
             "wrong answers drift further"
             if table.auc > 0.6

@@ -1,10 +1,9 @@
 """Spectrum, size and exponents of the Jacobians of a model's iterations, on one prompt."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -26,6 +25,9 @@ from tl_loops.metrics import (
     lyapunov_exponents,
 )
 from tl_loops.metrics.jacobian import Differentiation
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +56,11 @@ class IterationJacobians:
         """‖J‖_F at each iteration."""
         return torch.tensor([norm.norm for norm in self.norms])
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> "pandas.DataFrame":
         """One row an iteration: radius, period of the leading pair, norms and their errors."""
-        return pd.DataFrame(
+        import pandas
+
+        return pandas.DataFrame(
             {
                 "iteration": self.iterations,
                 "spectral_radius": [s.spectral_radius for s in self.spectra],

@@ -48,7 +48,8 @@ class Jacobian:
             raise ValueError(
                 f'got differentiation={differentiation!r}, expected "forward" or "double_backward"'
             )
-        self._step, self._state = step, state.detach()
+        with torch.inference_mode(False):  # Tensors made in inference mode have no derivatives.
+            self._step, self._state = step, state.detach().clone()
         self._dtype = statistic_dtype(state)
         self.size = state.numel()
         self._graph: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
@@ -85,8 +86,8 @@ class Jacobian:
         """J v."""
         tangent = v.reshape(self._state.shape).to(self._state.dtype)
         if self._graph is None:
-            with differentiable_attention():
-                product = torch.func.jvp(self._step, (self._state,), (tangent,))[1]
+            with differentiable_attention(), torch.inference_mode(False), torch.no_grad():
+                product = torch.func.jvp(self._step, (self._state,), (tangent.clone(),))[1]
         else:
             _, _, u, pullback = self._graph
             product = None

@@ -6,15 +6,18 @@ right ones settle. The late drift is what is measured, Otsu's threshold says whe
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_loops.metrics.dynamics import successive_difference
 from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.metrics.precision import full_precision
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @full_precision
@@ -85,30 +88,38 @@ class SettlingTable:
     Attributes:
         threshold: drift at or below which a trajectory is settled, in the unit of the drift.
         settled: which are, `[sample]`.
-        counts: rows settled and wandering, columns correct and wrong.
+        counts: `[2, 2]`, rows settled and wandering, columns correct and wrong.
         auc: probability that a wrong answer drifts further than a right one (ties count half), the
             area under the receiver operating characteristic; NaN unless there are both.
     """
 
     threshold: float
     settled: Bool[Tensor, "sample"]
-    counts: pd.DataFrame
+    counts: Int[Tensor, "2 2"]
     auc: float
 
     @property
     def accuracy_settled(self) -> float:
         """Share of correct answers among settled trajectories; NaN without one."""
-        return _share(self.counts.loc["settled"])
+        return _share(self.counts[0])
 
     @property
     def accuracy_wandering(self) -> float:
         """Share of correct answers among the others; NaN without one."""
-        return _share(self.counts.loc["wandering"])
+        return _share(self.counts[1])
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """The counts, with names."""
+        import pandas
+
+        return pandas.DataFrame(
+            self.counts.tolist(), index=["settled", "wandering"], columns=["correct", "wrong"]
+        )
 
 
-def _share(row: pd.Series) -> float:
+def _share(row: Int[Tensor, "2"]) -> float:
     n = int(row.sum())
-    return int(row["correct"]) / n if n else math.nan
+    return int(row[0]) / n if n else math.nan
 
 
 @full_precision
@@ -145,13 +156,8 @@ def settling_table(
             )
         threshold = math.exp(log_threshold)
     settled = drift <= threshold
-    groups = {"settled": settled, "wandering": ~settled}
-    counts = pd.DataFrame(
-        {
-            "correct": {name: int((rows & correct).sum()) for name, rows in groups.items()},
-            "wrong": {name: int((rows & ~correct).sum()) for name, rows in groups.items()},
-        }
-    )
+    answers = torch.stack([correct, ~correct])
+    counts = torch.stack([(rows & answers).sum(-1) for rows in (settled, ~settled)])
     return SettlingTable(float(threshold), settled, counts, _auc(drift[~correct], drift[correct]))
 
 

@@ -66,8 +66,8 @@ def test_the_table():
     found = settling_table(drift, correct)
     assert 0.02 < found.threshold < 2.0
     assert found.settled.tolist() == [True, True, True, False, False, True]
-    assert found.counts.loc["settled"].tolist() == [3, 1]
-    assert found.counts.loc["wandering"].tolist() == [1, 1]
+    assert found.counts.tolist() == [[3, 1], [1, 1]]
+    assert found.to_frame().loc["settled", "correct"] == 3
     assert found.accuracy_settled == 0.75 and found.accuracy_wandering == 0.5
     # Wrong: 0.015, 2. Right: 0.01, 0.02, 3, 0: 2 + 3 of 8 pairs.
     assert found.auc == pytest.approx(5 / 8)
