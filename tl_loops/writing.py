@@ -100,6 +100,37 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
             raise
 
 
+def append_whole(path: str | os.PathLike[str], content: bytes, place: int) -> None:
+    """Append to a file; what it held before stays, whatever happens.
+
+    A kill may leave a part of the content at the end, so that a reader must know a whole one.
+
+    Args:
+        path: Of a file that exists.
+        content: What is appended.
+        place: Number of bytes before it; what the file holds after them is cut off.
+
+    Raises:
+        FileNotFoundError: The file is gone.
+        PermissionError: The file may not be written.
+        ValueError: It is not a regular file.
+        OSError: The disk is full or fails; the message names the file, which is as before.
+    """
+    left = memoryview(content)
+    # Without a buffer: one that could not be written would be tried again when the file is closed.
+    with _named(path), open(check_regular(path), "r+b", buffering=0) as stream:
+        stream.truncate(place)
+        try:
+            stream.seek(place)
+            while left:
+                left = left[stream.write(left) :]
+            os.fsync(stream.fileno())
+        except BaseException:
+            with suppress(OSError):
+                stream.truncate(place)
+            raise
+
+
 @contextmanager
 def in_use(path: str | os.PathLike[str]) -> Iterator[None]:
     """Hold a file as the only writer, and remove what a killed writer left beside it.

@@ -1,5 +1,6 @@
 """Forced-exit curves: what the model would have said had it left the loop at each iteration."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.model import Model
@@ -19,19 +19,24 @@ from tl_loops.lens.tracked_tokens import check_known
 from tl_loops.metrics.answers import oracle_headroom, overthinking
 from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.metrics.readout import kl_divergence, predicted_tokens
+from tl_loops.runs.batch_file import SavedRun
 from tl_loops.runs.batches import (
-    batches,
     check_batch_size,
-    longest_first,
+    equal_batches,
     token_prompts,
     tokens_alone,
 )
+from tl_loops.runs.identity import identity_of, prompts_fingerprint
+from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
 from tl_loops.runs.inputs import LensInputs
+from tl_loops.runs.merge import merge_runs
 from tl_loops.runs.moments import Moments
+from tl_loops.runs.shards import Shards
 
 if TYPE_CHECKING:
     import pandas
 
+_SIZE = "n_prompts, n_targets"
 _CURVES = ("loss", "accuracy", "kl_to_last", "flip_rate", "overthinking")
 
 
@@ -46,11 +51,14 @@ class ExitCurve:
         moments: Moments [iteration] of the curves below by name, and [] of ``"oracle_headroom"``.
         n_prompts: Number of prompts.
         n_targets: Number of predicted tokens.
+        shard: The shard of a run that this is, with the numbers of each of its batches; ``None``
+            for a whole one.
     """
 
     moments: Mapping[str, Moments]
     n_prompts: int
     n_targets: int
+    shard: SavedRun | None = None
 
     @property
     def loss(self) -> Float[Tensor, "iteration"]:
@@ -104,6 +112,60 @@ class ExitCurve:
         columns = ["curve", "iteration", "mean", "std", "count", "undefined"]
         return pandas.DataFrame(rows, columns=columns)
 
+    def merge(self, *others: "ExitCurve") -> "ExitCurve":
+        """The curve of the whole run that shards make up, to the bits of one process.
+
+        Raises:
+            ValueError: One of them is no shard.
+            CheckpointError: A shard is missing, unfinished, given twice, or of another run; the
+                message names it.
+        """
+        shards = []
+        for curve in (self, *others):
+            if curve.shard is None:
+                raise ValueError(
+                    "a whole exit curve cannot be merged: pass exit_curve(shard=(k, n))"
+                )
+            shards.append(curve.shard)
+        whole = merge_runs(shards)
+        added = _AddedUp(whole.run.about["n_points"])
+        for number, batch in whole.batches.items():
+            added.add(number, batch)
+        return added.curve()
+
+
+class _AddedUp:
+    """The moments of batches, added up in the order in which they come."""
+
+    def __init__(self, n_points: int):
+        self.n_points, self.size = n_points, torch.zeros(2, dtype=torch.int64)
+        self.moments = {name: Moments.empty(n_points) for name in _CURVES}
+        self.moments["flip_rate"] = Moments.empty(n_points - 1)  # one a step
+        self.moments["oracle_headroom"] = Moments.empty()
+
+    def add(self, number: int, batch: Batch) -> None:
+        """Add what :func:`_result` kept."""
+        for name, before in self.moments.items():
+            parts = {field: batch[f"{name}.{field}"] for field in before.tensors()}
+            self.moments[name] = before.merge(Moments(**parts))
+        self.size = self.size + batch[_SIZE]
+
+    def curve(self, shard: SavedRun | None = None) -> ExitCurve:
+        """The curves so far."""
+        steps = range(1, self.n_points)
+        flips = self.moments["flip_rate"].scattered(steps, self.n_points)
+        n_prompts, n_targets = self.size.tolist()
+        return ExitCurve({**self.moments, "flip_rate": flips}, n_prompts, n_targets, shard)
+
+
+def _result(values: Mapping[str, Tensor], n_prompts: int, n_targets: int) -> dict[str, Tensor]:
+    """What a run keeps of one batch."""
+    tensors = {_SIZE: torch.tensor([n_prompts, n_targets])}
+    for name, value in values.items():
+        for field, tensor in Moments.of(value).tensors().items():
+            tensors[f"{name}.{field}"] = tensor
+    return tensors
+
 
 @torch.no_grad()
 def exit_curve(
@@ -113,6 +175,8 @@ def exit_curve(
     n_iterations: int | None = None,
     batch_size: int = 8,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    shard: Shards = None,
 ) -> ExitCurve:
     """Loss, accuracy, KL to the last iteration, flips and overthinking at each iteration.
 
@@ -124,13 +188,16 @@ def exit_curve(
 
     Args:
         model: A looped model.
-        prompts: Strings, or 1-D tensors of tokens, each measured at its own length.
+        prompts: Strings, or lists or 1-D tensors of token ids, each measured at its own length.
         answers: One for each prompt: text (tokenised as it stands, without BOS), a token or a 1-D
             tensor of tokens, which follows the prompt and is predicted token by token. ``None``:
             every token of a prompt after its first is predicted.
         n_iterations: Number of iterations; ``None``: the model's.
         batch_size: Prompts of equal length in one pass at most.
         progress: Whether to show a progress bar.
+        checkpoint: A file to which every batch is added, as for :func:`tl_loops.measure`.
+        shard: Which part of the prompts, as for :func:`tl_loops.measure`; shards merge with
+            :meth:`ExitCurve.merge`.
 
     Returns:
         The curves over prompts.
@@ -138,29 +205,40 @@ def exit_curve(
     Raises:
         TypeError: The model has no loop; prompts are neither text nor tensors, or both.
         ValueError: A bad prompt or answer; the message names it.
+        CheckpointError: The checkpoint is damaged or of another run, or the run can be neither
+            resumed nor cut into shards.
     """
     require_layout(model)
     _check_exits(model.cfg)
     check_batch_size(batch_size)
     tokens, n_targets = _with_answers(model, prompts, answers)
     keys = [(t.shape[0], n) for t, n in zip(tokens, n_targets, strict=True)]
-    order = longest_first(keys, [length for length, _ in keys])
+    members = equal_batches(keys, [length for length, _ in keys], batch_size)
     device = next(model.parameters()).device
+    split = Split(shard, checkpoint)
+    split.check(model)
     with with_iterations(model, n_iterations):
         points = select_points(model, "states")
-        moments = {name: Moments.empty(len(points)) for name in _CURVES}
-        moments["flip_rate"] = Moments.empty(len(points) - 1)  # one a step
-        moments["oracle_headroom"] = Moments.empty()
-        with tqdm(total=len(tokens), desc="exits", unit="prompt", disable=not progress) as bar:
-            for members in batches(order, keys.__getitem__, batch_size):
-                batch = torch.stack([tokens[i] for i in members]).to(device)
-                values = _batch(model, batch, n_targets[members[0]], answers is not None, points)
-                for name, value in values.items():
-                    moments[name] = moments[name].merge(Moments.of(value))
-                bar.update(len(members))
-    steps = range(1, len(points))
-    moments["flip_rate"] = moments["flip_rate"].scattered(steps, len(points))
-    return ExitCurve(moments, len(tokens), sum(n_targets))
+
+        def compute(number: int) -> Batch:
+            batch = torch.stack([tokens[i] for i in members[number]]).to(device)
+            n = n_targets[members[number][0]]
+            values = _batch(model, batch, n, answers is not None, points)
+            return _result(values, batch.shape[0], n * batch.shape[0])
+
+        def identify() -> dict[str, Any]:
+            return identity_of(
+                model,
+                prompts=prompts_fingerprint(tokens),
+                n_targets=n_targets,
+                answers=answers is not None,
+                batch_size=batch_size,
+            )
+
+        added = _AddedUp(len(points))
+        sizes = [len(batch) for batch in members]
+        run = Run("exit curve", sizes, identify, {"n_points": len(points)})
+        return added.curve(run_in_batches(run, compute, added.add, split, progress))
 
 
 def _check_exits(cfg: Any) -> None:

@@ -1,7 +1,8 @@
 """Profiles as Parquet, CSV or JSON: the same rows in each, and where they come from.
 
 Parquet and CSV say in every row what was measured, so that tables of several models can be
-concatenated; JSON says it once.
+concatenated; JSON says it once. A shard is no result yet: its file, which ends in ``.shard``, is
+that of a run, with the numbers of each batch.
 """
 
 import io
@@ -17,23 +18,25 @@ import pandas
 import torch
 
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.measurements.from_run import Parts, profile_parts
 from tl_loops.measurements.provenance import Provenance
 from tl_loops.measurements.table import COLUMNS, Row, table_rows
+from tl_loops.runs.batch_file import SavedRun
+from tl_loops.runs.merge import read_shard_file
 from tl_loops.runs.moments import Moments
 from tl_loops.writing import write_whole
 
 if TYPE_CHECKING:  # a profile saves itself by this
     from tl_loops.measurements.profile import LoopProfile
 
-Parts = tuple[dict[str, Moments], LoopLayout | None, Provenance]
-"""Moments, layout and provenance: what a profile is made of."""
-
+SHARD = ".shard"
+"""The ending of a shard's file."""
 _FORMAT = "tl_loops profile 1"
 _SIZES = ("n_prelude", "n_core", "n_coda")
 _SHARED = "(shared)"
 """After the names of stacks: they are the same layers. No stack can be called so."""
 
-_TEXT = ("metric", "phase", "model", "weights", "notation", "tl_loops", "options", "stacks")
+_TEXT = ("metric", "phase", "model", "weights", "notation", "tl_loops", "bos", "options", "stacks")
 _REAL = ("relative_depth", "mean", "std", "m2")
 _MODEL = (
     "model",
@@ -46,22 +49,37 @@ _MODEL = (
     "n_prompts",
     "n_tokens",
     "tl_loops",
+    "bos",
 )
 """What is one for the whole profile."""
+_NEW = "bos"
+"""What files of version 0.1.0 may lack."""
 
 
 def save_profile(profile: "LoopProfile", path: str | os.PathLike[str]) -> None:
     """Write a profile by the ending of the path; see :meth:`LoopProfile.save`."""
+    if profile.shard is not None:
+        if Path(path).suffix.lower() != SHARD:
+            raise ValueError(
+                f"this profile is shard {profile.shard.shard} of a run, no result: save it as "
+                f"{Path(path).with_suffix(SHARD)}, and merge all shards with LoopProfile.merge or "
+                "tl-loops merge"
+            )
+        profile.shard.save(path)
+        return
     encode, _ = _codec(path)
     write_whole(path, encode(_header(profile), _rows(profile), profile.provenance.options))
 
 
-def load_profile(path: str | os.PathLike[str]) -> Parts:
-    """What a profile is made of, by the ending of the path; see :meth:`LoopProfile.load`."""
+def load_profile(path: str | os.PathLike[str]) -> tuple[Parts, SavedRun | None]:
+    """What a profile is made of, and the shard if it is one; see :meth:`LoopProfile.load`."""
+    if Path(path).suffix.lower() == SHARD:
+        saved = read_shard_file(path)
+        return profile_parts(saved), saved
     _, decode = _codec(path)
     content = Path(path).read_bytes()
     try:
-        return _profile(*decode(content))
+        return _profile(*decode(content)), None
     except ImportError:
         raise
     except Exception as error:
@@ -144,7 +162,8 @@ def _from_json(content: bytes) -> tuple[Row, list[Row], dict[str, Any]]:
     whole = json.loads(content)
     if not isinstance(whole, dict) or whole.get("format") != _FORMAT:
         raise ValueError(f"its format is not {_FORMAT!r}")
-    return {name: whole[name] for name in _MODEL}, whole["rows"], whole["options"]
+    header = {name: whole[name] for name in _MODEL if name != _NEW}
+    return {**header, _NEW: whole.get(_NEW)}, whole["rows"], whole["options"]
 
 
 # Tables.
@@ -163,6 +182,8 @@ def _kind(column: str) -> str:
 def _untable(table: pandas.DataFrame) -> tuple[Row, list[Row], dict[str, Any]]:
     if table.empty:
         raise ValueError("it has no row")
+    if _NEW not in table:
+        table = table.assign(**{_NEW: None})
     missing = [name for name in (*COLUMNS, "m2", "options", *_MODEL) if name not in table]
     if missing:
         raise ValueError(f"it lacks the column(s) {', '.join(missing)}")

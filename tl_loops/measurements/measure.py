@@ -2,11 +2,9 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import layout_of, with_iterations
@@ -17,21 +15,19 @@ from tl_loops.measurements import (
     resolve_options,
     why_not,
 )
+from tl_loops.measurements.from_run import KIND, AddedUp, about_run, batch_result
 from tl_loops.measurements.profile import LoopProfile, Provenance
-from tl_loops.measurements.resume import (
-    RunIdentity,
-    check_can_resume,
-    load_progress,
-    model_fingerprint,
-    prompts_fingerprint,
-    run_settings,
-    save_progress,
-)
 from tl_loops.measurements.streaming import PlannedMetric, StreamPlan, reduce_batch
-from tl_loops.runs.batches import batches, check_batch_size, longest_first, token_prompts
-from tl_loops.runs.moments import Moments
+from tl_loops.runs.batches import (
+    bos_rule,
+    check_batch_size,
+    equal_batches,
+    token_prompts,
+)
+from tl_loops.runs.identity import identity_of, model_fingerprint, prompts_fingerprint
+from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
+from tl_loops.runs.shards import Shards
 from tl_loops.version import __version__
-from tl_loops.writing import in_use
 
 Metrics = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
 
@@ -44,6 +40,7 @@ def measure(
     batch_size: int = 8,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
+    shard: Shards = None,
 ) -> LoopProfile:
     """Mean, deviation and count over prompts of each metric at each unrolled block.
 
@@ -60,7 +57,7 @@ def measure(
 
     Args:
         model: A looped model or, for the feedforward baseline, a plain HookedTransformer.
-        prompts: Strings, or 1-D tensors of tokens, which get no BOS.
+        prompts: Strings, or lists or 1-D tensors of token ids, which get no BOS.
         metrics: Names of :data:`tl_loops.measurements.MEASUREMENTS`, or a mapping of names to
             options of the pure function behind each (``{"sink_rate": {"threshold": 0.5}}``), or
             ``"all"`` that the model can give.
@@ -68,10 +65,15 @@ def measure(
         batch_size: Prompts of equal length in one pass at most. Results do not depend on it but for
             rounding.
         progress: Whether to show a progress bar.
-        checkpoint: A file that is brought up to date after every batch. A call with the same model,
-            prompts, metrics, options and iterations goes on from it, to the same bits where
-            ``batch_size`` is the same; once the run is complete it answers at once. Not for a model
-            with hooks, nor one whose initial states are drawn afresh at each call.
+        checkpoint: A file to which every batch is added once it is done. The same call goes on from
+            it, to the same bits; once the run is complete it answers at once. Not for a model with
+            hooks, nor one whose initial states are drawn afresh at each call.
+        shard: ``(k, n)`` or ``"k/n"``: measure every n-th batch of the whole list, from batch k on;
+            the n profiles merge (:meth:`LoopProfile.merge`) to the bits of one process on the same
+            device. ``"auto"``: k and n by ``RANK`` and ``WORLD_SIZE``, or
+            ``SLURM_ARRAY_TASK_ID`` and ``SLURM_ARRAY_TASK_COUNT``. ``"distributed"``: the ranks of
+            torch.distributed share the prompts, and each returns the whole profile. Each shard has
+            a checkpoint of its own, ``run.1of4.ckpt`` for ``run.ckpt``. Not for a model with hooks.
 
     Returns:
         The profile.
@@ -81,63 +83,52 @@ def measure(
             model cannot give, a bad prompt, or ``n_iterations`` for a feedforward model; all of
             these before the model runs. Also an attention pattern whose rows do not sum to 1.
         TypeError: Prompts are neither text nor tensors, or both.
-        CheckpointError: The checkpoint is damaged or of another run, or the run cannot be resumed.
+        CheckpointError: The checkpoint is damaged or of another run, or the run can be neither
+            resumed nor cut into shards.
         FileInUseError: Another process or thread measures with the same checkpoint.
     """
     check_batch_size(batch_size)
-    if checkpoint is not None:
-        check_can_resume(model)
-    tokens = token_prompts(model, prompts)
+    split = Split(shard, checkpoint)
+    split.check(model)
+    listed = list(prompts) if not isinstance(prompts, (str, torch.Tensor)) else prompts
+    tokens = token_prompts(model, listed)
     lengths = [prompt.shape[0] for prompt in tokens]
-    held = nullcontext() if checkpoint is None else in_use(checkpoint)
-    with held, with_iterations(model, n_iterations):
+    with with_iterations(model, n_iterations):
         layout, cfg = layout_of(model), model.cfg
         chosen = _plan(model, metrics, min(lengths))
         plan = StreamPlan.make(chosen, layout, cfg.n_layers, cfg.attention_dir == "causal")
-        identity = RunIdentity(
-            weights=model_fingerprint(model),
-            prompts=prompts_fingerprint(tokens),
-            n_iterations=None if layout is None else layout.n_iterations,
-            metrics={metric.name: metric.options for metric in chosen},
-            tl_loops=__version__,
-            settings=run_settings(model),
-        )
-        n_blocks = {metric.name: len(metric.blocks) for metric in chosen}
-        moments = {name: Moments.empty(n) for name, n in n_blocks.items()}
-        done = 0
-        if checkpoint is not None:
-            found = load_progress(checkpoint, identity, len(tokens), n_blocks)
-            moments, done = found or (moments, 0)
-            save_progress(checkpoint, identity, moments, done)  # a path that fails, fails now
-
-        order = longest_first(lengths, lengths)[done:]
+        members = equal_batches(lengths, lengths, batch_size)
         device = next(model.parameters()).device
-        with tqdm(
-            total=len(tokens), initial=done, desc="measure", unit="prompt", disable=not progress
-        ) as bar:
-            for members in batches(order, lengths.__getitem__, batch_size):
-                batch = torch.stack([tokens[i] for i in members]).to(device)
-                for name, values in reduce_batch(model, batch, plan).items():
-                    moments[name] = moments[name].merge(Moments.of(values))
-                done += len(members)
-                if checkpoint is not None:
-                    save_progress(checkpoint, identity, moments, done)
-                bar.update(len(members))
+        blocks = {metric.name: metric.blocks for metric in chosen}
+        options = {metric.name: metric.options for metric in chosen}
+        fixed: dict[str, Any] = {
+            "model": cfg.model_name,
+            "weights": model_fingerprint(model),
+            "notation": None if layout is None else cfg.notation,
+            "n_iterations": None if layout is None else layout.n_iterations,
+            "tl_loops": __version__,
+            "bos": bos_rule(model, listed),
+            "options": options,
+        }
 
-        return LoopProfile(
-            {m.name: moments[m.name].scattered(m.blocks, cfg.n_layers) for m in chosen},
-            layout,
-            Provenance(
-                model=cfg.model_name,
-                weights=identity.weights,
-                notation=None if layout is None else cfg.notation,
-                n_iterations=identity.n_iterations,
-                n_prompts=len(tokens),
-                n_tokens=sum(lengths),
-                tl_loops=__version__,
-                options=identity.metrics,
-            ),
+        def compute(number: int) -> Batch:
+            batch = torch.stack([tokens[i] for i in members[number]]).to(device)
+            return batch_result(reduce_batch(model, batch, plan), batch.shape[0], batch.numel())
+
+        def identify() -> dict[str, Any]:
+            prompts = prompts_fingerprint(tokens)
+            return identity_of(model, prompts=prompts, metrics=options, batch_size=batch_size)
+
+        added = AddedUp(blocks, cfg.n_layers)
+        run = Run(
+            KIND,
+            [len(batch) for batch in members],
+            identify,
+            about_run(layout, cfg.n_layers, blocks, fixed),
         )
+        part = run_in_batches(run, compute, added.add, split, progress)
+        what = Provenance(**fixed, n_prompts=added.n_prompts, n_tokens=added.n_tokens)
+        return LoopProfile(added.moments(), layout, what, part)
 
 
 def available_metrics(model: Model, n_iterations: int | None = None) -> tuple[str, ...]:

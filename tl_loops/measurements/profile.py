@@ -13,9 +13,12 @@ from tl_loops.errors import did_you_mean
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.measurements.figure import plot_profile
 from tl_loops.measurements.formats import load_profile, save_profile
+from tl_loops.measurements.from_run import profile_parts
 from tl_loops.measurements.provenance import Provenance
 from tl_loops.measurements.table import COLUMNS, Grouping, grouped, table_rows
 from tl_loops.metrics import stages
+from tl_loops.runs.batch_file import SavedRun
+from tl_loops.runs.merge import merge_runs
 from tl_loops.runs.moments import Moments
 
 if TYPE_CHECKING:
@@ -38,11 +41,14 @@ class LoopProfile:
         moments: Moments [n_layers] by metric.
         layout: The unrolled blocks; ``None`` for a feedforward model.
         provenance: What was measured.
+        shard: The shard of a run that this is, with the numbers of each of its batches; ``None``
+            for a whole one. The statistics of a shard are those of its own prompts.
     """
 
     moments: Mapping[str, Moments]
     layout: LoopLayout | None
     provenance: Provenance
+    shard: SavedRun | None = None
 
     def __post_init__(self) -> None:
         depths = {moments.count.shape for moments in self.moments.values()}
@@ -178,13 +184,24 @@ class LoopProfile:
     def merge(self, *others: "LoopProfile") -> "LoopProfile":
         """The profile of all prompts together, as if they had been measured in one run.
 
-        Statistics agree with those of one run up to rounding (see
-        :class:`tl_loops.runs.moments.Moments`). Nothing tells whether a prompt is in both.
+        Shards of one run (``measure(..., shard=(k, n))``) give the bits of one process on the same
+        device. Profiles of several runs agree with those of one run up to rounding (see
+        :class:`tl_loops.runs.moments.Moments`); nothing tells whether a prompt is in both.
 
         Raises:
             ValueError: The profiles are of different models, metrics, options, numbers of
                 iterations or versions; the message says what differs.
+            CheckpointError: A shard is missing, unfinished, given twice, or of another run; the
+                message names it.
         """
+        shards = [p.shard for p in (self, *others) if p.shard is not None]
+        if shards:
+            if len(shards) <= len(others):
+                raise ValueError(
+                    f"{shards[0].name} is a shard, but other profiles are whole: merge all shards "
+                    "of its run first"
+                )
+            return LoopProfile(*profile_parts(merge_runs(shards)))
         merged = self
         for other in others:
             merged = merged._merge(other)
@@ -244,7 +261,7 @@ class LoopProfile:
         """Write the table and where it comes from, whole or not at all.
 
         Args:
-            path: Ends in ``.parquet``, ``.csv`` or ``.json``.
+            path: Ends in ``.parquet``, ``.csv`` or ``.json``; for a shard in ``.shard``.
 
         Raises:
             ValueError: Another ending.
@@ -259,10 +276,12 @@ class LoopProfile:
 
         Raises:
             ValueError: Another ending, or the file holds no (whole) profile.
+            CheckpointError: A shard's file is damaged.
             FileNotFoundError: There is no such file.
             ImportError: pyarrow, which Parquet needs, is missing.
         """
-        return cls(*load_profile(path))
+        parts, shard = load_profile(path)
+        return cls(*parts, shard)
 
     def plot(self, metric: str | None = None, by: Grouping = "iteration", **options: Any) -> Any:
         """Draw a metric; see :func:`tl_loops.plots.plot_profile`.
@@ -285,7 +304,8 @@ class LoopProfile:
         p = self.provenance
         shape = f"{self.n_layers} layers" if p.notation is None else p.notation
         names = ", ".join(self.metrics[:5]) + (", ..." if len(self.metrics) > 5 else "")
-        return f"LoopProfile({p.model} {shape}, {p.n_prompts} prompts, metrics: {names})"
+        part = "" if self.shard is None else f"shard {self.shard.shard}, "
+        return f"LoopProfile({p.model} {shape}, {part}{p.n_prompts} prompts, metrics: {names})"
 
     def _of(self, metric: str) -> Moments:
         if metric not in self.moments:

@@ -18,6 +18,8 @@ class Provenance:
         n_tokens: Number of their tokens.
         tl_loops: Version that measured.
         options: All options of each metric.
+        bos: How the prompts began: ``"prepended"`` (text, BOS by the model's rule), ``"none"``
+            (text, without) or ``"given"`` (tokens, as they were); ``None``: not recorded.
     """
 
     model: str
@@ -28,3 +30,4 @@ class Provenance:
     n_tokens: int
     tl_loops: str
     options: Mapping[str, Mapping[str, Any]]
+    bos: str | None = None

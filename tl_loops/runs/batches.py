@@ -3,10 +3,12 @@
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_loops.errors import shortened
 from tl_loops.layout.model import Model
 from tl_loops.upstream import model_input
 
@@ -18,7 +20,8 @@ def token_prompts(
 
     Args:
         model: Its tokenizer reads strings, with BOS where ``cfg.default_prepend_bos`` says so.
-        prompts: All strings, or all 1-D integer tensors, which are taken as they are.
+        prompts: All strings, or all lists or 1-D integer tensors of token ids, which are taken as
+            they are.
         at_least: Smallest number of tokens that can be used.
 
     Returns:
@@ -44,11 +47,13 @@ def token_prompts(
     if None in kinds:
         number = next(i for i, prompt in enumerate(listed) if _kind(prompt) is None)
         raise TypeError(
-            f"prompt {number} is a {type(listed[number]).__name__}, expected a string or a 1-D "
-            "token tensor"
+            f"prompt {number} is a {type(listed[number]).__name__}, expected a string, a list of "
+            "token ids or a 1-D token tensor"
         )
     if len(kinds) > 1:
         raise TypeError("prompts mixes strings and token tensors: pass one kind")
+    if kinds == {"tokens"}:
+        listed = [_as_tensor(number, prompt) for number, prompt in enumerate(listed)]
     return [_checked(model, number, prompt, at_least) for number, prompt in enumerate(listed)]
 
 
@@ -117,6 +122,26 @@ def batches(
         yield batch
 
 
+def equal_batches(
+    keys: Sequence[Hashable], lengths: Sequence[int], batch_size: int
+) -> list[list[int]]:
+    """All batches of a run in its order, each of prompts with equal keys; see the two above."""
+    return list(batches(longest_first(keys, lengths), keys.__getitem__, batch_size))
+
+
+def bos_rule(model: Model, prompts: Sequence[Any] | Tensor) -> str:
+    """How the prompts of a run begin.
+
+    Returns:
+        ``"prepended"``: text after BOS, by the rule of the model's authors
+        (``cfg.default_prepend_bos``). ``"none"``: text without BOS. ``"given"``: tokens as they
+        are.
+    """
+    if not isinstance(prompts[0], str):
+        return "given"
+    return "prepended" if getattr(model.cfg, "default_prepend_bos", True) else "none"
+
+
 def check_batch_size(batch_size: int | None, or_none: bool = False) -> None:
     """Check that a batch size is an integer of at least 1.
 
@@ -137,7 +162,20 @@ def check_batch_size(batch_size: int | None, or_none: bool = False) -> None:
 def _kind(prompt: Any) -> str | None:
     if isinstance(prompt, str):
         return "text"
-    return "tokens" if isinstance(prompt, Tensor) else None
+    return "tokens" if isinstance(prompt, (Tensor, list, tuple, np.ndarray)) else None
+
+
+def _as_tensor(number: int, prompt: Any) -> Tensor:
+    if isinstance(prompt, Tensor):
+        return prompt
+    try:
+        tokens = torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(
+            f"prompt {number} is {shortened(prompt)}, expected a flat list of token ids"
+        ) from error
+    # An empty list is one of floating point numbers to torch.
+    return tokens.long() if not tokens.numel() else tokens
 
 
 def _checked(model: Model, number: int, prompt: str | Tensor, at_least: int) -> Int[Tensor, "pos"]:

@@ -2,7 +2,6 @@
 
 import gc
 import importlib
-import os
 import signal
 import subprocess
 import sys
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 
 import tl_loops
-import tl_loops.runs.storage
+import tl_loops.runs.batch_file
+import tl_loops.writing
 from tests.closeness import assert_close
 from tests.feedforward import plain_model
 from tests.models import ARCHITECTURES, tiny_model
@@ -36,6 +36,7 @@ from tl_loops.metrics import (
     settling,
 )
 from tl_loops.metrics.trajectories import TRAJECTORY_LABELS, classify_trajectory
+from tl_loops.runs.batch_file import read_file
 
 N_ITERATIONS = 4
 LENGTHS = (9, 5, 9)
@@ -476,34 +477,34 @@ def test_a_complete_run_answers_without_running_the_model(tmp_path):
     assert_identical(quiet(model, prompts(), FAST_METRICS, checkpoint=path), whole)
 
 
-def test_a_run_can_go_on_with_another_batch_size(tmp_path):
+def test_another_batch_size_is_another_run(tmp_path):
+    """It would round otherwise, so that a resumed run would not have the bits of a whole one."""
     path, model = tmp_path / "run.ckpt", tiny_model("retrofitted")
-    heal = interrupt_after(model, 3)
-    with pytest.raises(KeyboardInterrupt):
-        quiet(model, prompts(), FAST_METRICS, batch_size=2, checkpoint=path)
-    heal()
-    resumed = quiet(model, prompts(), FAST_METRICS, batch_size=1, checkpoint=path)
-    whole = quiet(model, prompts(), FAST_METRICS, batch_size=3)
-    assert_same_moments(resumed, whole, rtol=1e-5, atol=1e-6)
+    quiet(model, prompts(), FAST_METRICS, batch_size=2, checkpoint=path)
+    with pytest.raises(CheckpointError, match="another run: batch_size is 2 there and 1 in this"):
+        quiet(model, prompts(), FAST_METRICS, batch_size=1, checkpoint=path)
 
 
-def test_a_failed_write_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_a_failed_write_leaves_the_checkpoint_before(tmp_path, monkeypatch, failure):
     path, model = tmp_path / "run.ckpt", tiny_model("retrofitted")
     whole = quiet(model, prompts(), FAST_METRICS, batch_size=2)
-    replace, calls = os.replace, 0
+    sizes = []
 
-    def failing(source: Any, target: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise KeyboardInterrupt
-        replace(source, target)
+    def failing(descriptor: int) -> None:
+        sizes.append(path.stat().st_size)
+        if len(sizes) == 2:  # the second batch
+            raise failure
 
     with monkeypatch.context() as patch:
-        patch.setattr(tl_loops.runs.storage.os, "replace", failing)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(tl_loops.runs.batch_file, "write_whole", Path.write_bytes)
+        patch.setattr(tl_loops.writing.os, "fsync", failing)
+        with pytest.raises(type(failure) if isinstance(failure, OSError) else failure) as error:
             quiet(model, prompts(), FAST_METRICS, batch_size=2, checkpoint=path)
+    if isinstance(failure, OSError):
+        assert "run.ckpt" in str(error.value) and "No space left" in str(error.value)
     assert [p.name for p in tmp_path.iterdir()] == ["run.ckpt"]
+    assert path.stat().st_size == sizes[0]
     resumed = quiet(model, prompts(), FAST_METRICS, batch_size=2, checkpoint=path)
     assert_identical(resumed, whole)
 
@@ -512,19 +513,21 @@ KILLED = """
 import os, signal, sys
 import torch
 torch.set_num_threads(1)
-import tl_loops.runs.storage
+import tl_loops.runs.in_batches as in_batches
 from tests.models import tiny_model
 from tests.unit.measurements.test_measure import FAST_METRICS, prompts
 from tl_loops import measure
 
-replace, calls = os.replace, 0
-def killing(source, target):
+append, calls = in_batches.append_batch, 0
+def killing(path, n_bytes, number, tensors):
     global calls
     calls += 1
-    if calls == 3:  # the new checkpoint is written, but does not have its name yet
+    end = append(path, n_bytes, number, tensors)
+    if calls == 2:  # only a part of the second batch has reached the disk
+        os.truncate(path, end - 100)
         os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-tl_loops.runs.storage.os.replace = killing
+    return end
+in_batches.append_batch = killing
 measure(tiny_model("retrofitted"), prompts(), FAST_METRICS, batch_size=2, progress=False,
         checkpoint=sys.argv[1])
 """
@@ -536,7 +539,8 @@ def test_a_killed_process_resumes_to_the_same_bits(tmp_path):
     root = Path(__file__).parents[3]
     killed = subprocess.run([sys.executable, "-c", KILLED, str(path)], cwd=root, check=False)
     assert killed.returncode == -signal.SIGKILL
-    assert path.exists()
+    saved = read_file(path)
+    assert saved is not None and list(saved.batches) == [0] and path.stat().st_size > saved.n_bytes
     model = tiny_model("retrofitted")
     resumed = quiet(model, prompts(), FAST_METRICS, batch_size=2, checkpoint=path)
     assert_identical(resumed, quiet(model, prompts(), FAST_METRICS, batch_size=2))
@@ -672,6 +676,7 @@ def test_the_progress_bar_counts_prompts(capsys):
 
 def test_the_profile_says_where_it_comes_from():
     p = whole_profile("huginn").provenance
+    assert p.bos == "given"
     assert (p.notation, p.n_iterations) == ("(2, 2⊗4, 2)_I", 4)
     assert (p.n_prompts, p.n_tokens) == (len(LENGTHS), sum(LENGTHS))
     assert p.weights == quiet(looped("huginn"), prompts((5,)), "residual_norm").provenance.weights

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,6 +22,9 @@ def test_tokens_are_taken_as_they_are(model):
     assert [t.tolist() for t in tokens] == [[3, 1, 4], [1]]
     assert all(t.dtype == torch.int64 for t in tokens)
     assert [t.tolist() for t in token_prompts(model, iter(given))] == [[3, 1, 4], [1]]
+    for listed in ([3, 1, 4], (3, 1, 4), np.array([3, 1, 4])):
+        tokens = token_prompts(model, [listed, [1]])
+        assert [t.tolist() for t in tokens] == [[3, 1, 4], [1]] and tokens[0].dtype == torch.int64
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -42,7 +46,12 @@ def test_text_is_tokenised_alone_and_never_cut(side):
         ([], ValueError, "empty"),
         (["text"], ValueError, "no tokenizer"),
         (["text", torch.tensor([1])], TypeError, "mixes"),
-        ([torch.tensor([1]), [1, 2]], TypeError, "prompt 1 is a list"),
+        ([torch.tensor([1]), {1: 2}], TypeError, "prompt 1 is a dict"),
+        ([[1, 2], [1, [2]]], ValueError, r"prompt 1 is \[1, \[2\]\], expected a flat list"),
+        ([[1, 2], [1, "a"]], ValueError, "prompt 1 is .*expected a flat list"),
+        ([[1, 2], [1.5, 2]], ValueError, "prompt 1: .*got a torch.float32"),
+        ([[1, 2], []], ValueError, "prompt 1: .*empty"),
+        ([["a b"], [1]], ValueError, "prompt 0 is .*expected a flat list"),
         ([torch.tensor([[1, 2]])], ValueError, r"prompt 0 has shape \[1, 2\]"),
         ([torch.tensor([1.0])], ValueError, "prompt 0: .*got a torch.float32"),
         ([torch.tensor([1]), torch.tensor([], dtype=torch.int64)], ValueError, "prompt 1: .*empty"),
