@@ -1,5 +1,6 @@
 """Attribution patching: every cell of activation patching to first order, from gradients."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,8 +24,10 @@ from tl_loops.layout.model import Model
 from tl_loops.layout.selection import Selection
 from tl_loops.runs.activations import Activation, check_cache, take
 from tl_loops.runs.grid import Grid, Region, make_grid
+from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
 from tl_loops.runs.inputs import run_inputs
-from tl_loops.runs.scoring import logits_shape
+from tl_loops.runs.scoring import identify_runs, logits_shape
+from tl_loops.runs.shards import Shards
 
 _EMBED = "hook_embed"
 
@@ -41,6 +44,8 @@ def attribution_patch(
     n_steps: int = 8,
     window: int = 1,
     where: Mapping[str, Selection] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    shard: Shards = None,
     **forward_arguments: Any,
 ) -> Float[Tensor, "..."]:
     """What :func:`tl_loops.patching.activation_patch` would change, to first order.
@@ -70,6 +75,11 @@ def attribution_patch(
         n_steps: Number of points on the path.
         window: Cell t covers iterations (or blocks) t to t + window - 1.
         where: Values to which an axis, named or not, is restricted.
+        checkpoint: A file to which every pass along the path is added once it is done; the same
+            call goes on from it, to the same bits.
+        shard: ``(k, n)``, ``"auto"`` or ``"distributed"``: which passes are run here, as for
+            ``activation_patch``. With ``(k, n)`` all cells are NaN, until the checkpoints are
+            merged (:func:`tl_loops.merge_shards`).
         **forward_arguments: ``attention_mask``, ``initial_state``, ``exit_at``,
             ``exit_threshold`` or ``weighted_exit`` of every run.
 
@@ -81,11 +91,15 @@ def attribution_patch(
             has been run then.
         IndexError: A value in ``where`` is out of range.
         TypeError: An argument that the forward pass does not take.
+        CheckpointError: The checkpoint is damaged or of another run, or the run can be neither
+            resumed nor cut into shards.
 
     Source: attribution patching, Nanda 2023 and 2310.10348, section 2; integrated gradients,
     1703.01365, section 3, along the two paths of 2403.17806, section 4.
     """
     check_arguments(forward_arguments)
+    split = Split(shard, checkpoint)
+    split.check(model)
     nodes = path_nodes(method, n_steps)
     check_integrates(model, method)
     fed = run_inputs(model, corrupted_tokens, forward_arguments)
@@ -104,25 +118,41 @@ def attribution_patch(
 
     corrupted, at_corrupted = gradients(grid.names)
     delta = {n: difference(clean[n].to(corrupted[n]), corrupted[n]) for n in grid.names}
-    if method == "gradient":
-        means = at_corrupted
-    else:
-        means = {name: torch.zeros_like(delta[name]) for name in grid.names}
-        embed = clean_cache[_EMBED] if inputs else None
-        for alpha, weight in nodes:
-            if embed is not None:
-                _, found = gradients(grid.names, [(_EMBED, moved(embed, alpha))])
-            else:
-                found = {
-                    name: gradients([name], [(name, moved(clean[name], alpha))])[1][name]
-                    for name in grid.names
-                }
-            for name in grid.names:
-                means[name] += weight * found[name]
-    effects = {
-        name: _effect(grid.activation, means[name], delta[name].expand_as(means[name]))
-        for name in grid.names
-    }
+    embed = clean_cache[_EMBED] if inputs else None
+    # One unit of work is one pass: at a point of the path of all hook points, or of one of them.
+    along = grid.names if method == "integrated_activation" else [None]
+    passes = [(alpha, weight, name) for alpha, weight in nodes for name in along]
+
+    def compute(number: int) -> Batch:
+        alpha, weight, name = passes[number]
+        if method == "gradient":
+            found = at_corrupted
+        elif name is None:
+            assert embed is not None
+            _, found = gradients(grid.names, [(_EMBED, moved(embed, alpha))])
+        else:
+            _, found = gradients([name], [(name, moved(clean[name], alpha))])
+        return {
+            n: _effect(grid.activation, weight * found[n], delta[n].expand_as(found[n]))
+            for n in found
+        }
+
+    effects: dict[str, Tensor] = {}
+
+    def add(number: int, batch: Batch) -> None:
+        for name, value in batch.items():
+            value = value.to(tokens.device)
+            effects[name] = effects[name] + value if name in effects else value
+
+    def identify() -> dict[str, Any]:
+        what = {"method": method, "n_steps": n_steps, "regions": repr(grid.regions)}
+        put_in = {**clean, **({} if embed is None else {_EMBED: embed})}
+        shape = logits_shape(model, tokens)
+        return identify_runs(model, fed, metric, shape, put_in, axes=grid.axes, **what)
+
+    run = Run(f"attribute {activation}", [1] * len(passes), identify, unit="pass")
+    if run_in_batches(run, compute, add, split) is not None:
+        return torch.full(grid.shape, torch.nan)
     return _cells(grid, effects)
 
 

@@ -1,13 +1,13 @@
 """Edge attribution: what each component sends to each later one, across iterations."""
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tl_loops.attribution.gradients import (
     Hooks,
@@ -28,8 +28,10 @@ from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
 from tl_loops.runs.activations import check_cache, find_activation, take
+from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
 from tl_loops.runs.inputs import run_inputs
-from tl_loops.runs.scoring import logits_shape
+from tl_loops.runs.scoring import identify_runs, logits_shape
+from tl_loops.runs.shards import Shards
 
 Kind = Literal["embed", "attn", "head", "query", "key", "value", "mlp", "logits"]
 _EMBED = "hook_embed"
@@ -106,6 +108,8 @@ def edge_attribution(
     method: Literal["gradient", "integrated_inputs"] = "gradient",
     n_steps: int = 8,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    shard: Shards = None,
     **forward_arguments: Any,
 ) -> EdgeAttribution:
     """Attribute a metric to the edges between components at (iteration, layer), all at once.
@@ -128,6 +132,9 @@ def edge_attribution(
             embedding moves from the corrupted to the clean prompt.
         n_steps: Number of points on that path.
         progress: Whether to show a progress bar.
+        checkpoint: A file to which the edges of every receiver are added once they are done; the
+            same call goes on from it, to the same bits.
+        shard: As in :func:`tl_loops.attribution.attribution_patch`.
         **forward_arguments: ``attention_mask`` or ``initial_state`` of every run (exits too).
 
     Returns:
@@ -139,11 +146,14 @@ def edge_attribution(
         ValueError: Prompts of different length, a cache that lacks an activation or comes from
             another number of iterations, a metric that cannot be differentiated, ``split_qkv``
             without ``heads``. Nothing has been run then.
+        CheckpointError: As in :func:`tl_loops.attribution.attribution_patch`.
 
     Source: edge attribution patching, 2310.10348, section 2; with integrated gradients 2403.17806.
     """
     check_arguments(forward_arguments)
     layout = require_layout(model)
+    split = Split(shard, checkpoint)
+    split.check(model)
     if split_qkv and not heads:
         raise ValueError("split_qkv tells apart what a head reads: also pass heads=True")
     if method not in ("gradient", "integrated_inputs"):
@@ -162,89 +172,93 @@ def edge_attribution(
     read = list(dict.fromkeys(receiver.name for receiver in receivers if receiver.name))
     corrupted, _ = metric_gradients(model, tokens, metric, written, forward_arguments)
     delta = {name: clean[name].to(corrupted[name]) - corrupted[name] for name in written}
-    scores = None
-    bar = tqdm(total=len(nodes) * len(receivers), desc="edges", disable=not progress)
-    with bar:
-        for alpha, weight in nodes:
+    columns = [torch.full((len(senders),), torch.nan)] * len(receivers)
+    graphs: dict[int, _Graph] = {}  # of the present point of the path alone
+    pairs = [(node, receiver) for node in range(len(nodes)) for receiver in range(len(receivers))]
+
+    def compute(number: int) -> Batch:
+        node, receiver = pairs[number]
+        alpha, weight = nodes[node]
+        if node not in graphs:
+            graphs.clear()
             before: Hooks = [(_EMBED, moved(clean[_EMBED], alpha))]
-            _, gradients = metric_gradients(model, tokens, metric, read, forward_arguments, before)
-            part = _edge_scores(
-                model,
-                tokens,
-                metric,
-                (senders, receivers),
-                delta,
-                gradients,
-                forward_arguments,
-                before,
-                lambda: bar.update(),
-            )
-            scores = weight * part if scores is None else scores + weight * part
-    assert scores is not None
-    return EdgeAttribution(senders, receivers, scores, layout.n_iterations)
+            given = (model, tokens, metric)
+            _, gradients = metric_gradients(*given, read, forward_arguments, before)
+            graphs[node] = _Graph(*given, read, written, gradients, forward_arguments, before)
+        pulled = graphs[node].pull_back(receivers[receiver])
+        return {"scores": weight * _column(senders, pulled, delta)}
+
+    def take(number: int, batch: Batch) -> None:
+        node, receiver = pairs[number]
+        column = batch["scores"].to(tokens.device)
+        columns[receiver] = columns[receiver] + column if node else column
+
+    def identify() -> dict[str, Any]:
+        what = {"method": method, "n_steps": n_steps, "heads": heads, "split_qkv": split_qkv}
+        return identify_runs(model, fed, metric, logits_shape(model, tokens), clean, **what)
+
+    run = Run("edges", [1] * len(pairs), identify, unit="receiver")
+    if run_in_batches(run, compute, take, split, progress) is not None:
+        columns = [torch.full_like(columns[0], torch.nan)] * len(receivers)
+    return EdgeAttribution(senders, receivers, torch.stack(columns, dim=1), layout.n_iterations)
 
 
-def _edge_scores(
-    model: Model,
-    tokens: Tensor,
-    metric: Metric,
-    components: tuple[tuple[Component, ...], tuple[Component, ...]],
-    delta: Mapping[str, Tensor],
-    gradients: Mapping[str, Tensor],
-    arguments: Mapping[str, Any],
-    before: Hooks,
-    tick: Callable[[], Any],
-) -> Float[Tensor, "sender receiver"]:
-    """Scores at one point of the path.
+class _Graph:
+    """The graph of one run in which every sender's output is cut from what made it.
 
-    Every sender's output is cut from what made it, so that in this run's graph it reaches a
-    receiver along the residual stream alone.
+    So a sender reaches a receiver along the residual stream alone.
     """
-    senders, receivers = components
-    leaves: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
 
-    def cut(x: Tensor, hook: Any) -> Tensor:
-        outputs[hook.name] = x
-        leaves[hook.name] = x.detach().requires_grad_()
-        return leaves[hook.name]
+    def __init__(
+        self,
+        model: Model,
+        tokens: Tensor,
+        metric: Metric,
+        read: Sequence[str],
+        written: Sequence[str],
+        gradients: Mapping[str, Tensor],
+        arguments: Mapping[str, Any],
+        before: Hooks,
+    ):
+        self.gradients = gradients
+        self.leaves: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
 
-    def watch(x: Tensor, hook: Any) -> None:
-        outputs[hook.name] = x
+        def cut(x: Tensor, hook: Any) -> Tensor:
+            self.outputs[hook.name] = x
+            self.leaves[hook.name] = x.detach().requires_grad_()
+            return self.leaves[hook.name]
 
-    hooks: Hooks = [*before, *((name, cut) for name in delta)]
-    hooks += [
-        (name, watch)
-        for name in dict.fromkeys(receiver.name for receiver in receivers)
-        if name and name not in delta
-    ]
-    columns = []
-    with differentiating():
-        value = run_metric(model, tokens, metric, hooks, arguments)
-        names = list(leaves)
-        for receiver in receivers:
-            if receiver.kind == "logits":
-                output, cotangent = value, torch.ones_like(value)
-            else:
-                output = outputs[receiver.name]
-                cotangent = gradients[receiver.name]
-                if receiver.head is not None:
-                    only = torch.zeros_like(cotangent)
-                    only[:, :, receiver.head] = cotangent[:, :, receiver.head]
-                    cotangent = only
-            pulled: dict[str, Tensor | None] = dict.fromkeys(names)
-            if output.requires_grad:
-                found = torch.autograd.grad(
-                    output,
-                    [leaves[name] for name in names],
-                    cotangent,
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-                pulled = dict(zip(names, found, strict=True))
-            columns.append(_column(senders, pulled, delta))
-            tick()
-    return torch.stack(columns, dim=1)
+        def watch(x: Tensor, hook: Any) -> None:
+            self.outputs[hook.name] = x
+
+        hooks: Hooks = [*before, *((name, cut) for name in written)]
+        hooks += [(name, watch) for name in read if name not in written]
+        with differentiating():
+            self.value = run_metric(model, tokens, metric, hooks, arguments)
+
+    def pull_back(self, receiver: Component) -> dict[str, Tensor | None]:
+        """What a receiver's gradient is at each sender's output, by hook name."""
+        if receiver.kind == "logits":
+            output, cotangent = self.value, torch.ones_like(self.value)
+        else:
+            output = self.outputs[receiver.name]
+            cotangent = self.gradients[receiver.name]
+            if receiver.head is not None:
+                only = torch.zeros_like(cotangent)
+                only[:, :, receiver.head] = cotangent[:, :, receiver.head]
+                cotangent = only
+        if not output.requires_grad:
+            return dict.fromkeys(self.leaves)
+        with differentiating():
+            found = torch.autograd.grad(
+                output,
+                list(self.leaves.values()),
+                cotangent,
+                retain_graph=True,
+                allow_unused=True,
+            )
+        return dict(zip(self.leaves, found, strict=True))
 
 
 def _column(

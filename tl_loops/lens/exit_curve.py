@@ -31,12 +31,12 @@ from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
 from tl_loops.runs.inputs import LensInputs
 from tl_loops.runs.merge import merge_runs
 from tl_loops.runs.moments import Moments
+from tl_loops.runs.running_moments import RunningMoments, batch_moments
 from tl_loops.runs.shards import Shards
 
 if TYPE_CHECKING:
     import pandas
 
-_SIZE = "n_prompts, n_targets"
 _CURVES = ("loss", "accuracy", "kl_to_last", "flip_rate", "overthinking")
 
 
@@ -128,43 +128,26 @@ class ExitCurve:
                 )
             shards.append(curve.shard)
         whole = merge_runs(shards)
-        added = _AddedUp(whole.run.about["n_points"])
+        n_points = whole.run.about["n_points"]
+        added = _empty_sums(n_points)
         for number, batch in whole.batches.items():
             added.add(number, batch)
-        return added.curve()
+        return _curve(added, n_points)
 
 
-class _AddedUp:
-    """The moments of batches, added up in the order in which they come."""
-
-    def __init__(self, n_points: int):
-        self.n_points, self.size = n_points, torch.zeros(2, dtype=torch.int64)
-        self.moments = {name: Moments.empty(n_points) for name in _CURVES}
-        self.moments["flip_rate"] = Moments.empty(n_points - 1)  # one a step
-        self.moments["oracle_headroom"] = Moments.empty()
-
-    def add(self, number: int, batch: Batch) -> None:
-        """Add what :func:`_result` kept."""
-        for name, before in self.moments.items():
-            parts = {field: batch[f"{name}.{field}"] for field in before.tensors()}
-            self.moments[name] = before.merge(Moments(**parts))
-        self.size = self.size + batch[_SIZE]
-
-    def curve(self, shard: SavedRun | None = None) -> ExitCurve:
-        """The curves so far."""
-        steps = range(1, self.n_points)
-        flips = self.moments["flip_rate"].scattered(steps, self.n_points)
-        n_prompts, n_targets = self.size.tolist()
-        return ExitCurve({**self.moments, "flip_rate": flips}, n_prompts, n_targets, shard)
+def _empty_sums(n_points: int) -> RunningMoments:
+    """Moments of no batch yet; counts are prompts and targets."""
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_CURVES, (n_points,))
+    return RunningMoments(
+        {**shapes, "flip_rate": (n_points - 1,), "oracle_headroom": ()},  # one flip a step
+        n_counts=2,
+    )
 
 
-def _result(values: Mapping[str, Tensor], n_prompts: int, n_targets: int) -> dict[str, Tensor]:
-    """What a run keeps of one batch."""
-    tensors = {_SIZE: torch.tensor([n_prompts, n_targets])}
-    for name, value in values.items():
-        for field, tensor in Moments.of(value).tensors().items():
-            tensors[f"{name}.{field}"] = tensor
-    return tensors
+def _curve(added: RunningMoments, n_points: int, shard: SavedRun | None = None) -> ExitCurve:
+    flips = added.moments["flip_rate"].scattered(range(1, n_points), n_points)
+    n_prompts, n_targets = added.counts
+    return ExitCurve({**added.moments, "flip_rate": flips}, n_prompts, n_targets, shard)
 
 
 @torch.no_grad()
@@ -216,7 +199,7 @@ def exit_curve(
     members = equal_batches(keys, [length for length, _ in keys], batch_size)
     device = next(model.parameters()).device
     split = Split(shard, checkpoint)
-    split.check(model)
+    split.check(model, merges=True)
     with with_iterations(model, n_iterations):
         points = select_points(model, "states")
 
@@ -224,21 +207,22 @@ def exit_curve(
             batch = torch.stack([tokens[i] for i in members[number]]).to(device)
             n = n_targets[members[number][0]]
             values = _batch(model, batch, n, answers is not None, points)
-            return _result(values, batch.shape[0], n * batch.shape[0])
+            return batch_moments(values, (batch.shape[0], n * batch.shape[0]))
 
         def identify() -> dict[str, Any]:
             return identity_of(
                 model,
                 prompts=prompts_fingerprint(tokens),
-                n_targets=n_targets,
+                n_targets=prompts_fingerprint([torch.tensor(n_targets)]),
                 answers=answers is not None,
                 batch_size=batch_size,
             )
 
-        added = _AddedUp(len(points))
+        added = _empty_sums(len(points))
         sizes = [len(batch) for batch in members]
         run = Run("exit curve", sizes, identify, {"n_points": len(points)})
-        return added.curve(run_in_batches(run, compute, added.add, split, progress))
+        part = run_in_batches(run, compute, added.add, split, progress)
+        return _curve(added, len(points), part)
 
 
 def _check_exits(cfg: Any) -> None:

@@ -1,88 +1,38 @@
-"""From the batches of a measurement to the parts of a profile: what is kept, and how it adds up."""
+"""From the batches of a measurement to the parts of a profile."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from typing import Any
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from tl_loops.errors import CheckpointError
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.segments import Segment
 from tl_loops.measurements.provenance import Provenance
 from tl_loops.runs.batch_file import SavedRun
-from tl_loops.runs.in_batches import Batch
 from tl_loops.runs.moments import Moments
+from tl_loops.runs.running_moments import RunningMoments
 
 KIND = "measurement"
-_SIZE = "n_prompts, n_tokens"
 _LAYOUT = ("n_prelude", "n_core", "n_coda", "n_iterations", "stacks", "shared_stacks")
 
 Parts = tuple[dict[str, Moments], LoopLayout | None, Provenance]
 """Moments, layout and provenance: what a profile is made of."""
 
 
-def batch_result(
-    values: Mapping[str, Float[Tensor, "block batch"]], n_prompts: int, n_tokens: int
-) -> dict[str, Tensor]:
-    """What a run keeps of one batch: the moments of each metric, and how many prompts it had."""
-    tensors = {_SIZE: torch.tensor([n_prompts, n_tokens])}
-    for metric, samples in values.items():
-        for name, tensor in Moments.of(samples).tensors().items():
-            tensors[f"{metric}.{name}"] = tensor
-    return tensors
-
-
-class AddedUp:
-    """The moments of batches, added up in the order in which they come.
+def empty_sums(blocks: Mapping[str, Sequence[int]]) -> RunningMoments:
+    """Moments of no batch yet; counts are prompts and tokens.
 
     Args:
         blocks: Unrolled blocks that get a value, by metric.
-        n_layers: Unrolled depth.
     """
+    return RunningMoments({name: (len(at),) for name, at in blocks.items()}, n_counts=2)
 
-    def __init__(self, blocks: Mapping[str, Sequence[int]], n_layers: int):
-        self.blocks, self.n_layers = blocks, n_layers
-        self._moments = {name: Moments.empty(len(at)) for name, at in blocks.items()}
-        self._size = torch.zeros(2, dtype=torch.int64)
 
-    def add(self, number: int, batch: Batch) -> None:
-        """Add a batch.
-
-        Raises:
-            CheckpointError: It lacks numbers of a metric.
-        """
-        for metric, before in self._moments.items():
-            parts = {}
-            for name, like in before.tensors().items():
-                part = batch.get(f"{metric}.{name}")
-                if part is None or part.shape != like.shape or part.dtype != like.dtype:
-                    raise CheckpointError(
-                        f"batch {number} does not hold {name} of {metric} as {like.numel()} "
-                        f"numbers of {like.dtype}; delete its file, or give another path"
-                    )
-                parts[name] = part
-            self._moments[metric] = before.merge(Moments(**parts))
-        self._size = self._size + batch[_SIZE]
-
-    @property
-    def n_prompts(self) -> int:
-        """Number of prompts so far."""
-        return int(self._size[0])
-
-    @property
-    def n_tokens(self) -> int:
-        """Number of tokens so far."""
-        return int(self._size[1])
-
-    def moments(self) -> dict[str, Moments]:
-        """Moments [n_layers] by metric."""
-        return {
-            name: moments.scattered(self.blocks[name], self.n_layers)
-            for name, moments in self._moments.items()
-        }
+def scattered(
+    added: RunningMoments, blocks: Mapping[str, Sequence[int]], n_layers: int
+) -> dict[str, Moments]:
+    """Moments [n_layers] by metric, empty at blocks without a value."""
+    return {name: m.scattered(blocks[name], n_layers) for name, m in added.moments.items()}
 
 
 def about_run(
@@ -96,7 +46,7 @@ def about_run(
     Args:
         layout: Of the model; ``None`` for a feedforward model.
         n_layers: Unrolled depth.
-        blocks: As in :class:`AddedUp`.
+        blocks: Unrolled blocks that get a value, by metric.
         fixed: Fields of the provenance that do not depend on the batches.
     """
     at = None if layout is None else _as_data(layout)
@@ -112,12 +62,14 @@ def profile_parts(saved: SavedRun) -> Parts:
     if saved.run.kind != KIND:
         raise CheckpointError(f"{saved.name} is of a {saved.run.kind}, expected a {KIND}")
     about = saved.run.about
-    added = AddedUp(about["blocks"], about["n_layers"])
+    added = empty_sums(about["blocks"])
     for number in sorted(saved.batches):
         added.add(number, saved.batches[number])
+    moments = scattered(added, about["blocks"], about["n_layers"])
     layout = None if about["layout"] is None else _layout(about["layout"])
-    what = {**about["provenance"], "n_prompts": added.n_prompts, "n_tokens": added.n_tokens}
-    return added.moments(), layout, Provenance(**what)
+    n_prompts, n_tokens = added.counts
+    what = {**about["provenance"], "n_prompts": n_prompts, "n_tokens": n_tokens}
+    return moments, layout, Provenance(**what)
 
 
 def _as_data(layout: LoopLayout) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from tl_loops.measurements import (
     resolve_options,
     why_not,
 )
-from tl_loops.measurements.from_run import KIND, AddedUp, about_run, batch_result
+from tl_loops.measurements.from_run import KIND, about_run, empty_sums, scattered
 from tl_loops.measurements.profile import LoopProfile, Provenance
 from tl_loops.measurements.streaming import PlannedMetric, StreamPlan, reduce_batch
 from tl_loops.runs.batches import (
@@ -26,6 +26,7 @@ from tl_loops.runs.batches import (
 )
 from tl_loops.runs.identity import identity_of, model_fingerprint, prompts_fingerprint
 from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
+from tl_loops.runs.running_moments import batch_moments
 from tl_loops.runs.shards import Shards
 from tl_loops.version import __version__
 
@@ -89,7 +90,7 @@ def measure(
     """
     check_batch_size(batch_size)
     split = Split(shard, checkpoint)
-    split.check(model)
+    split.check(model, merges=True)
     listed = list(prompts) if not isinstance(prompts, (str, torch.Tensor)) else prompts
     tokens = token_prompts(model, listed)
     lengths = [prompt.shape[0] for prompt in tokens]
@@ -113,13 +114,14 @@ def measure(
 
         def compute(number: int) -> Batch:
             batch = torch.stack([tokens[i] for i in members[number]]).to(device)
-            return batch_result(reduce_batch(model, batch, plan), batch.shape[0], batch.numel())
+            values = reduce_batch(model, batch, plan)
+            return batch_moments(values, (batch.shape[0], batch.numel()))
 
         def identify() -> dict[str, Any]:
             prompts = prompts_fingerprint(tokens)
             return identity_of(model, prompts=prompts, metrics=options, batch_size=batch_size)
 
-        added = AddedUp(blocks, cfg.n_layers)
+        added = empty_sums(blocks)
         run = Run(
             KIND,
             [len(batch) for batch in members],
@@ -127,8 +129,9 @@ def measure(
             about_run(layout, cfg.n_layers, blocks, fixed),
         )
         part = run_in_batches(run, compute, added.add, split, progress)
-        what = Provenance(**fixed, n_prompts=added.n_prompts, n_tokens=added.n_tokens)
-        return LoopProfile(added.moments(), layout, what, part)
+        n_prompts, n_tokens = added.counts
+        what = Provenance(**fixed, n_prompts=n_prompts, n_tokens=n_tokens)
+        return LoopProfile(scattered(added, blocks, cfg.n_layers), layout, what, part)
 
 
 def available_metrics(model: Model, n_iterations: int | None = None) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Ablation over named axes, and of massive activations at the block that makes them."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +18,11 @@ from tl_loops.patching.activation import patch_grid
 from tl_loops.runs.activations import check_cache, take
 from tl_loops.runs.cells import Cell, Edit
 from tl_loops.runs.grid import Grid, make_grid
+from tl_loops.runs.in_batches import Split
 from tl_loops.runs.inputs import real_positions, run_inputs
 from tl_loops.runs.rerun import BaseRun
-from tl_loops.runs.scoring import Metric, logits_score, start_run
+from tl_loops.runs.scoring import Metric, identify_cells, logits_score, logits_shape, start_run
+from tl_loops.runs.shards import Shards
 
 
 def ablate(
@@ -38,6 +41,8 @@ def ablate(
     window: int = 1,
     where: Mapping[str, Selection] | None = None,
     gradients: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    shard: Shards = None,
     **forward_arguments: Any,
 ) -> Float[Tensor, "..."]:
     """The effect of removing each part of an activation.
@@ -61,6 +66,8 @@ def ablate(
         window: As in :func:`tl_loops.patching.activation_patch`.
         where: As in :func:`tl_loops.patching.activation_patch`.
         gradients: As in :func:`tl_loops.patching.activation_patch`.
+        checkpoint: As in :func:`tl_loops.patching.activation_patch`.
+        shard: As in :func:`tl_loops.patching.activation_patch`.
         **forward_arguments: As in :func:`tl_loops.patching.activation_patch`.
 
     Returns:
@@ -70,10 +77,12 @@ def ablate(
         ValueError: As :func:`tl_loops.patching.activation_patch`; or a missing or needless
             reference.
         IndexError: A value in ``where`` is out of range.
+        CheckpointError: As :func:`tl_loops.patching.activation_patch`.
 
     Source: zero and mean ablation as in 2211.00593, section 2; resampling as in causal scrubbing.
     """
-    run = start_run(model, tokens, metric, batch_size, forward_arguments, gradients)
+    split = Split(shard, checkpoint)
+    run = start_run(model, tokens, metric, batch_size, forward_arguments, gradients, split)
     grid = make_grid(model, activation, axes, run.n_pos, window, where)
     if method not in ("zero", "mean", "resample"):
         raise ValueError(f"method must be 'zero', 'mean' or 'resample', got {method!r}")
@@ -88,7 +97,11 @@ def ablate(
         values = _means(model, grid, reference, run.n_pos, mean_over)
     else:
         values = _resampled(model, grid, reference, run.shape, seed)
-    return patch_grid(run, grid, values, logits_score(metric), batch_size, progress)
+    identify = partial(
+        identify_cells, run, metric, logits_shape(model, run.tokens), values, method=method
+    )
+    score = logits_score(metric)
+    return patch_grid(run, grid, values, score, batch_size, progress, (), split, identify)
 
 
 def _zeros(model: Model, grid: Grid, n_pos: int) -> dict[str, Tensor]:

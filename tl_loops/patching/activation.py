@@ -1,6 +1,7 @@
 """Activation patching over named axes: put the clean run's activations into the corrupted run."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,10 @@ from tl_loops.layout.selection import Selection
 from tl_loops.runs.activations import Activation, check_cache, take
 from tl_loops.runs.cells import Cell, Edit, Score
 from tl_loops.runs.grid import Grid, Region, make_grid
+from tl_loops.runs.in_batches import PLAIN, Split
 from tl_loops.runs.rerun import BaseRun
-from tl_loops.runs.scoring import Metric, logits_score, start_run
+from tl_loops.runs.scoring import Metric, identify_cells, logits_score, logits_shape, start_run
+from tl_loops.runs.shards import Shards
 
 
 def activation_patch(
@@ -29,6 +32,8 @@ def activation_patch(
     window: int = 1,
     where: Mapping[str, Selection] | None = None,
     gradients: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    shard: Shards = None,
     **forward_arguments: Any,
 ) -> Float[Tensor, "..."]:
     """The effect of putting each part of an activation of the clean run into the corrupted run.
@@ -59,6 +64,13 @@ def activation_patch(
         where: Values to which an axis, named or not, is restricted, e.g. ``{"pos": -1}``.
         gradients: Whether the result carries gradients where they are enabled; without, no cell
             keeps a graph.
+        checkpoint: A file to which every batch of cells is added once it is done. The same call
+            goes on from it, to the same bits. A metric is known by its value on fixed random
+            numbers. Not for a model with hooks.
+        shard: ``(k, n)``, ``"auto"`` or ``"distributed"``: which batches of cells are run here, as
+            for :func:`tl_loops.measure`. With ``(k, n)`` cells of other shards are NaN;
+            :func:`tl_loops.merge_shards` puts the checkpoints of all shards together, and the
+            same call without ``shard`` and with that checkpoint gives the grid.
         **forward_arguments: ``attention_mask``, ``initial_state``, ``exit_at``,
             ``exit_threshold`` or ``weighted_exit`` of every run.
 
@@ -71,15 +83,29 @@ def activation_patch(
             cache that lacks it or comes from another number of iterations, a metric that returns
             no scalar. Nothing has been run then.
         IndexError: A value in ``where`` is out of range.
+        CheckpointError: The checkpoint is damaged or of another run, or the run can be neither
+            resumed nor cut into shards.
 
     Source: 2202.05262 (causal tracing); the definition of a cell is transformer_lens.patching's.
     """
-    run = start_run(model, corrupted_tokens, metric, batch_size, forward_arguments, gradients)
+    split = Split(shard, checkpoint)
+    arguments = (batch_size, forward_arguments, gradients, split)
+    run = start_run(model, corrupted_tokens, metric, *arguments)
     grid = make_grid(model, activation, axes, run.n_pos, window, where)
     check_cache(clean_cache, model, grid.names)
     values = take_all(model, grid, clean_cache, run.shape)
-    score = logits_score(metric)
-    return patch_grid(run, grid, values, score, batch_size, progress, clean_cache.keys())
+    identify = partial(identify_cells, run, metric, logits_shape(model, run.tokens), values)
+    return patch_grid(
+        run,
+        grid,
+        values,
+        logits_score(metric),
+        batch_size,
+        progress,
+        clean_cache.keys(),
+        split,
+        identify,
+    )
 
 
 def patch_grid(
@@ -90,6 +116,8 @@ def patch_grid(
     batch_size: int | None,
     progress: bool,
     cached: Iterable[str] = (),
+    split: Split = PLAIN,
+    identify: Callable[..., dict[str, Any]] = dict,
 ) -> Float[Tensor, "..."]:
     """Run and score all cells of a grid.
 
@@ -101,6 +129,8 @@ def patch_grid(
         batch_size: As in :func:`activation_patch`.
         progress: As in :func:`activation_patch`.
         cached: Every hook name of the cache that the values come from.
+        split: Which batches of cells are run here, and where they are kept.
+        identify: Gives what decides the scores, with what it is told of the grid.
     """
     changes: dict[str, Tensor] = {}
     observe, explicit = {}, []
@@ -115,7 +145,17 @@ def patch_grid(
         explicit = [name for name in cached if name.endswith(("hook_attn_scores", "hook_pattern"))]
     run.execute(grid.names, observe, explicit)
     cells = [_cell(grid.activation, region, values, changes, run.n_pos) for region in grid.regions]
-    scores = run.score(cells, score, batch_size, progress, f"patch {grid.activation.name}")
+    name = grid.activation.name
+    what = {"axes": grid.axes, "values": grid.values, "regions": repr(grid.regions)}
+    scores = run.score(
+        cells,
+        score,
+        batch_size,
+        progress,
+        f"patch {name}",
+        split=split,
+        identify=partial(identify, activation=name, **what),
+    )
     return scores.reshape(grid.shape)
 
 

@@ -1,5 +1,6 @@
 """The halting gate: what it reads, what moves it, and runs in which it is forced."""
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,9 +19,11 @@ from tl_loops.runs.activations import check_cache
 from tl_loops.runs.batches import check_batch_size
 from tl_loops.runs.cells import CellOutput
 from tl_loops.runs.grid import make_grid
+from tl_loops.runs.in_batches import Split
 from tl_loops.runs.inputs import run_inputs
 from tl_loops.runs.rerun import BaseRun
-from tl_loops.runs.scoring import Metric, check_metric
+from tl_loops.runs.scoring import Metric, check_metric, identify_cells
+from tl_loops.runs.shards import Shards
 
 FORCED = 100.0
 """Halting logit of a forced decision: its sigmoid is 0 or 1 in every floating point type."""
@@ -96,6 +99,8 @@ def patch_exit_gate(
     window: int = 1,
     where: Mapping[str, Selection] | None = None,
     gradients: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    shard: Shards = None,
     **forward_arguments: Any,
 ) -> Float[Tensor, "..."]:
     """Activation patching with a metric on the halting logits instead of the output logits.
@@ -113,6 +118,8 @@ def patch_exit_gate(
         window: As there.
         where: As there.
         gradients: As there.
+        checkpoint: As there.
+        shard: As there.
         **forward_arguments: As there.
 
     Returns:
@@ -122,11 +129,14 @@ def patch_exit_gate(
         LoopedSemanticsError: The model has no gate.
         ValueError: As there.
         IndexError: As there.
+        CheckpointError: As there.
     """
-    layout = _gated(model)
+    layout, split = _gated(model), Split(shard, checkpoint)
+    split.check(model, gradients=gradients)
     check_batch_size(batch_size, or_none=True)
     inputs = run_inputs(model, corrupted_tokens, forward_arguments)
-    check_metric(metric, model, (layout.n_iterations, *inputs.shape), "halting logits")
+    shape = (layout.n_iterations, *inputs.shape)
+    check_metric(metric, model, shape, "halting logits")
     run = BaseRun(model, inputs, _gates(layout), gradients)
     grid = make_grid(model, activation, axes, run.n_pos, window, where)
     check_cache(clean_cache, model, grid.names)
@@ -135,7 +145,9 @@ def patch_exit_gate(
     def score(output: CellOutput) -> Any:
         return metric(torch.stack([output.read[name].squeeze(-1) for name in _gates(layout)]))
 
-    return patch_grid(run, grid, values, score, batch_size, progress, clean_cache.keys())
+    identify = partial(identify_cells, run, metric, shape, values, scored="halting logits")
+    cached = clean_cache.keys()
+    return patch_grid(run, grid, values, score, batch_size, progress, cached, split, identify)
 
 
 def force_exit(

@@ -1,6 +1,8 @@
 """Transplants: the state of one iteration, of this run or another, put into another iteration."""
 
+import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from jaxtyping import Float
@@ -12,7 +14,9 @@ from tl_loops.layout.selection import Selection, contiguous_parts, distinct_indi
 from tl_loops.patching.activation import replace
 from tl_loops.runs.activations import find_activation, take
 from tl_loops.runs.cells import Cell
-from tl_loops.runs.scoring import Metric, logits_score, start_run
+from tl_loops.runs.in_batches import Split
+from tl_loops.runs.scoring import Metric, identify_cells, logits_score, logits_shape, start_run
+from tl_loops.runs.shards import Shards
 
 
 def transplant_states(
@@ -28,6 +32,8 @@ def transplant_states(
     batch_size: int | None = None,
     progress: bool = True,
     gradients: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    shard: Shards = None,
     **forward_arguments: Any,
 ) -> Float[Tensor, "source target"]:
     """The effect of putting the state of iteration a of one run into iteration b of another.
@@ -46,6 +52,8 @@ def transplant_states(
         batch_size: As in :func:`tl_loops.patching.activation_patch`.
         progress: Show a progress bar.
         gradients: As in :func:`tl_loops.patching.activation_patch`.
+        checkpoint: As in :func:`tl_loops.patching.activation_patch`.
+        shard: As in :func:`tl_loops.patching.activation_patch`.
         **forward_arguments: As in :func:`tl_loops.patching.activation_patch`.
 
     Returns:
@@ -55,13 +63,16 @@ def transplant_states(
         ValueError: The model has no loop, prompts of different length, a cache without the state,
             a metric that returns no scalar.
         IndexError: An iteration or a position is out of range.
+        CheckpointError: As :func:`tl_loops.patching.activation_patch`.
     """
     layout = require_layout(model)
     if activation not in ("state_in", "injected", "state_out"):
         raise ValueError(
             f"activation must be 'state_in', 'injected' or 'state_out', got {activation!r}"
         )
-    run = start_run(model, corrupted_tokens, metric, batch_size, forward_arguments, gradients)
+    split = Split(shard, checkpoint)
+    given = (batch_size, forward_arguments, gradients, split)
+    run = start_run(model, corrupted_tokens, metric, *given)
     found = find_activation(model, activation)
     n_sources = _cached_iterations(clean_cache, found.rest)
     source = distinct_indices("source iteration", n_sources, sources)
@@ -83,8 +94,24 @@ def transplant_states(
             ]
             cells.append(Cell(edits, parts[0].start))
     run.execute([found.hook_name(b) for b in target])
+    put_in = {found.hook_name(t): state for t, state in states.items()}
     scores = run.score(
-        cells, logits_score(metric), batch_size, progress, f"transplant {activation}"
+        cells,
+        logits_score(metric),
+        batch_size,
+        progress,
+        f"transplant {activation}",
+        split=split,
+        identify=partial(
+            identify_cells,
+            run,
+            metric,
+            logits_shape(model, run.tokens),
+            put_in,
+            sources=source,
+            targets=target,
+            positions=repr(parts),
+        ),
     )
     return scores.reshape(len(source), len(target))
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from tl_loops.errors import CheckpointError
+from tl_loops.errors import CheckpointError, shortened
 from tl_loops.runs.shards import WHOLE, Shard
 from tl_loops.writing import append_whole, check_regular, write_whole
 
@@ -60,9 +60,10 @@ class RunDescription:
         mine, theirs = (json.loads(json.dumps(run.identity)) for run in (self, other))
         for field in dict.fromkeys((*mine, *theirs)):
             if mine.get(field) != theirs.get(field):
+                a, b = _shown(theirs.get(field), mine.get(field))
                 raise CheckpointError(
-                    f"{there} belongs to another run: {field} is {_short(theirs.get(field))} there "
-                    f"and {_short(mine.get(field))} in {here}; delete it or give another path"
+                    f"{there} belongs to another run: {field} is {a} there and {b} in {here}; "
+                    "delete it or give another path"
                 )
         if self.n_batches != other.n_batches:
             raise CheckpointError(
@@ -245,5 +246,11 @@ def _check(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=_N_CHECK).digest()
 
 
-def _short(value: Any) -> str:
-    return ", ".join(value) if isinstance(value, dict) else repr(value)
+def _shown(a: Any, b: Any) -> tuple[str, str]:
+    """Two values that differ, cut down to where they do."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        if set(a) != set(b):
+            return ", ".join(a) or "nothing", ", ".join(b) or "nothing"
+        name = next(name for name in a if a[name] != b[name])
+        return f"{name}={shortened(a[name])}", f"{name}={shortened(b[name])}"
+    return shortened(a), shortened(b)

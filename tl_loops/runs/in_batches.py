@@ -46,24 +46,34 @@ class Split:
         """Whether all is done here, and nothing is kept."""
         return self.shard is None and self.checkpoint is None
 
-    @property
-    def is_part(self) -> bool:
-        """Whether the call gives a part of the result only."""
-        return self.shard != "distributed" and read_shard(self.shard) != WHOLE
+    def check(self, model: Model, merges: bool = False, gradients: bool = False) -> None:
+        """Raise, before anything runs, where the call cannot be cut or kept.
 
-    def check(self, model: Model) -> None:
-        """Raise where parts of two runs could not be told from each other.
+        Args:
+            model: What is run.
+            merges: Whether the tool's results merge by themselves; otherwise files of shards do.
+            gradients: Whether the results carry gradients.
 
         Raises:
-            CheckpointError: Hooks are on the model, or its initial states are drawn afresh.
-            ValueError: The shard does not exist.
+            CheckpointError: Hooks are on the model, or its initial states are drawn afresh, so that
+                parts of two runs could not be told from each other.
+            ValueError: The shard does not exist, is kept in no file, or carries gradients.
         """
-        if self.shard == "distributed":
-            this_rank()
-        else:
-            read_shard(self.shard)
-        if not self.is_plain:
-            check_identifiable(model)
+        shard = this_rank() if self.shard == "distributed" else read_shard(self.shard)
+        if self.is_plain:
+            return
+        if gradients:
+            raise ValueError("checkpoint and shard keep numbers, not gradients: leave them out")
+        if not merges and self.shard != "distributed" and shard != WHOLE and not self.checkpoint:
+            raise ValueError(
+                f"shard {shard} needs checkpoint=, a file: tl_loops.merge_shards puts the files of "
+                "all shards together"
+            )
+        check_identifiable(model)
+
+
+PLAIN = Split()
+"""All is done here, and nothing is kept."""
 
 
 @dataclass(frozen=True)

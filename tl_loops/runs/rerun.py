@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from tqdm.auto import tqdm
 
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import layout_of
@@ -30,6 +29,7 @@ from tl_loops.runs.cells import (
     scalar,
     show_to,
 )
+from tl_loops.runs.in_batches import PLAIN, Batch, Run, Split, run_in_batches
 from tl_loops.runs.inputs import RunInputs
 from tl_loops.runs.stages import crossing_block, stage_of
 from tl_loops.upstream import (
@@ -63,7 +63,7 @@ class BaseRun:
         self, model: Model, inputs: RunInputs, read: Sequence[str] = (), gradients: bool = False
     ):
         self.model, self.cfg, self.layout = model, model.cfg, layout_of(model)
-        self.tokens, self.read = inputs.tokens, tuple(read)
+        self.inputs, self.tokens, self.read = inputs, inputs.tokens, tuple(read)
         self.batch, self.n_pos = self.shape = inputs.shape
         # Explicit also where the model would find it, since a restart sees no tokens.
         given = inputs.attention_mask
@@ -184,9 +184,11 @@ class BaseRun:
         score: Score,
         batch_size: int | None = None,
         progress: bool = False,
-        description: str | None = None,
+        description: str = "cells",
         *,
         keep_graph: bool = False,
+        split: Split = PLAIN,
+        identify: Callable[[], Mapping[str, Any]] = dict,
     ) -> Float[Tensor, "cell"]:
         """Run cells and score each.
 
@@ -195,33 +197,44 @@ class BaseRun:
             score: Maps a cell's output to a scalar.
             batch_size: Cells in one forward pass; ``None``: as many as fit in half a gigabyte.
             progress: Show a progress bar.
-            description: Its text.
+            description: Its text, and the kind of run in a file.
             keep_graph: With gradients, keep what the backward pass needs. Otherwise the runs are
                 repeated in the backward pass, so that memory stays bounded by ``batch_size``
                 there, too.
+            split: Which batches of cells are run here, and the file that keeps what is done.
+            identify: Gives what decides the scores, besides the batches.
 
         Returns:
-            One number per cell, in float32 (float64 where ``score`` gives float64).
+            One number per cell, in float32 (float64 where ``score`` gives float64); NaN for cells
+            of other shards.
         """
         assert self.logits is not None
         results: list[Tensor | None] = [None] * len(cells)
-        bar = tqdm(total=len(cells), disable=not progress, desc=description)
-        with bar, torch.set_grad_enabled(self.gradients):
-            unedited = [i for i, cell in enumerate(cells) if not cell.edits]
+        plan = self._plan(cells, batch_size)
+        unedited = [i for i, cell in enumerate(cells) if not cell.edits]
+
+        def compute(number: int) -> dict[str, Tensor]:
+            run = partial(self._score_batch, [cells[i] for i in plan[number]], score)
+            repeat = self.gradients and not keep_graph
+            return {"scores": checkpoint(run, use_reentrant=False) if repeat else run()}
+
+        def take(number: int, batch: Batch) -> None:
+            scores = batch["scores"].to(self.tokens.device)
+            for i, value in zip(plan[number], scores.unbind(), strict=True):
+                results[i] = value
+
+        with torch.set_grad_enabled(self.gradients):
             if unedited:
                 base = CellOutput(self.logits, {name: self.values[name] for name in self.read})
                 value = scalar(score(base), self.logits)
                 for i in unedited:
                     results[i] = value
-                bar.update(len(unedited))
-            for batch in self._plan(cells, batch_size):
-                run = partial(self._score_batch, [cells[i] for i in batch], score)
-                repeat = self.gradients and not keep_graph
-                values = checkpoint(run, use_reentrant=False) if repeat else run()
-                for i, value in zip(batch, values, strict=True):
-                    results[i] = value
-                bar.update(len(batch))
-            return torch.stack([value for value in results if value is not None])
+            sizes = [len(batch) for batch in plan]
+            run = Run(description, sizes, lambda: {**identify(), "cells": plan}, unit="cell")
+            run_in_batches(run, compute, take, split, progress)
+            known = [value for value in results if value is not None]
+            elsewhere = torch.full_like(known[0] if known else scalar(0.0, self.logits), torch.nan)
+            return torch.stack([elsewhere if value is None else value for value in results])
 
     def automatic_batch_size(self) -> int:
         """Cells in one forward pass so that its tensors take about half a gigabyte."""
@@ -249,7 +262,7 @@ class BaseRun:
                 batches.append([i])
         return batches
 
-    def _score_batch(self, cells: list[Cell], score: Score) -> list[Tensor]:
+    def _score_batch(self, cells: list[Cell], score: Score) -> Float[Tensor, "cell"]:
         assert self.logits is not None
         n_past = min(cell.first_pos for cell in cells) if self.truncates else 0
         n_past = min(n_past, self.n_pos - 1)
@@ -264,7 +277,7 @@ class BaseRun:
                 values[name] = base if late else after_prefix(base, n_past, read[name][rows])
             output = CellOutput(after_prefix(self.logits, n_past, logits[rows]), values)
             scores.append(scalar(score(output), logits))
-        return scores
+        return torch.stack(scores)
 
     def _run(self, cells: list[Cell], n_past: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Run cells (in order of their starts) together, each from its start on."""
