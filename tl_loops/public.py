@@ -32,6 +32,7 @@ from tl_loops.model.kv_sharing_effect import KVSharingEffect, kv_sharing_effect
 from tl_loops.model.looped import LoopedTransformer
 from tl_loops.model.repeated.loop import loop
 from tl_loops.registration import register, unregister
+from tl_loops.runs.merge import merge_shards
 from tl_loops.upstream import HookedTransformer
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "loop",
     "loop_hooks",
     "measure",
+    "merge_shards",
     "metrics",
     "patching",
     "plots",

@@ -118,7 +118,7 @@ def append_whole(path: str | os.PathLike[str], content: bytes, place: int) -> No
     """
     left = memoryview(content)
     # Without a buffer: one that could not be written would be tried again when the file is closed.
-    with _named(path), open(check_regular(path), "r+b", buffering=0) as stream:
+    with named(path), open(check_regular(path), "r+b", buffering=0) as stream:
         stream.truncate(place)
         try:
             stream.seek(place)

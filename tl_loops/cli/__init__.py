@@ -1,4 +1,4 @@
-"""The command line: tl-loops models, metrics, check, measure, report.
+"""The command line: tl-loops models, metrics, check, measure, merge, report.
 
 Starting it imports neither torch nor TransformerLens: a command is imported when it runs.
 """

@@ -50,6 +50,35 @@ def _measure(command: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, default=8, help="prompts of equal length in one pass"
     )
     command.add_argument("--checkpoint", help="file that lets a killed run resume")
+    command.add_argument(
+        "--shard",
+        metavar="K/N",
+        nargs="?",
+        const="auto",
+        help="only batches of shard K of N, into --checkpoint; without K/N by RANK and WORLD_SIZE "
+        "or the task of a SLURM array",
+    )
+    command.add_argument(
+        "--tokens", metavar="FILE", help="prompts as JSON lines, each a list of token ids"
+    )
+    command.add_argument(
+        "--dataset",
+        metavar="NAME",
+        help="a Hugging Face data set, or a .parquet, .json or .jsonl file; with --column",
+    )
+    command.add_argument("--column", help="the column of --dataset with texts or token ids")
+    command.add_argument("--split", help="the split of --dataset")
+    command.add_argument("--subset", help="the configuration of --dataset")
+    command.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
+
+
+def _merge(command: argparse.ArgumentParser) -> None:
+    command.add_argument("files", metavar="FILE", nargs="+", help="all shards of one run")
+    command.add_argument(
+        "--out",
+        required=True,
+        help="a profile (.parquet, .csv or .json), or with another ending a checkpoint",
+    )
 
 
 def _report(command: argparse.ArgumentParser) -> None:
@@ -80,6 +109,7 @@ COMMANDS: dict[str, tuple[str, tuple[Options, ...]]] = {
     "metrics": ("list the metrics that measure knows by name", ()),
     "check": ("try what a checkpoint's model promises", (_directory, _loading)),
     "measure": ("measure prompts into a profile", (_any_model, _measure, _prompts, _loading)),
+    "merge": ("merge the shards of a run", (_merge,)),
     "report": (
         "write one self-contained HTML page",
         (_model_or_embedded, _report, _prompts, _loading),

@@ -3,7 +3,10 @@
 import argparse
 from pathlib import Path
 
+import torch
+
 from tl_loops.model.looped import LoopedTransformer
+from tl_loops.tasks.data_sets import read_column, read_tokens
 from tl_loops.tasks.prompts import PromptText, read_prompts
 from tl_loops.writing import check_writable
 
@@ -23,11 +26,38 @@ def read(options: argparse.Namespace) -> list[PromptText] | None:
     return None if options.prompts is None else read_prompts(options.prompts)
 
 
-def load(options: argparse.Namespace) -> LoopedTransformer:
-    """The model, with its weights as they are stored."""
+def read_any(options: argparse.Namespace) -> list[str] | list[list[int]] | None:
+    """The prompts of ``--prompts``, ``--tokens`` or ``--dataset``, as text or token ids."""
+    given = [name for name in ("prompts", "tokens", "dataset") if getattr(options, name)]
+    if len(given) > 1:
+        raise ValueError(f"give one of {' and '.join('--' + name for name in given)}")
+    if (options.column is None) != (options.dataset is None):
+        raise ValueError("--dataset NAME and --column NAME go together")
+    if options.dataset is not None:
+        given = (options.column, options.split, options.subset, options.limit)
+        return read_column(options.dataset, *given)
+    for name in ("split", "subset"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} is about --dataset, which is not given")
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {options.limit}")
+    if options.tokens is not None:
+        return read_tokens(options.tokens)[: options.limit]
+    prompts = read(options)
+    return None if prompts is None else [prompt.text for prompt in prompts][: options.limit]
+
+
+def load(options: argparse.Namespace, device: torch.device | None = None) -> LoopedTransformer:
+    """The model, with its weights as they are stored.
+
+    Args:
+        options: Of the command.
+        device: Where to; ``None``: TransformerLens's choice.
+    """
     check_iterations(options)
+    place = {} if device is None else {"device": device}
     return LoopedTransformer.from_pretrained_no_processing(
-        options.model, n_iterations=options.n_iterations, dtype=options.dtype
+        options.model, n_iterations=options.n_iterations, dtype=options.dtype, **place
     )
 
 

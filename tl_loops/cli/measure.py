@@ -1,38 +1,75 @@
-"""``tl-loops measure``."""
+"""``tl-loops measure``, also as one of several processes."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from tl_loops.cli.inputs import check_place, load, read
+from tl_loops.cli.inputs import check_place, load, read_any
 from tl_loops.measurements.formats import check_file_ending
 from tl_loops.measurements.measure import measure
+from tl_loops.measurements.profile import LoopProfile
 from tl_loops.report import default_prompts
+from tl_loops.runs.ranks import launched, process_group, rank_device
+from tl_loops.runs.shards import WHOLE, Shard, read_shard
 from tl_loops.writing import check_writable
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure prompts and write (or print) the profile."""
+    """Measure prompts and write (or print) the profile; a shard goes to its checkpoint."""
+    if options.shard is None and launched():
+        _check(options)
+        with process_group() as rank:
+            profile = _measured(options, rank, together=True)
+        if rank.index == 0:
+            _write(options, profile)
+        return
+    shard = read_shard(options.shard)
+    _check(options)
+    if shard == WHOLE:
+        _write(options, _measured(options, shard))
+        return
+    if options.checkpoint is None or options.out is not None:
+        raise ValueError(
+            f"--shard {shard} writes to --checkpoint FILE, and not to --out: tl-loops merge makes "
+            "the profile of all shards"
+        )
+    _measured(options, shard)
+    print(Path(options.checkpoint).resolve())
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse, before anything is computed, places that cannot be written."""
     if options.out is not None:
         check_file_ending(options.out)
         check_place(options.out)
     if options.checkpoint is not None:
         check_writable(options.checkpoint)
-    prompts = read(options)
-    model = load(options)
+
+
+def _measured(options: argparse.Namespace, shard: Shard, together: bool = False) -> LoopProfile:
+    """The profile of a shard or, where the processes work together, of all."""
+    prompts = read_any(options)
+    model = load(options, rank_device() if together else None)
     if prompts is None:
-        prompts = list(default_prompts(model).evaluated)
+        prompts = [prompt.text for prompt in default_prompts(model).evaluated]
     arguments: dict[str, Any] = (
         {} if options.metrics is None else {"metrics": tuple(options.metrics)}
     )
-    profile = measure(
+    checkpoint = options.checkpoint
+    if checkpoint is not None:
+        options.checkpoint = str(shard.path(checkpoint))  # what is said after Ctrl-C
+    return measure(
         model,
-        [p.text for p in prompts],
+        prompts,
         batch_size=options.batch_size,
-        checkpoint=options.checkpoint,
-        progress=not options.quiet,
+        checkpoint=checkpoint,
+        shard="distributed" if together else shard,
+        progress=not options.quiet and (shard.index == 0 or not together),
         **arguments,
     )
+
+
+def _write(options: argparse.Namespace, profile: LoopProfile) -> None:
     if options.out is None:
         print(profile.to_frame().to_string(index=False))
     else:

@@ -29,6 +29,8 @@ from tl_loops.writing import write_whole
 if TYPE_CHECKING:  # a profile saves itself by this
     from tl_loops.measurements.profile import LoopProfile
 
+ENDINGS = (".parquet", ".csv", ".json")
+"""The endings of a profile's file."""
 SHARD = ".shard"
 """The ending of a shard's file."""
 _FORMAT = "tl_loops profile 1"
@@ -102,11 +104,13 @@ def check_file_ending(path: str | os.PathLike[str]) -> None:
 
 
 def _codec(path: str | os.PathLike[str]) -> tuple[Callable[..., bytes], Callable]:
-    codecs = {
-        ".parquet": (_to_parquet, _from_parquet),
-        ".csv": (_to_csv, _from_csv),
-        ".json": (_to_json, _from_json),
-    }
+    codecs = dict(
+        zip(
+            ENDINGS,
+            ((_to_parquet, _from_parquet), (_to_csv, _from_csv), (_to_json, _from_json)),
+            strict=True,
+        )
+    )
     ending = Path(path).suffix.lower()
     if ending not in codecs:
         raise ValueError(f"{path} ends in {ending!r}, expected {', '.join(codecs)}")

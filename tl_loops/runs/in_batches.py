@@ -44,7 +44,7 @@ class Split:
     @property
     def is_plain(self) -> bool:
         """Whether all is done here, and nothing is kept."""
-        return self.shard is None and self.checkpoint is None
+        return self.shard in (None, WHOLE) and self.checkpoint is None
 
     def check(self, model: Model, merges: bool = False, gradients: bool = False) -> None:
         """Raise, before anything runs, where the call cannot be cut or kept.

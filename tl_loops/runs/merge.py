@@ -34,9 +34,10 @@ def merge_runs(shards: Sequence[SavedRun]) -> SavedRun:
                 f"{one.name} is shard {one.shard}, but {first.name} is shard {first.shard}: they "
                 "are cut into different numbers of shards"
             )
-        twin = by_index.setdefault(one.shard.index, one)
-        if twin is not one:
+        twin = by_index.get(one.shard.index)
+        if twin is not None:
             raise CheckpointError(f"{one.name} and {twin.name} are both shard {one.shard}")
+        by_index[one.shard.index] = one
     count = first.shard.count
     absent = [str(Shard(k, count)) for k in range(count) if k not in by_index]
     if absent:

@@ -1,5 +1,6 @@
-"""The embedded models' tasks: their prompts, and how answers are scored."""
+"""Prompts: those of the embedded models' tasks, how answers are scored, and files of prompts."""
 
+from .data_sets import read_column, read_tokens
 from .fact_chain import (
     NAMES,
     FactChainTask,
@@ -27,6 +28,8 @@ __all__ = [
     "fact_chain_prompts",
     "follow",
     "question",
+    "read_column",
+    "read_tokens",
     "sample_pair",
     "sample_prompts",
     "score",

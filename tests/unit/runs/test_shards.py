@@ -129,7 +129,7 @@ def test_a_flipped_bit_is_one_clear_error(tmp_path):
     path = tmp_path / "run.ckpt"
     append_batch(path, start_file(path, RUN, WHOLE).n_bytes, 0, batch(0))
     whole = path.read_bytes()
-    for place in range(len(whole)):
+    for place in range(0, len(whole), 3):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
