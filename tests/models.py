@@ -107,8 +107,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(architecture: str, **changes: Any) -> LoopedTransformerConfig:
-    """The config of one of :data:`ARCHITECTURES`, :data:`MECHANISMS`, :data:`STACKS`, changed."""
-    known = {**ARCHITECTURES, **MECHANISMS, **STACKS}
+    """The config of one of the dictionaries of this file, changed."""
+    known = {**ARCHITECTURES, **MECHANISMS, **STACKS, **SIDE_BY_SIDE}
     return LoopedTransformerConfig(**{**SIZES, **known[architecture], **changes})
 
 
@@ -228,3 +228,22 @@ def any_model(name: str, **changes: Any):
     """A model of :data:`ARCHITECTURES` or :data:`VARIATIONS`."""
     architecture, variation = VARIATIONS.get(name, (name, {}))
     return tiny_model(architecture, **{**variation, **changes})
+
+
+SIDE_BY_SIDE: dict[str, dict[str, Any]] = {
+    "parallel": dict(
+        n_prelude=1,
+        n_core=2,
+        n_coda=1,
+        n_iterations=2,
+        parallel_attn_mlp=True,
+        rotary_dim=4,
+        normalization_type="LN",
+        gated_mlp=False,
+        act_fn="gelu",
+        qk_bias=True,
+        value_bias=True,
+        mlp_bias=True,
+    ),
+}
+"""Attention and MLP read the same stream: there is none between the two."""

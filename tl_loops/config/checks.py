@@ -25,7 +25,6 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 
 UNSUPPORTED: dict[str, Any] = {
     "attn_only": False,
-    "parallel_attn_mlp": False,
     "use_local_attn": False,
     "num_experts": None,
     "experts_per_token": None,
@@ -114,6 +113,11 @@ def check_values(cfg: Any) -> None:
         raise ConfigError(
             f"block_norm={cfg.block_norm!r} needs an RMS norm, "
             f"got normalization_type={cfg.normalization_type!r}"
+        )
+    if cfg.parallel_attn_mlp and cfg.block_norm != "pre":
+        raise ConfigError(
+            f"parallel_attn_mlp=True needs block_norm='pre', got {cfg.block_norm!r}: both branches "
+            "read the stream that enters the block, through norms of their own"
         )
     if cfg.rotary_dim is not None and cfg.rotary_dim % 2:
         raise ConfigError(f"rotary_dim must be even, got {cfg.rotary_dim}")

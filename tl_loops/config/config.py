@@ -56,6 +56,7 @@ class LoopedTransformerConfig(BaseConfig):
             the rotation (Parcae). ``"head_weight"``: per head with a weight that all heads share,
             before the rotation (Qwen3).
         qk_bias: Queries and keys have a bias (``b_Q``, ``b_K``), added before the rotation.
+        value_bias: Values have a bias (``b_V``), with ``qk_bias`` as in Qwen2.
         attn_bias: Queries, keys, values and the attention output have biases.
         mlp_bias: The MLP has biases (``b_in``, ``b_out``).
         unembed_bias: The unembedding has a bias (``b_U``).
@@ -86,6 +87,7 @@ class LoopedTransformerConfig(BaseConfig):
     )
     qk_norm: str | None = setting(None, choices=(None, "full", "head", "head_weight"))
     qk_bias: bool = setting(False)
+    value_bias: bool = setting(False)
     attn_bias: bool = setting(False)
     mlp_bias: bool = setting(False)
     unembed_bias: bool = setting(False)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tl_loops.config.describe_parts import BLOCKS, embedding, parts, unembedding
+from tl_loops.config.describe_parts import block, embedding, parts, unembedding
 
 Config = Any  # the config describes itself by this
 
@@ -42,7 +42,7 @@ def data_flow(cfg: Config) -> str:
     final = read if readout.state_is_normed or not readout.final_norm else "ln_final(x)"
     if "calls" in said and not cfg.n_coda and not readout.final_norm:
         final = state
-    lines += [f"readout  logits = {unembedding(cfg, final)}", f"block    {BLOCKS[cfg.block_norm]}"]
+    lines += [f"readout  logits = {unembedding(cfg, final)}", f"block    {block(cfg)}"]
     for mechanism in mechanisms:
         lines += mechanism.describe(cfg)
     if any(mechanism.has_rows(cfg) for mechanism in mechanisms):

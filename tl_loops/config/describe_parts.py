@@ -13,15 +13,14 @@ _NORMS = {
     "LN": "LayerNorm: (x - mean(x)) / √(var(x) + {eps})·w + b",
     "LNPre": "LayerNorm: (x - mean(x)) / √(var(x) + {eps}), without weights",
 }
-BLOCKS = {
+_SIDE_BY_SIDE = "x += attn(ln1(x)) + mlp(ln2(x))"
+_BLOCKS = {
     "pre": "x += attn(ln1(x)); x += mlp(ln2(x))",
     "sandwich": "x += ln1_post(attn(ln1(x))); x += ln2_post(mlp(ln2(x)))",
     "post_residual": "x = ln1_post(x + attn(ln1(x))); x = ln2_post(x + mlp(ln2(x)))",
     "post_branch": "x += ln1_post(attn(x)); x += ln2_post(mlp(x))",
     "post_norm": "x = ln1_post(x + attn(x)); x = ln2_post(x + mlp(x))",
 }
-"""A block as formulas, by ``block_norm``."""
-
 _QUERY_KEY_NORMS = {
     "full": "q and k normed over all heads, with weights",
     "head": "q and k normed in each head after the rotation, without weights",
@@ -42,6 +41,11 @@ def parts(cfg: Config) -> list[str]:
         f"mlp      {_mlp(cfg)}",
         f"sizes    {_sizes(cfg)}",
     ]
+
+
+def block(cfg: Config) -> str:
+    """A block as formulas."""
+    return _SIDE_BY_SIDE if cfg.parallel_attn_mlp else _BLOCKS[cfg.block_norm]
 
 
 def embedding(cfg: Config) -> str:
@@ -82,8 +86,10 @@ def _attention(cfg: Config) -> str:
         f"{cfg.n_heads} heads of {cfg.d_head}" + (f" ({grouped} of k and v)" if grouped else ""),
         cfg.attention_dir,
     ]
-    if cfg.attn_bias or cfg.qk_bias:
-        said.append("biases of q, k, v and the output" if cfg.attn_bias else "biases of q and k")
+    biased = ["q, k"] if cfg.qk_bias or cfg.attn_bias else []
+    biased += ["v"] if cfg.value_bias or cfg.attn_bias else []
+    biased += ["the output"] if cfg.attn_bias else []
+    said += [f"biases of {', '.join(biased)}"] if biased else []
     if cfg.qk_norm is not None:
         said.append(_QUERY_KEY_NORMS[cfg.qk_norm])
     return ", ".join(said)

@@ -81,8 +81,9 @@ def attention_tensors(cfg: Config) -> Tensors:
     if cfg.qk_bias or cfg.attn_bias:
         found["attn.b_Q"] = PhysicalTensor((heads, d_head))
         found[f"attn.{b_K}"] = PhysicalTensor((kv_heads, d_head))
-    if cfg.attn_bias:
+    if cfg.value_bias or cfg.attn_bias:
         found[f"attn.{b_V}"] = PhysicalTensor((kv_heads, d_head))
+    if cfg.attn_bias:
         found["attn.b_O"] = vector(d)
     for name, length in query_key_norms(cfg).items():
         found |= norm_tensors(cfg, f"attn.{name}", length)

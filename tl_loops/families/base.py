@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -108,11 +109,21 @@ class Part:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor that a checkpoint must hold: its key, its shape, and what it becomes."""
+    """One tensor that a checkpoint must hold: its key, its shape, and what it becomes.
+
+    Attributes:
+        key: Its key.
+        shape: Its shape.
+        parts: The weights that it becomes.
+        groups: Its rows come in so many groups, each with some rows of every part in turn.
+        turned: A matrix is stored as ``[in, out]``: the rows of the parts are its columns.
+    """
 
     key: str
     shape: Shape
     parts: tuple[Part, ...]
+    groups: int = 1
+    turned: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,7 +170,7 @@ class Family:
         tensors: What a checkpoint must hold for a config.
         has_tensors: Tells from the keys of the stored tensors whether they are of this family,
             for families that share a model type.
-        ignored: Keys of stored tensors that are no weights.
+        ignored: Keys of stored tensors that are no weights; ``*`` stands for anything.
         spellings: Other beginnings of stored keys, each with the one that ``tensors`` has for it:
             older names of a part, a wrapper around the model.
         tables: Keys of stored rotary tables, which the original rotates by: they must be those
@@ -171,6 +182,7 @@ class Family:
             whose files carry no model type.
         spread: Gives the content of ``config.json`` with all fields at the top, for families that
             nest them.
+        feedforward: Whether the model has no loop of its own, so that loading may give it one.
     """
 
     name: str
@@ -191,6 +203,7 @@ class Family:
     known: tuple[KnownModel, ...] = ()
     signs: Callable[[Released], bool] | None = None
     spread: Callable[[Released], Released] | None = None
+    feedforward: bool = False
 
     def matches(self, released: Released) -> bool:
         """Whether ``config.json`` names this family by model type or architecture."""
@@ -201,6 +214,10 @@ class Family:
             or any(architecture in self.architectures for architecture in named)
             or (self.signs is not None and self.signs(released))
         )
+
+    def ignores(self, key: str) -> bool:
+        """Whether a stored tensor is no weight."""
+        return any(fnmatchcase(key, pattern) for pattern in self.ignored)
 
     def spelled(self, key: str) -> str:
         """A stored key as :attr:`tensors` spells it."""
@@ -221,7 +238,10 @@ class Family:
                 not implemented; all of them are named at once.
         """
         if self.spread is not None:
-            released = self.spread(released)
+            try:
+                released = self.spread(released)
+            except CheckpointError as problem:
+                raise CheckpointError(f"{where}: {problem}") from None
         problems = [
             _flag_problem(key, released[key], allowed)
             for key, allowed in {**COMMON_FLAGS, **self.flags}.items()
@@ -337,6 +357,16 @@ def whole(key: str, shape: Shape, name: str, view: View = as_is) -> TensorSpec:
     return TensorSpec(key, shape, (Part(name, shape[0], view),))
 
 
-def fused(key: str, n_in: int, *parts: Part) -> TensorSpec:
+def fused(key: str, n_in: int, *parts: Part, groups: int = 1) -> TensorSpec:
     """A stored ``[out, n_in]`` matrix whose rows are those of several weights, in order."""
-    return TensorSpec(key, (sum(part.rows for part in parts), n_in), parts)
+    return TensorSpec(key, (sum(part.rows for part in parts), n_in), parts, groups)
+
+
+def fused_bias(key: str, *parts: Part, groups: int = 1) -> TensorSpec:
+    """A stored vector that holds several biases, in order."""
+    return TensorSpec(key, (sum(part.rows for part in parts),), parts, groups)
+
+
+def turned(key: str, n_in: int, *parts: Part) -> TensorSpec:
+    """A stored ``[n_in, out]`` matrix whose columns are those of several weights, in order."""
+    return TensorSpec(key, (n_in, sum(part.rows for part in parts)), parts, turned=True)

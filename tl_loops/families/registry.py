@@ -5,19 +5,24 @@ A new family is one new file and one entry of ``FAMILIES``.
 
 from collections.abc import Callable, Collection
 
-from tl_loops.errors import CheckpointError
+from tl_loops.errors import CheckpointError, shortened
 from tl_loops.families.base import Family, Released
+from tl_loops.families.gpt2 import GPT2
+from tl_loops.families.gpt_neox import GPT_NEOX
 from tl_loops.families.hrm import HRM, TRM
 from tl_loops.families.hrm_text import HRM_TEXT, HRM_TEXT_SPLIT
 from tl_loops.families.huginn import HUGINN
 from tl_loops.families.iquest import IQUEST_LOOP
+from tl_loops.families.llama import LLAMA, MISTRAL
 from tl_loops.families.loopformer import LOOPFORMER
 from tl_loops.families.loopus import LOOPUS
 from tl_loops.families.nanbeige import NANBEIGE
 from tl_loops.families.nanochat import NANOCHAT_RECURSIVE
 from tl_loops.families.native import NATIVE
+from tl_loops.families.olmo2 import OLMO2
 from tl_loops.families.ouro import OURO
 from tl_loops.families.parcae import PARCAE
+from tl_loops.families.qwen import QWEN2, QWEN3
 from tl_loops.families.retrofitted import RETROFITTED_LLAMA, RETROFITTED_OLMO
 
 # Of families that share a model type, the first whose tensors are there is taken.
@@ -37,12 +42,34 @@ FAMILIES: tuple[Family, ...] = (
     LOOPFORMER,
     HRM,
     TRM,
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    OLMO2,
+    GPT2,
+    GPT_NEOX,
 )
 
 
 def is_looped_config(released: Released) -> bool:
-    """Whether a ``config.json`` names a looped family."""
-    return any(family.matches(released) for family in FAMILIES)
+    """Whether a ``config.json`` names a family of looped models."""
+    return any(family.matches(released) for family in FAMILIES if not family.feedforward)
+
+
+def feedforward_family(name: str) -> Family:
+    """The family of feedforward models of a name.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    known = {family.name: family for family in FAMILIES if family.feedforward}
+    if name not in known:
+        raise CheckpointError(
+            f"there is no family {shortened(name)} of feedforward models; those whose blocks can "
+            f"be looped are {', '.join(known)}"
+        )
+    return known[name]
 
 
 def recognise(released: Released, where: str, stored_keys: Callable[[], Collection[str]]) -> Family:
@@ -62,9 +89,11 @@ def recognise(released: Released, where: str, stored_keys: Callable[[], Collecti
     if not candidates:
         known = sorted({kind for family in FAMILIES for kind in family.model_types})
         raise CheckpointError(
-            f"{where} is of no known looped family: 'model_type' is "
+            f"{where} is of no known family: 'model_type' is "
             f"{released.get('model_type')!r}, 'architectures' is "
-            f"{released.get('architectures')!r}; expected a model type among {', '.join(known)}"
+            f"{released.get('architectures')!r}; expected a model type among {', '.join(known)}. "
+            "Where its blocks are those of a feedforward family, say so and state the loop: "
+            "loop={'family': 'llama', 'n_prelude': ..., 'n_core': ..., 'n_iterations': ...}"
         )
     if len(candidates) == 1:
         return candidates[0]

@@ -59,11 +59,13 @@ class Checkpoint:
         directory: Where ``config.json`` and the weights are.
         name: The model's name, for ``cfg.model_name`` and messages.
         silent: Fields that count where ``config.json`` does not hold them.
+        read_as: The family to read it as, where the caller says so.
     """
 
     directory: Path
     name: str
     silent: Mapping[str, Any] = field(default_factory=dict)
+    read_as: str | None = None
 
     @property
     def config_path(self) -> Path:

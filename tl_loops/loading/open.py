@@ -13,13 +13,19 @@ from torch import Tensor
 from tl_loops.config.config import LoopedTransformerConfig, dtype_name
 from tl_loops.config.fields import fixed_by_weights
 from tl_loops.errors import CheckpointError, ConfigError, shortened
-from tl_loops.families.base import Family, TensorSpec
-from tl_loops.families.registry import recognise
+from tl_loops.families.base import Family, Part, TensorSpec
+from tl_loops.families.registry import feedforward_family, recognise
 from tl_loops.loading.files import CONFIG_FILE, Checkpoint, read_rows, same_values
 from tl_loops.loading.header import StoredTensor
 from tl_loops.loading.rotary_tables import followed_fields, table_problems
 from tl_loops.loading.save import save_checkpoint
 from tl_loops.loading.source import is_broken, is_looped_name, resolve
+from tl_loops.loading.stated_loop import (
+    StatedLoop,
+    check_weights,
+    loop_fields,
+    stated_family,
+)
 from tl_loops.mechanisms.tensors import FLOATS
 
 __all__ = [
@@ -31,6 +37,7 @@ __all__ = [
     "open_tensors",
     "resolve",
     "save_checkpoint",
+    "stated_family",
 ]
 
 
@@ -48,6 +55,7 @@ def load_config(
     n_iterations: SupportsIndex | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    loop: StatedLoop | None = None,
     **overrides: Any,
 ) -> LoopedTransformerConfig:
     """The config of a checkpoint.
@@ -58,13 +66,15 @@ def load_config(
         dtype: Type of the weights in memory; by default float32, and for tl_loops's own format the
             type that was saved.
         device: Where the weights go; by default TransformerLens's choice.
+        loop: The loop of a checkpoint that has none of its own; see :func:`loop_fields`.
         **overrides: Other config fields, e.g. ``n_ctx`` or ``state_seed``; not those that the
             stored tensors fix.
 
     Raises:
         CheckpointError: ``config.json`` is of no known family, lacks a field, or asks for
             mathematics that is not implemented.
-        ConfigError: An argument is not a config field, is fixed by the weights, or is out of range.
+        ConfigError: An argument is not a config field, is fixed by the weights, or is out of range;
+            or ``loop`` does not fit the checkpoint.
     """
     for name in overrides.keys() & fixed_by_weights(LoopedTransformerConfig):
         hint = "; use n_iterations" if name == "n_layers" else ""
@@ -76,12 +86,16 @@ def load_config(
     listed = architectures if isinstance(architectures, list) else []
     named = [name for name in listed if isinstance(name, str)]
     _check_sizes(checkpoint, fields, where)
+    if loop is not None:
+        fields |= loop_fields(loop, family, fields["n_core"], checkpoint.name)
     fields.setdefault("model_name", checkpoint.name)
     fields.setdefault("original_architecture", [*named, *family.architectures, family.name][0])
     if dtype is not None:
         fields["dtype"] = _dtype(dtype)
     if device is not None:
         fields["device"] = str(device)
+    if loop is not None:
+        check_weights(LoopedTransformerConfig.from_dict(fields), family, checkpoint.name)
     try:
         cfg = LoopedTransformerConfig.from_dict(fields)
     except (ValueError, TypeError, AssertionError, ArithmeticError) as error:
@@ -160,7 +174,7 @@ def open_tensors(
         elif key not in lost and not headers.incomplete:
             problems.append(f"{files}: key {key!r} is missing, expected shape {spec.shape}")
     for key, stored in tensors.items():
-        if key in specs or key in family.ignored:
+        if key in specs or family.ignores(key):
             continue
         if key in family.tables:
             problems += table_problems(stored, family.tables[key], cfg)
@@ -186,8 +200,10 @@ def family_of(checkpoint: Checkpoint) -> Family:
     """The family that a checkpoint is recognised as.
 
     Raises:
-        CheckpointError: It is of no known looped family.
+        CheckpointError: It is of no known family.
     """
+    if checkpoint.read_as is not None:
+        return feedforward_family(checkpoint.read_as)
     return recognise(
         checkpoint.config, str(checkpoint.config_path), lambda: _stored_keys(checkpoint)
     )
@@ -272,9 +288,31 @@ def _stream(
     allow_non_finite: bool,
 ) -> Iterator[tuple[str, Tensor]]:
     for stored, spec in pairs:
-        first = 0
+        whole, first = None, 0
+        if spec.turned:
+            whole = torch.empty(stored.shape, dtype=cfg.dtype, device=cfg.device)
+            read_rows(stored, 0, whole, allow_non_finite)
         for part in spec.parts:
-            memory = part.empty((part.rows, *stored.shape[1:]), cfg.dtype, cfg.device)
-            read_rows(stored, first, memory, allow_non_finite)
-            first += part.rows
+            shape = (part.rows, *spec.shape[:-1]) if spec.turned else (part.rows, *spec.shape[1:])
+            memory = part.empty(shape, cfg.dtype, cfg.device)
+            if whole is not None:
+                memory.copy_(whole[:, first : first + part.rows].T)
+                first += part.rows
+            else:
+                first = _read_part(stored, spec, part, first, memory, allow_non_finite)
             yield part.name, part.view(memory)
+
+
+def _read_part(
+    stored: StoredTensor,
+    spec: TensorSpec,
+    part: Part,
+    first: int,
+    memory: Tensor,
+    allow_non_finite: bool,
+) -> int:
+    """Read the rows of a part, from ``first`` of each group on; gives the next part's first row."""
+    rows, group = part.rows // spec.groups, spec.shape[0] // spec.groups
+    for number, piece in enumerate(memory.split(rows)):
+        read_rows(stored, number * group + first, piece, allow_non_finite)
+    return first + rows

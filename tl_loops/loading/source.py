@@ -1,10 +1,12 @@
 """Where a checkpoint lies: a known name, a hub id or a directory."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from tl_loops.errors import CheckpointError, ConfigError, UnknownModelError, shortened
+from tl_loops.families.base import KnownModel
 from tl_loops.families.registry import is_looped_config
 from tl_loops.loading.catalogue import find_known, near_names, packaged_directory
 from tl_loops.loading.files import (
@@ -18,6 +20,9 @@ from tl_loops.loading.files import (
 from tl_loops.loading.json_file import read_json
 from tl_loops.loading.replacing import readable
 from tl_loops.loading.tokenizer import TOKENIZER_FILES
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+"""What the name of a repository of the hub looks like."""
 
 
 def is_looped_name(name: Any) -> bool:
@@ -65,6 +70,7 @@ def resolve(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    read_as: str | None = None,
 ) -> Checkpoint:
     """Find the files of a checkpoint, downloading them where needed.
 
@@ -72,19 +78,20 @@ def resolve(
     pickles, never code.
 
     Args:
-        name_or_directory: A directory with ``config.json``, or a known name or alias. A directory
-            wins over a name. Text or a path.
+        name_or_directory: A directory with ``config.json``, a known name or alias, or another
+            repository of the hub, ``"owner/name"``. A directory wins over a name. Text or a path.
         revision: Branch, tag or commit of a hub repository.
         token: Hub token, as for ``huggingface_hub.snapshot_download``.
         cache_dir: Hub cache, as there.
         local_files_only: Use the hub cache alone, as there.
+        read_as: The family to read it as; ``None``: what its ``config.json`` says.
 
     Returns:
         The checkpoint directory.
 
     Raises:
         TypeError: It is neither text nor a path.
-        UnknownModelError: Neither a directory nor a known name.
+        UnknownModelError: Neither a directory, nor a known name, nor a repository that can be had.
         CheckpointError: A directory without ``config.json``, or the download failed.
         ConfigError: ``revision`` for files that have none.
     """
@@ -98,33 +105,41 @@ def resolve(
         _refuse_revision(revision, str(directory))
         if not (directory / CONFIG_FILE).is_file():
             raise CheckpointError(f"{directory} holds no {CONFIG_FILE}")
-        return Checkpoint(directory, _given_directory(name_or_directory).resolve().name)
+        return Checkpoint(
+            directory, _given_directory(name_or_directory).resolve().name, read_as=read_as
+        )
     name = os.fspath(name_or_directory)
     entry = find_known(name) if isinstance(name_or_directory, str) else None
-    if entry is None:
+    known = entry.known if entry is not None else KnownModel(name)
+    if entry is None and _REPOSITORY.fullmatch(name) is None:
         raise _unknown(name)
-    if entry.known.packaged is not None:
-        _refuse_revision(revision, entry.name)
-        directory = packaged_directory(entry.known.packaged)
+    if known.packaged is not None:
+        _refuse_revision(revision, known.name)
+        directory = packaged_directory(known.packaged)
         if not (directory / CONFIG_FILE).is_file():
             raise CheckpointError(
-                f"{entry.name} is missing from the installed package: {directory}"
+                f"{known.name} is missing from the installed package: {directory}"
             )
-        return Checkpoint(directory, entry.name)
-    directory = _download(
-        entry.name,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-    )
+        return Checkpoint(directory, known.name, read_as=read_as)
+    try:
+        directory = _download(
+            known.name,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+    except CheckpointError as error:
+        if entry is None:
+            raise _unknown(name, str(error)) from error
+        raise
     if not any(directory.glob("*.safetensors")):
         raise CheckpointError(
-            f"{entry.name} holds no safetensors files; other files of weights (.bin, .pt) are not "
+            f"{known.name} holds no safetensors files; other files of weights (.bin, .pt) are not "
             f"fetched. {conversion(['FILE'])}, with the names of the files that you downloaded; "
             f"then load the directory that holds {WEIGHTS_FILE} and {CONFIG_FILE}"
         )
-    return Checkpoint(directory, entry.name.split("/")[-1], entry.known.silent)
+    return Checkpoint(directory, known.name.split("/")[-1], known.silent, read_as)
 
 
 def _local_directory(name: str | os.PathLike[str]) -> Path | None:
@@ -143,14 +158,16 @@ def _given_directory(name: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(os.fspath(name)))
 
 
-def _unknown(name: str) -> UnknownModelError:
+def _unknown(name: str, reason: str = "") -> UnknownModelError:
     if os.path.isfile(os.path.expanduser(name)):
         return UnknownModelError(f"{name!r} is a file; give the directory that holds {CONFIG_FILE}")
     near = near_names(name)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    tried = f". As a repository of the hub: {reason}" if reason else ""
     return UnknownModelError(
         f"{name!r} is neither a directory nor a known looped model.{hint} Other checkpoints of the "
-        "known families load from a local directory, e.g. from huggingface_hub.snapshot_download"
+        "known families load from a local directory, e.g. from huggingface_hub.snapshot_download, "
+        f"or by their repository 'owner/name'{tried}"
     )
 
 

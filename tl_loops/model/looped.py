@@ -14,6 +14,7 @@ from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import ConfigError, LoopedSemanticsError
 from tl_loops.loading import open as loading
 from tl_loops.loading.arguments import check_arguments
+from tl_loops.loading.stated_loop import StatedLoop
 from tl_loops.loading.tokenizer import load_tokenizer
 from tl_loops.model import generation, readout, state_dicts
 from tl_loops.model.checks import block_index, check_return_type, key_value_sharing
@@ -281,6 +282,7 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
         n_ctx: int | None = None,
         *,
         n_iterations: SupportsIndex | None = None,
+        loop: StatedLoop | None = None,
         state_seed: int | None = 0,
         allow_non_finite: bool = False,
         **hub_kwargs: Any,
@@ -312,6 +314,8 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
             first_n_layers: Refused: use ``n_iterations``.
             n_ctx: Overrides the context length.
             n_iterations: Passes through the core; ``None``: what the checkpoint says.
+            loop: For feedforward checkpoints: ``(start, stop, n_iterations)``, or a mapping of
+                config fields; ``None``: one iteration of all layers.
             state_seed: Seed of a random initial state; ``None``: a fresh draw at each call.
             allow_non_finite: Whether to load weights that are NaN or infinite, or become infinite
                 in ``dtype``.
@@ -333,13 +337,14 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
             if value != default:
                 raise LoopedSemanticsError(f"{name}={value!r} has no meaning here: {instead}")
         check_arguments(hub_kwargs, tuple(signature(cls.from_pretrained).parameters)[:-1])
-        source = loading.resolve(model_name, **hub_kwargs)
+        source = loading.resolve(model_name, read_as=loading.stated_family(loop), **hub_kwargs)
         overrides = {"n_ctx": n_ctx, "default_prepend_bos": default_prepend_bos}
         cfg = loading.load_config(
             source,
             n_iterations=n_iterations,
             dtype=dtype,
             device=device,
+            loop=loop,
             state_seed=state_seed,
             **{name: value for name, value in overrides.items() if value is not None},
         )

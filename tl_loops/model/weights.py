@@ -292,7 +292,7 @@ class PhysicalWeights(TransformerBase):
         with torch.no_grad():
             if fold_ln:
                 left += self._fold_norms()
-            if fold_value_biases and self.cfg.attn_bias:
+            if fold_value_biases and (self.cfg.value_bias or self.cfg.attn_bias):
                 left += self._fold_value_biases()
         if center_writing_weights:
             left.append("center_writing_weights (an RMS norm does not centre what it reads)")
@@ -308,6 +308,8 @@ class PhysicalWeights(TransformerBase):
 
     def _fold_value_biases(self) -> list[str]:
         reasons = [mechanism.keeps_value_biases(self.cfg) for mechanism in self.cfg.mechanisms]
+        if not self.cfg.attn_bias:
+            reasons.append("attention has no b_O to take them")
         if any(reasons):
             return [f"fold_value_biases ({'; '.join(filter(None, reasons))})"]
         for block in self.physical_blocks().values():

@@ -20,7 +20,9 @@ class Block(nn.Module):
     ``hook_attn_out`` and ``hook_mlp_out`` are what is added to the residual stream;
     ``hook_resid_mid`` and ``hook_resid_post`` are the stream after each add (and after the norm
     on the sum, with ``"post_residual"`` and ``"post_norm"``). ``ln1`` and ``ln2`` norm a branch's
-    input; ``ln1_post`` and ``ln2_post`` its output, or with these two the sum.
+    input; ``ln1_post`` and ``ln2_post`` its output, or with these two the sum. With
+    ``cfg.parallel_attn_mlp`` both branches read the stream that enters the block, and there is no
+    ``hook_resid_mid``.
 
     Args:
         cfg: The config.
@@ -61,7 +63,8 @@ class Block(nn.Module):
         self.hook_attn_out = HookPoint()  # [batch, pos, d_model]
         self.hook_mlp_out = HookPoint()  # [batch, pos, d_model]
         self.hook_resid_pre = HookPoint()  # [batch, pos, d_model]
-        self.hook_resid_mid = HookPoint()  # [batch, pos, d_model]
+        if not cfg.parallel_attn_mlp:
+            self.hook_resid_mid = HookPoint()  # [batch, pos, d_model]
         self.hook_resid_post = HookPoint()  # [batch, pos, d_model]
 
     def forward(
@@ -79,9 +82,12 @@ class Block(nn.Module):
         for part in parts:
             attn_out = part.write("attn", attn_out)
         resid_mid = self._add(resid_pre, attn_out, "ln1_post", self.hook_attn_out)
-        resid_mid = self.hook_resid_mid(resid_mid)
+        if self.cfg.parallel_attn_mlp:
+            mlp_in = resid_pre
+        else:
+            mlp_in = resid_mid = self.hook_resid_mid(resid_mid)
 
-        mlp_in = self.hook_mlp_in(resid_mid.clone()) if self.cfg.use_hook_mlp_in else resid_mid
+        mlp_in = self.hook_mlp_in(mlp_in.clone()) if self.cfg.use_hook_mlp_in else mlp_in
         mlp_out = self.mlp(self._read("mlp", mlp_in, parts))
         for part in parts:
             mlp_out = part.write("mlp", mlp_out)

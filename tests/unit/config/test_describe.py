@@ -9,7 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.models import ARCHITECTURES, MECHANISMS, STACKS, tiny_config, tiny_model, tiny_tokens
+from tests.models import (
+    ARCHITECTURES,
+    MECHANISMS,
+    SIDE_BY_SIDE,
+    STACKS,
+    tiny_config,
+    tiny_model,
+    tiny_tokens,
+)
 from tl_loops import ConfigError, LoopedTransformerConfig
 from tl_loops.config.checks import CHOICES, UNSUPPORTED
 from tl_loops.config.fields import computing, setting_of
@@ -24,7 +32,7 @@ COMPUTING = [
     if name not in {*UNSUPPORTED, *DETAILS_OF_THE_UNSUPPORTED}
 ]
 BASES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in (*ARCHITECTURES, *MECHANISMS, *STACKS)},
+    **{name: (name, {}) for name in (*ARCHITECTURES, *MECHANISMS, *STACKS, *SIDE_BY_SIDE)},
     "llama3": ("retrofitted", dict(use_NTK_by_parts_rope=True, NTK_original_ctx_len=32)),
     "loopformer": ("weightless", dict(n_prelude=0, time_conditioning=True)),
     "loopus": ("ouro", dict(state_gate_rank=2, halt_head=True, norm_between_iterations=False)),

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from tl_loops import CheckpointError
 from tl_loops.config.config import LoopedTransformerConfig
@@ -81,6 +82,11 @@ RELEASED = {
     "hrm": "wild/hrm_plain",
     "trm": "wild/trm_plain",
 }
+FEEDFORWARD = {family.name: family for family in FAMILIES if family.feedforward}
+REFERENCE |= {
+    name: " ".join(AutoConfig.for_model(family.model_types[0]).to_dict())
+    for name, family in FEEDFORWARD.items()
+}
 EVERY = pytest.mark.parametrize("name", REFERENCE)
 
 
@@ -101,6 +107,9 @@ class Asked(dict):
 
 
 def released(name: str) -> dict:
+    if name in FEEDFORWARD:
+        content = AutoConfig.for_model(FEEDFORWARD[name].model_types[0]).to_dict()
+        return content | ({"sliding_window": None} if name == "mistral" else {})
     return json.loads((FIXTURES / RELEASED[name] / "config.json").read_text())
 
 

@@ -71,10 +71,16 @@ def test_tensor_names_are_not_asked_for_where_the_model_type_is_enough():
 
 
 def test_an_ordinary_model_is_refused_with_what_was_found():
+    released = {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
+    assert not is_looped_config(released)
+    with pytest.raises(CheckpointError, match=r"'mamba'.*MambaForCausalLM.*huginn_raven.*ouro"):
+        recognise(released, "config.json", list)
+
+
+def test_a_feedforward_model_is_recognised_but_is_not_looped():
     released = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     assert not is_looped_config(released)
-    with pytest.raises(CheckpointError, match=r"'llama'.*LlamaForCausalLM.*huginn_raven.*ouro"):
-        recognise(released, "config.json", list)
+    assert recognise(released, "config.json", list).feedforward
 
 
 def test_a_shared_model_type_with_foreign_tensors_is_refused():

@@ -11,6 +11,7 @@ from tl_loops.families.base import (
     Released,
     TensorSpec,
     checked,
+    head_bias,
     heads_in,
     heads_out,
     read,
@@ -98,6 +99,18 @@ def layer(
     yield whole(f"{attn}.k_proj.weight", (kv_width, d), f"{name}.attn.{W_K}", heads_in(e))
     yield whole(f"{attn}.v_proj.weight", (kv_width, d), f"{name}.attn.{W_V}", heads_in(e))
     yield whole(f"{attn}.o_proj.weight", (d, q_width), f"{name}.attn.W_O", heads_out(e))
+    if cfg.qk_bias or cfg.attn_bias:
+        b_K = key_value_name(cfg, "b_K")
+        yield whole(f"{attn}.q_proj.bias", (q_width,), f"{name}.attn.b_Q", head_bias(e))
+        yield whole(f"{attn}.k_proj.bias", (kv_width,), f"{name}.attn.{b_K}", head_bias(e))
+    if cfg.value_bias or cfg.attn_bias:
+        b_V = key_value_name(cfg, "b_V")
+        yield whole(f"{attn}.v_proj.bias", (kv_width,), f"{name}.attn.{b_V}", head_bias(e))
+    if cfg.attn_bias:
+        yield whole(f"{attn}.o_proj.bias", (d,), f"{name}.attn.b_O")
+    if cfg.qk_norm == "full":
+        yield whole(f"{attn}.q_norm.weight", (q_width,), f"{name}.attn.q_norm.w")
+        yield whole(f"{attn}.k_norm.weight", (kv_width,), f"{name}.attn.k_norm.w")
     if cfg.qk_norm == "head_weight":
         yield whole(f"{attn}.q_norm.weight", (e,), f"{name}.attn.q_norm.w")
         yield whole(f"{attn}.k_norm.weight", (e,), f"{name}.attn.k_norm.w")
@@ -109,7 +122,7 @@ def layer(
 def looped_stack(
     cfg: LoopedTransformerConfig, norms: Mapping[str, str] = NORMS
 ) -> Iterator[TensorSpec]:
-    """The tensors of a whole model whose layers are all in the loop.
+    """The tensors of a whole model: its layers in the order of the data flow.
 
     Args:
         cfg: The config.
@@ -117,8 +130,8 @@ def looped_stack(
     """
     d, vocab = cfg.d_model, cfg.d_vocab
     yield whole("model.embed_tokens.weight", (vocab, d), "embed.W_E")
-    for number in range(cfg.n_core):
-        yield from layer(cfg, f"model.layers.{number}", f"core.{number}", norms)
+    for number, name in enumerate(cfg.layout.physical_names()):
+        yield from layer(cfg, f"model.layers.{number}", name, norms)
     yield whole("model.norm.weight", (d,), "ln_final.w")
     if not cfg.tie_word_embeddings:
         yield whole("lm_head.weight", (vocab, d), "unembed.W_U", transposed)

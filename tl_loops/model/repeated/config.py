@@ -6,7 +6,7 @@ from typing import Any, SupportsIndex
 
 from tl_loops.config.checks import UNSUPPORTED, whole_iterations
 from tl_loops.config.config import LoopedTransformerConfig
-from tl_loops.config.describe_parts import BLOCKS, embedding, parts, unembedding
+from tl_loops.config.describe_parts import block, embedding, parts, unembedding
 from tl_loops.config.fields import computing
 from tl_loops.config.ranges import check_depth
 from tl_loops.errors import ConfigError
@@ -167,11 +167,9 @@ class RepeatedConfig(LoopedTransformerConfig):
     def _block(self) -> str:
         """A block of the original as formulas."""
         if self.attn_only:
-            return BLOCKS[self.block_norm].partition(";")[0]
-        if self.parallel_attn_mlp:
-            return "x += attn(ln1(x)) + mlp(ln2(x))"
-        block = BLOCKS[self.block_norm]
-        return block.replace("_post", "") if self.block_norm == "post_branch" else block
+            return block(self).partition(";")[0]
+        said = block(self)
+        return said.replace("_post", "") if self.block_norm == "post_branch" else said
 
     def _further(self) -> dict[str, Any]:
         """What decides the numbers and no config of a looped transformer may have."""
