@@ -21,6 +21,10 @@ class NoLoopError(TypeError, ValueError):
     """What was asked for needs a loop, and the model has none."""
 
 
+class ArgumentError(TypeError, ValueError):
+    """An argument is of a kind that the function does not take; the message says which it takes."""
+
+
 class UnknownModelError(ValueError):
     """A model name is neither a known looped model nor a local checkpoint directory."""
 

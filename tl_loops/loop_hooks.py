@@ -8,16 +8,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.arguments import checked
+from tl_loops.errors import shortened
 from tl_loops.layout.coordinate import BlockCoordinate, Phase
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
 from tl_loops.layout.names import activation_name, iteration_spec
 from tl_loops.layout.of_model import require_layout
 from tl_loops.layout.selection import Selection, chosen_indices, each_index
+from tl_loops.runs.activations import check_cache
 
 HookFunction = Callable[..., Any]
 
 
+@checked
 def at(
     model: Model,
     name: str,
@@ -47,6 +51,7 @@ def at(
     return _known(model, found)
 
 
+@checked
 def every_iteration(
     model: Model, name: str, layer: Selection | None = None, iterations: Selection | None = None
 ) -> list[str]:
@@ -72,6 +77,7 @@ def every_iteration(
     return [at(model, name, iteration=t, layer=i) for t in chosen for i in layers]
 
 
+@checked
 def every_block(model: Model, name: str, phase: str | None = None) -> list[str]:
     """The hook names of an activation in every unrolled block, or in those of one phase.
 
@@ -88,6 +94,7 @@ def every_block(model: Model, name: str, phase: str | None = None) -> list[str]:
     ]
 
 
+@checked
 def names_filter(
     model: Model,
     names: str | Sequence[str],
@@ -128,11 +135,21 @@ def names_filter(
     return kept.__contains__
 
 
+@checked
 def hooks_at(names: str | Iterable[str], hook: HookFunction) -> list[tuple[str, HookFunction]]:
-    """The same hook function at several names: pairs for ``run_with_hooks``."""
-    return [(name, hook) for name in ([names] if isinstance(names, str) else names)]
+    """The same hook function at several names: pairs for ``run_with_hooks``.
+
+    Raises:
+        TypeError: A name is no text.
+    """
+    listed = [names] if isinstance(names, str) else list(names)
+    for name in listed:
+        if not isinstance(name, str):
+            raise TypeError(f"hook names are text, got {shortened(name)}")
+    return [(name, hook) for name in listed]
 
 
+@checked
 def with_coordinate(model: Model, hook: Callable[..., Any]) -> HookFunction:
     """A hook function that is also told where it is.
 
@@ -147,10 +164,15 @@ def with_coordinate(model: Model, hook: Callable[..., Any]) -> HookFunction:
     return partial(_located, model, hook)
 
 
+@checked
 def coordinate_of(model: Model, name: str) -> BlockCoordinate | None:
-    """The coordinate of a hook name; ``None`` for points of the whole run such as ``ln_final``."""
+    """The coordinate of a hook name; ``None`` for points of the whole run such as ``ln_final``.
+
+    Raises:
+        ValueError: The model has no such hook point.
+    """
     layout = layout_of(model)
-    kind, _, rest = layout.canonical_name(name).partition(".")
+    kind, _, rest = _known(model, layout.canonical_name(name)).partition(".")
     if kind == "blocks":
         return layout.coordinate(int(rest.split(".")[0]))
     if kind == "iter":
@@ -160,6 +182,7 @@ def coordinate_of(model: Model, name: str) -> BlockCoordinate | None:
     return None
 
 
+@checked
 def stack_iterations(
     cache: Any, model: Model, name: str, layer: int | None = None
 ) -> Float[Tensor, "iteration *rest"]:
@@ -176,16 +199,19 @@ def stack_iterations(
         [iteration, ...], e.g. [iteration, batch, pos, d_model].
 
     Raises:
-        ValueError: As :func:`at`.
-        KeyError: The cache does not hold it.
+        ValueError: As :func:`at`; or the cache does not hold it, or is one of another number of
+            iterations.
     """
     layout = layout_of(model)
-    stacked = torch.stack([cache[n] for n in every_iteration(model, name, layer)])
+    names = every_iteration(model, name, layer)
+    check_cache(cache, model, names)
+    stacked = torch.stack([cache[n] for n in names])
     if layer is None and iteration_spec(name) is None:
         return stacked.reshape(layout.n_iterations, layout.n_core, *stacked.shape[1:])
     return stacked
 
 
+@checked
 def layout_of(model: Model) -> LoopLayout:
     """The layout of a looped model.
 

@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
-from tl_loops.layout.selection import Selection, distinct_indices, each_index
+from tl_loops.layout.selection import Selection, distinct_indices, index_along
 from tl_loops.loop_hooks import every_iteration, stack_iterations
 from tl_loops.metrics.precision import full_precision
 from tl_loops.runs.activations import find_activation
@@ -23,6 +24,7 @@ HookList = list[tuple[str, Callable]]
 Direction = Float[Tensor, "*iteration_layer d_model"]
 
 
+@checked
 def steer(
     model: Model,
     direction: Direction,
@@ -56,11 +58,12 @@ def steer(
     Source: 2308.10248 (activation addition), 2312.06681 (contrastive means).
     """
     return [
-        (name, partial(_add, scale * vector, _index(positions)))
+        (name, partial(_add, scale * vector, positions))
         for name, vector in _placed(model, direction, activation, iterations, layers)
     ]
 
 
+@checked
 def ablate_direction(
     model: Model,
     direction: Direction,
@@ -97,10 +100,11 @@ def ablate_direction(
                 f"the direction for {name} is zero, so there is nothing to project out"
             )
         unit = (vector.double() / length).to(vector.dtype)
-        hooks.append((name, partial(_project_out, unit, _index(positions))))
+        hooks.append((name, partial(_project_out, unit, positions)))
     return hooks
 
 
+@checked
 def difference_directions(
     model: Model,
     positive: Any,
@@ -128,8 +132,7 @@ def difference_directions(
         float64 caches). The mean over iterations is a direction shared by all of them.
 
     Raises:
-        ValueError: The activation has no stream axis.
-        KeyError: A cache does not hold it.
+        ValueError: The activation has no stream axis, or a cache does not hold it.
         IndexError: A prompt has no such token.
 
     Source: 2312.06681, section 3 (difference of means).
@@ -150,6 +153,7 @@ def difference_directions(
     return direction
 
 
+@checked
 def steering_effect(
     model: Model,
     tokens: Any,
@@ -218,7 +222,7 @@ def steering_effect(
         _steered(region, vectors, scale, run.n_pos) for scale in factors for region in grid.regions
     ]
     scores = run.score(cells, logits_score(metric), batch_size, progress, "steer")
-    return scores.reshape(*([len(factors)] if several else []), *grid.shape)
+    return scores.reshape((*([len(factors)] if several else []), *grid.shape))
 
 
 def _steered(region: Region, vectors: Mapping[str, Tensor], scale: float, n_pos: int) -> Cell:
@@ -273,15 +277,9 @@ def _placed(
     return list(zip(names, vectors, strict=True))
 
 
-def _index(positions: Selection | None) -> Any:
-    if positions is None:
-        return slice(None)
-    return positions if isinstance(positions, slice) else list(each_index("position", positions))
-
-
 def _add(vector: Tensor, positions: Any, value: Tensor, hook: Any) -> Tensor:
     value = value.clone()
-    value[:, positions] += vector.to(value)
+    value[:, index_along("position", value.shape[1], positions)] += vector.to(value)
     return value
 
 
@@ -289,6 +287,7 @@ def _add(vector: Tensor, positions: Any, value: Tensor, hook: Any) -> Tensor:
 def _project_out(unit: Tensor, positions: Any, value: Tensor, hook: Any) -> Tensor:
     unit = unit.to(value)
     value = value.clone()
-    part = value[:, positions]
-    value[:, positions] = part - (part @ unit)[..., None] * unit
+    at = index_along("position", value.shape[1], positions)
+    part = value[:, at]
+    value[:, at] = part - (part @ unit)[..., None] * unit
     return value

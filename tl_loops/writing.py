@@ -39,6 +39,8 @@ def check_regular(path: str | os.PathLike[str]) -> Path:
         ValueError: There is something that is not a regular file: a directory, device or pipe.
         OSError: The links form a circle.
     """
+    if "\0" in os.fsdecode(path):
+        raise ValueError(f"a path cannot hold a null byte, got {os.fsdecode(path)!r}")
     target = Path(os.path.realpath(path))
     try:
         mode = os.stat(target).st_mode

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.attribution.gradients import (
     Method,
     Metric,
@@ -32,6 +33,7 @@ from tl_loops.runs.shards import Shards
 _EMBED = "hook_embed"
 
 
+@checked
 def attribution_patch(
     model: Model,
     corrupted_tokens: Any,

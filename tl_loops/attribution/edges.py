@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.attribution.gradients import (
     Hooks,
     Metric,
@@ -81,8 +82,15 @@ class EdgeAttribution:
     scores: Float[Tensor, "sender receiver"]
     n_iterations: int
 
+    @checked
     def top(self, k: int = 10) -> list[tuple[Component, Component, float]]:
-        """The k edges of largest magnitude, largest first."""
+        """The k edges of largest magnitude, largest first.
+
+        Raises:
+            ValueError: ``k`` is below 0.
+        """
+        if k < 0:
+            raise ValueError(f"k must be at least 0, got {k}")
         order = self.scores.abs().flatten().argsort(descending=True, stable=True)[:k].tolist()
         rows = [divmod(index, len(self.receivers)) for index in order]
         return [(self.senders[s], self.receivers[r], float(self.scores[s, r])) for s, r in rows]
@@ -97,6 +105,7 @@ class EdgeAttribution:
         return total
 
 
+@checked
 def edge_attribution(
     model: Model,
     corrupted_tokens: Any,

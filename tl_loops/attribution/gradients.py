@@ -73,6 +73,8 @@ def check_differentiable(metric: Metric, model: Model, shape: tuple[int, ...]) -
             f"metric must map the logits {list(shape)} to a scalar, but it returns a tensor of "
             f"shape {list(value.shape)}: reduce over batch and positions, for example with .mean()"
         )
+    if value.is_complex():
+        raise ValueError("metric must give a real number, got a complex one")
     if not value.requires_grad:
         raise ValueError(
             "metric has no gradient with respect to the logits (an argmax, a rank, .detach()); "

@@ -6,13 +6,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from tl_loops.arguments import as_index, is_index
 from tl_loops.cache.cached_run import SliceLike, as_slice
 from tl_loops.cache.neurons import NeuronDecomposition
 from tl_loops.errors import LoopedSemanticsError, did_you_mean
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
 from tl_loops.layout.names import iteration_spec, spec_of
-from tl_loops.layout.selection import as_index, is_index
 
 
 class LoopedActivationCache(NeuronDecomposition):

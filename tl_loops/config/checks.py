@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Any
 
+from tl_loops.arguments import is_index
 from tl_loops.config.activations import ACTIVATIONS
 from tl_loops.config.fields import setting_of
 from tl_loops.config.ranges import check_numbers
 from tl_loops.errors import ConfigError
-from tl_loops.layout.selection import is_index
 from tl_loops.mechanisms import MECHANISMS
 from tl_loops.mechanisms.exclusions import check_shared_keys, check_stacks, refuse_exclusive
 from tl_loops.mechanisms.iteration_weights import check_rows

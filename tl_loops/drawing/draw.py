@@ -4,7 +4,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal
 
+from tl_loops.arguments import checked
 from tl_loops.drawing.figure import Figure, explained
+from tl_loops.drawing.sizes import size_in_pixels
 
 Backend = Literal["plotly", "matplotlib"]
 _RENDERERS = {
@@ -13,6 +15,7 @@ _RENDERERS = {
 }
 
 
+@checked
 def draw(figure: Figure, backend: str | None = None, **options: Any) -> Any:
     """Draw a figure; nothing is shown or written.
 
@@ -27,9 +30,12 @@ def draw(figure: Figure, backend: str | None = None, **options: Any) -> Any:
         A ``plotly.graph_objects.Figure`` or a ``matplotlib.figure.Figure``.
 
     Raises:
-        ValueError: Unknown backend.
+        ValueError: Unknown backend, or a size that is none.
         ImportError: The library is missing.
     """
+    for name in ("width", "height"):
+        if options.get(name) is not None:
+            options[name] = size_in_pixels(name, options[name])
     if backend is None:
         backend = "plotly" if find_spec("plotly") else "matplotlib"
     if backend not in _RENDERERS:

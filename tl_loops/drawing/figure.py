@@ -9,6 +9,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from tl_loops.drawing.sizes import finite_limits
+from tl_loops.errors import shortened
+
 Number = float | int
 Ticks = tuple[tuple[Number, str], ...]
 
@@ -195,7 +198,7 @@ class ColourScale:
     ) -> "ColourScale":
         """A scale for some numbers; a diverging one is symmetric about 0."""
         if limits is not None:
-            return cls(unit, name, limits)
+            return cls(unit, name, finite_limits(limits))
         finite = values[np.isfinite(values)]
         low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
         if name == "diverging":
@@ -325,4 +328,7 @@ def as_array(values: Any) -> np.ndarray:
     """Numbers on the CPU, in float64 (also of bfloat16, also of integers and booleans)."""
     if isinstance(values, torch.Tensor):
         return values.detach().cpu().double().numpy()
-    return np.asarray(values, dtype=np.float64)
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"expected numbers to draw, got {shortened(values)}") from None

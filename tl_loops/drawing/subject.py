@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from tl_loops.arguments import is_index
+from tl_loops.errors import shortened
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
 
@@ -118,12 +120,15 @@ def _of_model(model: Model, layout: LoopLayout | None) -> Subject:
 
 
 def _prompts(prompts: Any, model: Any) -> str:
-    if isinstance(prompts, bool):
-        raise TypeError("prompts must be their number, text or tokens, got a truth value")
-    if isinstance(prompts, int):
-        return _count(prompts)
+    wrong = TypeError(f"prompts must be their number, text or tokens, got {shortened(prompts)}")
+    if is_index(prompts):
+        if int(prompts) < 0:
+            raise wrong
+        return _count(int(prompts))
     if isinstance(prompts, Tensor):
-        rows = prompts.reshape(-1, prompts.shape[-1])
+        if not prompts.ndim or prompts.is_floating_point() or prompts.is_complex():
+            raise wrong
+        rows = prompts[None] if prompts.ndim == 1 else prompts.flatten(0, -2)
         if len(rows) == 1 and getattr(model, "tokenizer", None) is not None:
             return _quoted(model.to_string(rows[0]))
         return _count(len(rows))
@@ -132,7 +137,7 @@ def _prompts(prompts: Any, model: Any) -> str:
     if hasattr(prompts, "text"):
         return _quoted(prompts.text)
     if not isinstance(prompts, Sequence):
-        raise TypeError(f"prompts must be their number, text or tokens, got {prompts!r}")
+        raise wrong
     return _prompts(prompts[0], model) if len(prompts) == 1 else _count(len(prompts))
 
 

@@ -14,6 +14,8 @@ from importlib import resources
 from typing import Any, Literal
 from uuid import uuid4
 
+from tl_loops.drawing.sizes import size_in_pixels
+
 Component = Literal["AttentionHeads", "AttentionPattern", "ColoredTokens", "TokenLogProbs"]
 
 _WAITING = "The script of this view is in the output of the notebook's first view: run that cell."
@@ -79,6 +81,11 @@ class CircuitsView:
     width: int | None = None
     room: int = 0
     element_id: str = field(default_factory=lambda: f"circuits-{uuid4().hex[:12]}")
+
+    def __post_init__(self) -> None:
+        size_in_pixels("height", self.height)
+        if self.width is not None:
+            size_in_pixels("width", self.width)
 
     def element(self) -> str:
         """HTML of the view, for a page that holds :func:`circuitsvis_script` once."""

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import nn
 
+from tl_loops.arguments import expect
+
 
 @runtime_checkable
 class Model(Protocol):
@@ -66,3 +68,10 @@ class Model(Protocol):
         def __getattr__(self, name: str) -> Any:
             """What only some models have: a layout, ``ln_final``, an exit gate, ..."""
             ...
+
+
+expect(
+    Model,
+    lambda value: hasattr(value, "cfg") and hasattr(value, "run_with_hooks"),
+    "a model with hook points, such as a LoopedTransformer or a HookedTransformer",
+)

@@ -1,41 +1,12 @@
 """The one way to choose iterations, layers, positions and heads."""
 
-import operator
 from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
+from tl_loops.arguments import as_index
+
 Selection = SupportsIndex | slice | Sequence[SupportsIndex]
 """One index, a slice, or several indices; of any integer type, negative ones from the end."""
-
-
-def is_index(value: Any) -> bool:
-    """Whether a value is one index: an integer of any type (numpy, 0-d tensor), but no bool."""
-    try:
-        as_index("index", value)
-    except TypeError:
-        return False
-    return True
-
-
-def as_index(what: str, value: Any) -> int:
-    """One integer of any integer type.
-
-    Args:
-        what: What it counts, for the message.
-        value: An int, a numpy integer, an integer tensor without axes, ...
-
-    Raises:
-        TypeError: It is not an integer, or it is a bool.
-    """
-    # A tensor of one element with axes would pass for an index, a bool tensor for 0 or 1.
-    is_array = getattr(value, "ndim", 0) != 0
-    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
-    if not is_array and not is_bool:
-        try:
-            return operator.index(value)
-        except TypeError:
-            pass
-    raise TypeError(f"{what} must be an integer, got {value!r}")
 
 
 def one_index(what: str, value: Any, size: int, where: str = "") -> int:
@@ -104,6 +75,18 @@ def distinct_indices(what: str, size: int, selection: Any) -> tuple[int, ...]:
     if len(set(chosen)) != len(chosen):
         raise ValueError(f"the selection of {what} names a value twice: {list(chosen)}")
     return chosen
+
+
+def index_along(what: str, size: int, selection: Any) -> slice | list[int]:
+    """What indexes an axis: a slice as it is, indices checked against the axis.
+
+    Raises:
+        TypeError: It names something that is not an integer.
+        IndexError: An index is out of range.
+    """
+    if selection is None or isinstance(selection, slice):
+        return slice(None) if selection is None else selection
+    return list(chosen_indices(what, size, selection))
 
 
 def contiguous_parts(values: Sequence[int]) -> tuple[slice, ...]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout, with_iterations
@@ -150,6 +151,7 @@ def _curve(added: RunningMoments, n_points: int, shard: SavedRun | None = None) 
     return ExitCurve({**added.moments, "flip_rate": flips}, n_prompts, n_targets, shard)
 
 
+@checked
 @torch.no_grad()
 def exit_curve(
     model: Model,

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch import Tensor
+
 _SIZES = ("n_prelude", "n_core", "n_coda", "d_model", "d_vocab_out")
 
 
@@ -22,3 +24,13 @@ def check_sizes(kind: str, fitted: dict[str, int], cfg: Any) -> None:
                 f"this {kind} lens was fitted on a model with {name}={fitted.get(name)}, but this "
                 f"model has {name}={here}"
             )
+
+
+def check_width(resid: Tensor, d_model: int) -> None:
+    """Refuse a residual of another width than the lens was fitted on.
+
+    Raises:
+        ValueError: It is.
+    """
+    if resid.shape[-1] != d_model:
+        raise ValueError(f"resid must be [..., d_model={d_model}], got shape {list(resid.shape)}")

@@ -10,10 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_loops.arguments import checked
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout, with_iterations
+from tl_loops.layout.selection import one_index
 from tl_loops.lens.decode import CodaLens, Lens, LogitLens
-from tl_loops.lens.fitted import check_sizes, model_sizes
+from tl_loops.lens.fitted import check_sizes, check_width, model_sizes
 from tl_loops.lens.points import LensPoint, PointSet, select_points
 from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.metrics.precision import full_precision
@@ -50,12 +52,14 @@ class JacobianLens:
     sizes: dict[str, int]
     name: str = "jacobian"
 
+    @checked
     @full_precision
     def transport(
         self, resid: Float[Tensor, "*batch d_model"], index: int
     ) -> Float[Tensor, "*batch d_model"]:
         """``J h`` of point ``index``, in the residual's dtype."""
-        J = self.jacobians[index]
+        J = self.jacobians[one_index("point", index, len(self.points))]
+        check_width(resid, J.shape[-1])
         return (resid.to(J.dtype) @ J.T).to(resid.dtype)
 
     def check(self, model: Model, points: Sequence[LensPoint]) -> None:
@@ -124,6 +128,7 @@ class JacobianLens:
         )
 
 
+@checked
 def fit_jacobian_lens(
     model: Model,
     prompts: Iterable[str | Tensor],

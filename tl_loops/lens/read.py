@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout, with_iterations
 from tl_loops.lens.decode import CodaLens, ExitLens, Lens, LogitLens
@@ -27,6 +28,7 @@ from tl_loops.runs.inputs import LensInput, LensInputs, Positions, lens_inputs
 _POINTWISE = ("predictions", "top_tokens", "top_probabilities", "entropy")
 
 
+@checked
 def read_lens(
     model: Model,
     input: LensInput,
@@ -99,6 +101,7 @@ def read_lens(
     return _result(lens, chosen, inputs, tracked, parts)
 
 
+@checked
 def logit_lens(model: Model, input: LensInput, **options: Any) -> LensResult:
     """Final norm and unembedding applied to the residual after each block.
 
@@ -123,6 +126,7 @@ def logit_lens(model: Model, input: LensInput, **options: Any) -> LensResult:
     return read_lens(model, input, LogitLens(), **options)
 
 
+@checked
 def coda_lens(model: Model, input: LensInput, **options: Any) -> LensResult:
     """The state of each iteration through all that the model does after the loop.
 
@@ -147,6 +151,7 @@ def coda_lens(model: Model, input: LensInput, **options: Any) -> LensResult:
     return read_lens(model, input, CodaLens(), **options)
 
 
+@checked
 def exit_lens(model: Model, input: LensInput, **options: Any) -> LensResult:
     """The exit of every iteration: ``model(tokens, exit_at=t)`` for all t, in one pass.
 

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.lens.points import LensPoint
 from tl_loops.metrics.answers import answer_flips, saturation_iteration
 
@@ -73,6 +74,7 @@ class LensResult:
         """Short labels of the points, for plots."""
         return [point.label for point in self.points]
 
+    @checked
     def index(self, name: str) -> int:
         """Index of a point by hook name, alias or label.
 
@@ -84,6 +86,7 @@ class LensResult:
                 return index
         raise KeyError(f"the lens did not read at {name!r}; it read at {', '.join(self.labels)}")
 
+    @checked
     def by_iteration(self, values: Shaped[Tensor, "point *rest"]) -> Tensor:
         """Arrange values per point by iteration; points outside of the loop are left out.
 
@@ -139,6 +142,7 @@ class LensResult:
         """
         return saturation_iteration(self.by_iteration(self.predictions))
 
+    @checked
     def agreement(self, k: int = 1) -> Bool[Tensor, "point batch read"]:
         """Whether the model's own prediction is among the readout's top k.
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.layout.model import Model
 from tl_loops.lens.decode import CodaLens, Lens
 from tl_loops.lens.points import LensPoint
@@ -45,20 +46,33 @@ class EntityTracks:
         """Short labels of the points, for plots."""
         return [point.label for point in self.points]
 
+    @checked
     def accuracy(self, max_rank: int = 1) -> Float[Tensor, "entity point"]:
-        """Fraction of prompts whose entity is among the top tokens (2604.07822, lens accuracy)."""
+        """Fraction of prompts whose entity is among the top tokens (2604.07822, lens accuracy).
+
+        Raises:
+            ValueError: ``max_rank`` is below 1, the rank of the top token.
+        """
+        _check_rank(max_rank)
         return (self.rank <= max_rank).float().mean(-1)
 
     def mean_log_rank(self) -> Float[Tensor, "entity point"]:
         """Mean of log10 rank over prompts; ranks themselves have tails too heavy to average."""
         return self.rank.float().log10().mean(-1)
 
+    @checked
     def first_point(self, max_rank: int = 1) -> Int[Tensor, "entity batch"]:
-        """Index of the first point at which an entity is among the top tokens; -1: never."""
+        """Index of the first point at which an entity is among the top tokens; -1: never.
+
+        Raises:
+            ValueError: ``max_rank`` is below 1, the rank of the top token.
+        """
+        _check_rank(max_rank)
         reached = self.rank <= max_rank
         first = reached.to(torch.uint8).argmax(1)
         return torch.where(reached.any(1), first, NEVER)
 
+    @checked
     def leads_from(self, entity: str, rival: str) -> Int[Tensor, "batch"]:
         """Index of the point from which on an entity ranks above another one; -1: not at the end.
 
@@ -77,6 +91,12 @@ class EntityTracks:
         return self.rank[self.entities.index(entity)]
 
 
+def _check_rank(max_rank: int) -> None:
+    if max_rank < 1:
+        raise ValueError(f"max_rank must be at least 1, the rank of the top token, got {max_rank}")
+
+
+@checked
 def track_entities(
     model: Model,
     input: LensInput,
@@ -141,6 +161,7 @@ def track_entities(
     )
 
 
+@checked
 def rank_jumps(rank: Int[Tensor, "point *batch"]) -> Float[Tensor, "step *batch"]:
     """How far a token's rank moves from one point to the next, in decades.
 

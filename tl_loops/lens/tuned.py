@@ -10,10 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import trange
 
+from tl_loops.arguments import checked
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout, with_iterations
+from tl_loops.layout.selection import one_index
 from tl_loops.lens.decode import LogitLens
-from tl_loops.lens.fitted import check_sizes, model_sizes
+from tl_loops.lens.fitted import check_sizes, check_width, model_sizes
 from tl_loops.lens.points import LensPoint, PointSet, select_points
 from tl_loops.lens.read import capture, vocabulary_size
 from tl_loops.metrics.padding import statistic_dtype
@@ -45,11 +47,14 @@ class TunedLens:
     sizes: dict[str, int]
     name: str = "tuned"
 
+    @checked
     @full_precision
     def translate(
         self, resid: Float[Tensor, "*batch d_model"], index: int
     ) -> Float[Tensor, "*batch d_model"]:
         """The translated residual ``h + A h + b`` of point ``index``, in the residual's dtype."""
+        index = one_index("point", index, len(self.points))
+        check_width(resid, self.weight.shape[-1])
         return _translate(resid, self.weight[index], self.bias[index])
 
     def check(self, model: Model, points: Sequence[LensPoint]) -> None:
@@ -100,6 +105,7 @@ class TunedLens:
         return cls(tuple(metadata["points"]), weight, bias, losses, metadata["sizes"])
 
 
+@checked
 def train_tuned_lens(
     model: Model,
     prompts: Iterable[str | Tensor],

@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from tl_loops.arguments import checked
 from tl_loops.drawing.colours import CODA, PRELUDE, REFERENCE, iteration_colours, layer_colours
 from tl_loops.drawing.depth import block_colours, depth_axis, iteration_rules, phase_spans
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, Rule, Span, as_array, every_few
 from tl_loops.drawing.subject import subject_of
+from tl_loops.errors import shortened
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.measurements.labels import metric_label, metric_title, spans_decades
 
@@ -24,6 +26,7 @@ _GROUPINGS = {
 RELATIVE_DEPTH = "relative depth in one pass (%)"
 
 
+@checked
 def plot_profile(
     profile: "LoopProfile",
     metric: str | None = None,
@@ -58,8 +61,11 @@ def plot_profile(
 
     Raises:
         ValueError: Unknown metric or grouping.
+        TypeError: It is no profile.
         ImportError: The library is missing.
     """
+    if not hasattr(profile, "moments"):
+        raise TypeError(f"profile must be a LoopProfile, got {shortened(profile)}")
     metric = profile.metrics[0] if metric is None else metric
     if by not in _GROUPINGS:
         raise ValueError(f"by={by!r}, expected 'iteration', 'layer' or 'unrolled'")

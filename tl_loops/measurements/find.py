@@ -1,5 +1,6 @@
 """Finding measurements by name, and those that are measured when none is named."""
 
+from tl_loops.arguments import checked
 from tl_loops.errors import did_you_mean
 from tl_loops.measurements.measurement import Measurement
 from tl_loops.measurements.registry import MEASUREMENTS
@@ -14,6 +15,7 @@ DEFAULT_METRICS = (
 """What arXiv 2604.11791 compares between looped and feedforward models."""
 
 
+@checked
 def find_measurement(name: str) -> Measurement:
     """The registry's entry.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tl_loops.arguments import checked
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import layout_of, with_iterations
 from tl_loops.measurements import (
@@ -33,6 +34,7 @@ from tl_loops.version import __version__
 Metrics = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
 
 
+@checked
 def measure(
     model: Model,
     prompts: Iterable[Any],
@@ -134,6 +136,7 @@ def measure(
         return LoopProfile(scattered(added, blocks, cfg.n_layers), layout, what, part)
 
 
+@checked
 def available_metrics(model: Model, n_iterations: int | None = None) -> tuple[str, ...]:
     """Names of the metrics that a model can give.
 

@@ -80,7 +80,8 @@ class Jacobian:
 
     def vector(self, generator: torch.Generator) -> Tensor:
         """Random direction."""
-        return torch.randn(self.size, generator=generator, dtype=self._dtype).to(self._state.device)
+        drawn = torch.randn(self.size, generator=generator, dtype=torch.float32)
+        return drawn.to(self._state.device, self._dtype)
 
     def jvp(self, v: Tensor) -> Tensor:
         """J v."""

@@ -4,10 +4,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.metrics.precision import full_precision
 
 
+@checked
 @full_precision
 def transport_similarity(
     jacobians: Float[Tensor, "point out d_model"],
@@ -29,6 +31,7 @@ def transport_similarity(
     return (unit @ unit.T).clamp(-1.0, 1.0)
 
 
+@checked
 @full_precision
 def singular_value_participation(
     matrix: Float[Tensor, "*batch out d_model"],
@@ -42,12 +45,16 @@ def singular_value_participation(
         matrix: [..., out, d_model].
 
     Returns:
-        [...], from 1 (rank one) to min(out, d_model); NaN for a zero matrix.
+        [...], from 1 (rank one) to min(out, d_model); NaN for a zero matrix and for
+        one that is not finite.
     """
-    s = torch.linalg.svdvals(matrix.to(statistic_dtype(matrix)))
+    x = matrix.to(statistic_dtype(matrix))
+    finite = x.isfinite().all(-1).all(-1)
+    s = torch.linalg.svdvals(torch.where(finite[..., None, None], x, 0.0))
     return s.sum(-1).square() / s.square().sum(-1)
 
 
+@checked
 @full_precision
 def logit_kurtosis(
     logits: Float[Tensor, "*batch d_vocab"], vocab_size: int | None = None
@@ -61,12 +68,19 @@ def logit_kurtosis(
     Returns:
         [...], at least -2, 0 for normal logits (population moments, minus 3); NaN where all logits
         are equal.
+
+    Raises:
+        ValueError: ``vocab_size`` is below 1 or above the number of logits.
     """
+    size = logits.shape[-1]
+    if vocab_size is not None and not 1 <= vocab_size <= size:
+        raise ValueError(f"vocab_size must be 1 to the {size} logits, got {vocab_size}")
     x = logits[..., :vocab_size].to(statistic_dtype(logits))
     z = x - x.mean(-1, keepdim=True)
     return z.pow(4).mean(-1) / z.square().mean(-1).square() - 3.0
 
 
+@checked
 @full_precision
 def adjacent_agreement(predictions: Int[Tensor, "*batch pos"]) -> Float[Tensor, "*batch"]:
     """Fraction of neighbouring positions with one and the same top token.

@@ -248,9 +248,9 @@ def lyapunov_exponents(
         raise ValueError(f"skip={skip} leaves none of {n_iterations} iterations; expected less")
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(
-        state.numel(), n_exponents, generator=generator, dtype=statistic_dtype(state)
-    )
-    tangents = torch.linalg.qr(start.to(state.device)).Q
+        state.numel(), n_exponents, generator=generator, dtype=torch.float32
+    )  # As every draw: one seed is one draw, whatever the dtype of the states.
+    tangents = torch.linalg.qr(start.to(state.device, statistic_dtype(state))).Q
     growth = []
     for one in steps:
         jacobian = Jacobian(one, state, differentiation)

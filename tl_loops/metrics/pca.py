@@ -126,7 +126,8 @@ def random_walk_null(
     length = x.diff(dim=0).norm(dim=-1, keepdim=True)
     generator = torch.Generator().manual_seed(seed)
     shape = (n_walks, x.shape[0] - 1, *x.shape[1:])
-    direction = torch.randn(shape, generator=generator, dtype=x.dtype).to(x.device)
+    # Drawn in float32, so that one seed is one walk whatever the dtype of the states.
+    direction = torch.randn(shape, generator=generator, dtype=torch.float32).to(x)
     step = length * direction / direction.norm(dim=-1, keepdim=True)
     start = x[:1].expand(n_walks, *x[:1].shape)
     return torch.cat([start, start + step.cumsum(1)], dim=1)

@@ -143,7 +143,8 @@ def _initial_parameters(
     parameters = {}
     for name, shape in shapes.items():
         limit = math.sqrt(6 / sum(shape))
-        weight = (2 * torch.rand(shape, generator=generator, dtype=like.dtype) - 1) * limit
+        weight = torch.rand(shape, generator=generator, dtype=torch.float32).to(like.dtype)
+        weight = (2 * weight - 1) * limit
         parameters[name] = weight.to(like.device)
         parameters[f"{name}_bias"] = weight.new_zeros(shape[0]).to(like.device)
     if probe == "gated_mlp":

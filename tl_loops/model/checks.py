@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tl_loops.errors import shortened
 from tl_loops.mechanisms.exclusions import check_shared_keys
 from tl_loops.mechanisms.kv_sharing import KVSharing
 from tl_loops.nn.kv_cache import SharedKeyValueCache
@@ -61,6 +62,11 @@ def check_state(name: str, state: Tensor | None, x: Tensor) -> None:
     Raises:
         ValueError: It is another.
     """
+    if state is not None and not isinstance(state, Tensor):
+        raise ValueError(
+            f"{name} must be a tensor [batch, pos, d_model] = {tuple(x.shape)}, got "
+            f"{shortened(state)}"
+        )
     if state is not None and state.shape != x.shape:
         raise ValueError(
             f"{name} must be [batch, pos, d_model] = {tuple(x.shape)}, got {tuple(state.shape)}"

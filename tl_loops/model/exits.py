@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_loops.arguments import is_index
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import LoopedSemanticsError
-from tl_loops.layout.selection import is_index
 from tl_loops.metrics.exits import exit_distribution
 
 
@@ -30,6 +30,10 @@ class ExitMode:
     at: int | None = None
     threshold: float | None = None
     weighted: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.weighted, bool):
+            raise ValueError(f"weighted_exit must be True or False, got {self.weighted!r}")
 
     def or_of(self, cfg: LoopedTransformerConfig) -> "ExitMode":
         """This mode, or the config's where a call leaves it open.

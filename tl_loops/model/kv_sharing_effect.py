@@ -7,7 +7,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.errors import ConfigError
+from tl_loops.layout.model import Model
+from tl_loops.layout.of_model import require_layout
 from tl_loops.mechanisms.kv_sharing import KVSharing
 from tl_loops.nn.kv_cache import SharedKeyValueCache
 
@@ -38,9 +41,10 @@ class KVSharingEffect:
         )
 
 
+@checked
 @torch.no_grad()
 def kv_sharing_effect(
-    model: Any,
+    model: Model,
     tokens: Int[Tensor, "batch pos"],
     kv_sharing: str,
     n_prompt: int = 1,
@@ -59,8 +63,13 @@ def kv_sharing_effect(
 
     Raises:
         ConfigError: ``kv_sharing`` names no sharing.
-        ValueError: ``n_prompt`` is out of range.
+        ValueError: ``n_prompt`` is out of range, the model has no loop, or a forward argument is
+            one that this function sets.
     """
+    require_layout(model)
+    for name in ("attention_mask", "return_type", "kv_sharing", "past_kv_cache"):
+        if name in forward_arguments:
+            raise ValueError(f"{name!r} is set by this function itself: leave it out")
     sharing = KVSharing.parse(kv_sharing)
     if sharing is None:
         raise ConfigError(f"kv_sharing={kv_sharing!r} shares nothing")

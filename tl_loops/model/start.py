@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Shaped
 from torch import Tensor
 
+from tl_loops.arguments import argument
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.mechanisms.kv_sharing import KVSharing
 from tl_loops.model.checks import block_index, check_residual, check_starts, check_state
@@ -24,6 +25,7 @@ from tl_loops.upstream.inputs import (
     check_length,
     model_input,
     token_ids,
+    zeros_and_ones,
 )
 
 
@@ -159,6 +161,7 @@ def start_run(
         LoopedSemanticsError: A key-value cache of a model whose tokens all see each other.
     """
     cfg, block = model.cfg, 0
+    attention_mask = _checked_mask(attention_mask, each_row=past is None)
     check_starts(cfg, start_at_layer, start_at_iteration, past)
     if past is not None and cfg.attention_dir != "causal":
         raise LoopedSemanticsError(
@@ -264,6 +267,7 @@ def real_tokens(
         found, n_new = read.mask, read.tokens.shape[1]
     else:
         found, n_new = None, input.shape[-1 if from_tokens else 1]
+    attention_mask = _checked_mask(attention_mask, each_row=False)
     if attention_mask is None:
         return found
     mask = attention_mask[:, -n_new:].bool()
@@ -281,6 +285,21 @@ def read_text_or_tokens(
     if isinstance(input, (str, list)) and model.tokenizer is None:
         raise ValueError("text needs a tokenizer; give tokens [batch, pos] instead")
     return model_input(model, input, padding_side=padding_side)
+
+
+def _checked_mask(mask: Any, each_row: bool) -> Tensor | None:
+    """A mask of ones and zeros; of a run without cached tokens each row has a real one.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if mask is None:
+        return None
+    mask = argument("attention_mask", mask, Shaped[Tensor, "batch pos"])
+    real = zeros_and_ones(mask)
+    if each_row and not bool(real.any(-1).all()):
+        raise ValueError("attention_mask has a row without a real token")
+    return mask
 
 
 def _with_past(mask: Tensor | None, tokens: Tensor, past: KeyValueCache | None) -> Tensor | None:

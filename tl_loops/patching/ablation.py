@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import layout_of
 from tl_loops.layout.selection import Selection
@@ -25,6 +26,7 @@ from tl_loops.runs.scoring import Metric, identify_cells, logits_score, logits_s
 from tl_loops.runs.shards import Shards
 
 
+@checked
 def ablate(
     model: Model,
     tokens: Any,
@@ -180,6 +182,7 @@ class MassiveSite:
     value: float
 
 
+@checked
 def find_massive_sites(
     model: Model,
     tokens: Any,
@@ -227,6 +230,7 @@ def find_massive_sites(
     return sites
 
 
+@checked
 def ablate_massive(
     model: Model,
     tokens: Any,

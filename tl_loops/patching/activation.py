@@ -8,6 +8,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.layout.model import Model
 from tl_loops.layout.selection import Selection
 from tl_loops.runs.activations import Activation, check_cache, take
@@ -19,6 +20,7 @@ from tl_loops.runs.scoring import Metric, identify_cells, logits_score, logits_s
 from tl_loops.runs.shards import Shards
 
 
+@checked
 def activation_patch(
     model: Model,
     corrupted_tokens: Any,

@@ -9,11 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import layout_of
-from tl_loops.layout.selection import Selection, distinct_indices
+from tl_loops.layout.selection import Selection, distinct_indices, index_along
 from tl_loops.patching.activation import patch_grid, take_all
 from tl_loops.runs.activations import check_cache
 from tl_loops.runs.batches import check_batch_size
@@ -29,6 +30,7 @@ FORCED = 100.0
 """Halting logit of a forced decision: its sigmoid is 0 or 1 in every floating point type."""
 
 
+@checked
 def exit_gate_logits(
     model: Model, tokens: Any, **forward_arguments: Any
 ) -> Float[Tensor, "iteration batch pos"]:
@@ -48,6 +50,7 @@ def exit_gate_logits(
     return torch.stack([run.values[name].squeeze(-1) for name in _gates(layout)])
 
 
+@checked
 def probe_exit_gate(
     model: Model, cache: Any, activation: str = "resid_post"
 ) -> Float[Tensor, "iteration layer batch pos"]:
@@ -77,7 +80,7 @@ def probe_exit_gate(
     core = range(layout.core_start, layout.coda_start)
     names = [f"blocks.{block}.hook_{activation}" for block in core]
     check_cache(cache, model, names)
-    resid = torch.stack([cache[name] for name in names])
+    resid = torch.stack([cache[name] for name in names]).to(model.embed.W_E)
     if not getattr(cache, "has_batch_dim", True):
         resid = resid.unsqueeze(1)
     if model.cfg.readout.norm_between_iterations:
@@ -86,6 +89,7 @@ def probe_exit_gate(
     return logits.reshape(layout.n_iterations, layout.n_core, *logits.shape[1:])
 
 
+@checked
 def patch_exit_gate(
     model: Model,
     corrupted_tokens: Any,
@@ -150,6 +154,7 @@ def patch_exit_gate(
     return patch_grid(run, grid, values, score, batch_size, progress, cached, split, identify)
 
 
+@checked
 def force_exit(
     model: Model, iteration: int, positions: Selection | None = None
 ) -> list[tuple[str, Any]]:
@@ -171,16 +176,15 @@ def force_exit(
     """
     layout = _gated(model)
     (stop,) = distinct_indices("iteration", layout.n_iterations, iteration)
-    index: Any = slice(None) if positions is None else positions
     return [
-        (name, partial(_force, index, FORCED if t == stop else -FORCED))
+        (name, partial(_force, positions, FORCED if t == stop else -FORCED))
         for t, name in enumerate(_gates(layout)[: stop + 1])
     ]
 
 
 def _force(positions: Any, logit: float, value: Tensor, hook: Any) -> Tensor:
     value = value.clone()
-    value[:, positions] = logit
+    value[:, index_along("position", value.shape[1], positions)] = logit
     return value
 
 

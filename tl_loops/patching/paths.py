@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.layout.model import Model
 from tl_loops.layout.selection import Selection
 from tl_loops.patching.activation import replace
@@ -39,6 +40,7 @@ class Site:
     head: Selection | None = None
     pos: Selection | None = None
 
+    @checked
     def grid(self, model: Model, n_pos: int) -> Grid:
         """The single region that the site covers.
 
@@ -46,6 +48,8 @@ class Site:
             ValueError: The activation is unknown or has no such axis.
             IndexError: A coordinate is out of range.
         """
+        if n_pos < 1:
+            raise ValueError(f"n_pos must be at least 1, got {n_pos}")
         names = ("iteration", "layer", "block", "head", "pos")
         where = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return make_grid(model, self.activation, (), n_pos, where=where)
@@ -54,6 +58,7 @@ class Site:
 Sites = Site | Sequence[Site]
 
 
+@checked
 def path_patch(
     model: Model,
     corrupted_tokens: Any,

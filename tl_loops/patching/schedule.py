@@ -11,17 +11,20 @@ from typing import Any
 
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
 from tl_loops.layout.selection import distinct_indices
+from tl_loops.runs.activations import check_held
 
 HookList = list[tuple[str, Callable]]
 
 _AT_ITERATION = re.compile(r"^(iter\.(\d+)\.|blocks\.(\d+)\.)(.+)$")
 
 
+@checked
 def run_schedule(
     model: Model,
     tokens: Any,
@@ -29,7 +32,7 @@ def run_schedule(
     fwd_hooks: Sequence[tuple[str, Callable]] = (),
     *,
     return_cache: bool = False,
-    names_filter: Any = None,
+    names_filter: str | Sequence[str] | Callable[[str], bool] | None = None,
     **forward_arguments: Any,
 ) -> Any:
     """Run the iterations in a given order, each with the hooks that belong to it.
@@ -74,6 +77,7 @@ def run_schedule(
             return model.run_with_cache(tokens, names_filter=names_filter, **forward_arguments)
 
 
+@checked
 def skip_schedule(model: Model, iterations: int | Sequence[int]) -> list[int]:
     """The schedule without some iterations.
 
@@ -89,6 +93,7 @@ def skip_schedule(model: Model, iterations: int | Sequence[int]) -> list[int]:
     return kept
 
 
+@checked
 def repeat_schedule(model: Model, iteration: int, times: int = 2) -> list[int]:
     """The schedule in which one iteration runs several times in a row.
 
@@ -103,6 +108,7 @@ def repeat_schedule(model: Model, iteration: int, times: int = 2) -> list[int]:
     return [t for t in range(n) for _ in range(times if t == repeated else 1)]
 
 
+@checked
 def swap_schedule(model: Model, a: int, b: int) -> list[int]:
     """The schedule in which two iterations change places.
 
@@ -115,6 +121,7 @@ def swap_schedule(model: Model, a: int, b: int) -> list[int]:
     return order
 
 
+@checked
 def skip_hooks(model: Model, iterations: int | Sequence[int]) -> HookList:
     """Hooks that skip iterations in a run of unchanged depth: the state passes them as it came.
 
@@ -138,6 +145,7 @@ def skip_hooks(model: Model, iterations: int | Sequence[int]) -> HookList:
     return hooks
 
 
+@checked
 def swap_hooks(model: Model, cache: Any, a: int, b: int, what: str = "state") -> HookList:
     """Hooks by which two iterations trade what a recorded run shows of them.
 
@@ -163,13 +171,8 @@ def swap_hooks(model: Model, cache: Any, a: int, b: int, what: str = "state") ->
         raise ValueError(f"what must be 'state' or 'update', got {what!r}")
     first, second = (distinct_indices("iteration", layout.n_iterations, t)[0] for t in (a, b))
     points = ("hook_state_out",) if what == "state" else ("hook_state_in", "hook_state_out")
-    for t in (first, second):
-        for point in points:
-            if f"iter.{t}.{point}" not in cache.keys():
-                raise ValueError(
-                    f"the cache lacks 'iter.{t}.{point}': run run_with_cache with a names_filter "
-                    "that keeps it"
-                )
+    names = [f"iter.{t}.{point}" for t in (first, second) for point in points]
+    check_held(cache, model, names, "the same")
     hooks: HookList = []
     for here, there in ((first, second), (second, first)):
         out = cache[f"iter.{there}.hook_state_out"]
@@ -208,8 +211,18 @@ def _give_back(
     kept: dict[str, Tensor], value: Tensor, hook: Any, update: Tensor | None = None
 ) -> Tensor:
     state = kept.pop("state")
-    return state.clone() if update is None else state + update.to(state)
+    return state.clone() if update is None else state + _fitting(update, state)
 
 
 def _put(new: Tensor, value: Tensor, hook: Any) -> Tensor:
-    return new.to(value).expand_as(value).clone()
+    return _fitting(new, value).expand_as(value).clone()
+
+
+def _fitting(recorded: Tensor, state: Tensor) -> Tensor:
+    """What was recorded, for a run of as many positions, and as many prompts or of one."""
+    if recorded.shape[0] not in (1, state.shape[0]) or recorded.shape[1:] != state.shape[1:]:
+        raise ValueError(
+            f"the recorded run has states {list(recorded.shape)}, but this one {list(state.shape)}"
+            ": record a run of the same prompt"
+        )
+    return recorded.to(state)

@@ -8,17 +8,19 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
 from tl_loops.layout.selection import Selection, contiguous_parts, distinct_indices
 from tl_loops.patching.activation import replace
-from tl_loops.runs.activations import find_activation, take
+from tl_loops.runs.activations import cached_names, check_held, find_activation, take
 from tl_loops.runs.cells import Cell
 from tl_loops.runs.in_batches import Split
 from tl_loops.runs.scoring import Metric, identify_cells, logits_score, logits_shape, start_run
 from tl_loops.runs.shards import Shards
 
 
+@checked
 def transplant_states(
     model: Model,
     corrupted_tokens: Any,
@@ -78,12 +80,7 @@ def transplant_states(
     source = distinct_indices("source iteration", n_sources, sources)
     target = distinct_indices("target iteration", layout.n_iterations, targets)
     parts = contiguous_parts(distinct_indices("pos", run.n_pos, pos))
-    missing = [t for t in source if found.hook_name(t) not in clean_cache.keys()]
-    if missing:
-        raise ValueError(
-            f"the cache lacks {found.hook_name(missing[0])!r}: run run_with_cache on the clean "
-            "prompt with a names_filter that keeps it"
-        )
+    check_held(clean_cache, model, [found.hook_name(t) for t in source])
     states = {t: take(clean_cache, found, found.hook_name(t), run.shape, None) for t in source}
     cells = []
     for a in source:
@@ -120,7 +117,7 @@ def _cached_iterations(cache: Mapping[str, Tensor] | Any, rest: str) -> int:
     """How many iterations the cached run had, as far as the cache shows."""
     held = [
         int(name.split(".")[1])
-        for name in cache.keys()
+        for name in cached_names(cache)
         if name.startswith("iter.") and name.endswith(f".{rest}")
     ]
     if not held:

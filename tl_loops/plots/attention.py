@@ -4,16 +4,22 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.drawing.depth import block_values
+from tl_loops.drawing.sizes import decimals
 from tl_loops.drawing.subject import subject_of
 from tl_loops.drawing.views import CircuitsView, Component, ViewPart
+from tl_loops.errors import shortened
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.selection import Selection, chosen_indices, one_index
+from tl_loops.upstream.inputs import token_ids
 
 
+@checked
 def attention_view(
     tokens: Sequence[str],
     attention: Float[Tensor, "head dest src"],
@@ -46,6 +52,7 @@ def attention_view(
     return CircuitsView((part,), title, note, height)
 
 
+@checked
 def attention_heads(
     source: Any,
     tokens: Any,
@@ -106,6 +113,7 @@ def attention_heads(
     )
 
 
+@checked
 def attention_patterns(
     source: Any,
     tokens: Any,
@@ -173,11 +181,19 @@ def token_texts(source: Any, tokens: Any) -> list[str]:
             tokens = tokens[0]
         if tokens.ndim != 1:
             raise ValueError(f"tokens has shape {list(tokens.shape)}, expected one prompt, [pos]")
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise ValueError(f"tokens must be integers, got {tokens.dtype}")
     elif not isinstance(tokens, str):
+        if isinstance(tokens, bytes) or not hasattr(tokens, "__iter__"):
+            raise TypeError(
+                f"tokens must be text, token ids or a list of texts, got {shortened(tokens)}"
+            )
         return [str(token) for token in tokens]
     model = getattr(source, "model", source)
     if getattr(model, "tokenizer", None) is None:
         raise ValueError("there is no tokenizer to ask: pass the tokens as a list of texts")
+    if isinstance(tokens, Tensor) and tokens.numel():
+        tokens = token_ids(model, tokens)[0]
     return [str(token) for token in model.to_str_tokens(tokens)]
 
 
@@ -229,6 +245,7 @@ def _part(
     digits: int,
 ) -> tuple[ViewPart, str]:
     """A component, and words about weights that are undefined."""
+    digits = decimals(digits)
     dest, src = attention.shape[-2:]
     if (dest, src) != (len(tokens), len(tokens)):
         raise ValueError(

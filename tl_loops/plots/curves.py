@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.drawing.colours import DISTINCT, iteration_colours, layer_colours
 from tl_loops.drawing.depth import depth_axis, iteration_rules, phase_spans
 from tl_loops.drawing.draw import draw
@@ -15,6 +16,7 @@ from tl_loops.drawing.subject import subject_of
 from tl_loops.layout.model import Model
 
 
+@checked
 def plot_curves(
     curves: Mapping[str, Float[Tensor, "point"]],
     title: str,

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.drawing.colours import DISTINCT
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Bars, Figure, Line, Panel, as_array
@@ -31,6 +32,7 @@ Exits = (
 )
 
 
+@checked
 def plot_exits(
     source: Exits,
     *,
@@ -63,6 +65,8 @@ def plot_exits(
             exit iteration out of range.
         ImportError: The library is missing.
     """
+    if n_iterations is not None and n_iterations < 1:
+        raise ValueError(f"n_iterations must be at least 1, got {n_iterations}")
     subject = subject_of(source, model=model, prompts=prompts, n_iterations=n_iterations)
     if isinstance(source, Mapping) or (
         isinstance(source, Tensor) and not source.is_floating_point()
@@ -108,6 +112,7 @@ def plot_exits(
     return draw(figure, backend, **options)
 
 
+@checked
 def plot_exit_curves(
     curve: ExitCurve,
     *,

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.drawing.colours import layer_colours
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Figure, Line, Panel, as_array, every_few
@@ -20,6 +21,7 @@ from tl_loops.metrics.dynamics import fixed_point_distance, successive_differenc
 _DEFAULT = ("successive_difference", "fixed_point_distance")
 
 
+@checked
 def plot_fixed_points(
     source: LoopProfile | Float[Tensor, "..."],
     metrics: Sequence[str] | None = None,

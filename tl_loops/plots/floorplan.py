@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.drawing.depth import PHASES, block_groups, block_values
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Box, ColourScale, Figure, Heat, Mark, Panel, as_array
@@ -20,6 +21,7 @@ _BETWEEN_TILES, _BETWEEN_GROUPS = 1, 4
 _WIDEST = 1400
 
 
+@checked
 def plot_floorplan(
     source: Any,
     *,

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from tl_loops.arguments import checked
 from tl_loops.drawing.colours import CODA, DISTINCT, PRELUDE
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, Span, as_array
@@ -15,6 +16,7 @@ from tl_loops.metrics.neurons import PredictionSuppression
 _KINDS = ("prediction", "suppression")
 
 
+@checked
 def plot_neurons(
     neurons: PredictionSuppression,
     reference: PredictionSuppression | None = None,

@@ -6,11 +6,13 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.drawing.colours import DISTINCT
 from tl_loops.drawing.depth import block_values, depth_axis, iteration_rules, phase_spans
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, as_array
 from tl_loops.drawing.subject import subject_of
+from tl_loops.errors import shortened
 from tl_loops.layout.model import Model
 from tl_loops.measurements.figure import profile_panel
 from tl_loops.measurements.profile import LoopProfile
@@ -18,6 +20,7 @@ from tl_loops.measurements.profile import LoopProfile
 _CURVES = ("first token", "largest of the others", "mean of the others")
 
 
+@checked
 def plot_residual_norms(
     source: LoopProfile | Float[Tensor, "block *batch pos d_model"] | Any,
     *,
@@ -70,6 +73,11 @@ def plot_residual_norms(
 
 
 def _of_streams(resid: Tensor, layout: Any) -> Panel:
+    if not isinstance(resid, Tensor):
+        raise TypeError(
+            "source must be a profile, a cache or a tensor [block, ..., pos, d_model], got "
+            f"{shortened(resid)}"
+        )
     if resid.ndim < 3:
         raise ValueError(
             f"source has shape {list(resid.shape)}, expected [block, ..., pos, d_model]"

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.drawing.depth import block_ticks, block_values, matrix_marks
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, ColourScale, Figure, Heat, Panel, as_array
@@ -24,6 +25,7 @@ _WHAT = {
 _MOST_HOVERS = 6_000
 
 
+@checked
 def plot_pairs(
     source: Any,
     what: str = "cosine",
@@ -90,6 +92,7 @@ def plot_pairs(
     return draw(figure, backend, **options)
 
 
+@checked
 def plot_matrix(
     values: Float[Tensor, "row column"],
     rows: Sequence[str],

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import ColourScale, Figure, Heat, Panel, as_array
 from tl_loops.drawing.subject import subject_of
@@ -28,6 +29,7 @@ _ACROSS = ("src_pos", "pos", "head", "layer", "block", "iteration")
 """Which axis runs along x, if it is there: the first of these."""
 
 
+@checked
 def plot_patching(
     effect: Float[Tensor, "..."],
     axes: Sequence[str],

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.drawing.colours import MUTED, iteration_colours
 from tl_loops.drawing.depth import PHASES, block_groups, block_values
 from tl_loops.drawing.draw import draw
@@ -16,6 +17,7 @@ from tl_loops.layout.model import Model
 from tl_loops.metrics.pca import PCATrajectory, pca_trajectory, random_walk_null
 
 
+@checked
 def plot_pca(
     source: Any,
     n_components: int = 2,

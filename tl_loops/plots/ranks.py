@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from tl_loops.arguments import checked
 from tl_loops.drawing.colours import CODA, DISTINCT, PRELUDE, layer_colours
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, Rule, Span, as_array, every_few
@@ -16,6 +17,7 @@ from tl_loops.lens.tracking import EntityTracks
 _MOST_LABELS = 30
 
 
+@checked
 def plot_ranks(
     result: LensResult | EntityTracks,
     by: str = "depth",

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.drawing.colours import REFERENCE, iteration_colours
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, as_array, every_few
@@ -20,6 +21,7 @@ from tl_loops.metrics.stages import StageAlignment, align_stages
 Curves = Float[Tensor, "depth"] | Float[Tensor, "iteration depth"]
 
 
+@checked
 def plot_stages(
     profile: LoopProfile | Curves,
     reference: LoopProfile | Float[Tensor, "depth_ref"],

@@ -8,11 +8,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.drawing.figure import as_array
+from tl_loops.drawing.sizes import decimals, finite_limits
 from tl_loops.drawing.subject import subject_of
 from tl_loops.drawing.views import CircuitsView, ViewPart, as_text
+from tl_loops.errors import shortened
 from tl_loops.layout.model import Model
-from tl_loops.layout.selection import Selection, chosen_indices
+from tl_loops.layout.selection import Selection, chosen_indices, one_index
 from tl_loops.lens.result import LensResult
 from tl_loops.metrics.readout import token_rank
 from tl_loops.plots.attention import prompt_text, token_texts
@@ -20,6 +23,7 @@ from tl_loops.plots.attention import prompt_text, token_texts
 _BLUE, _ORANGE = "#1f6fb4", "#d1642b"
 
 
+@checked
 def colored_tokens(
     tokens: Any,
     values: Float[Tensor, "pos"] | Int[Tensor, "pos"] | Mapping[str, Tensor],
@@ -62,7 +66,7 @@ def colored_tokens(
             which = f" of {name!r}" if name else ""
             raise ValueError(f"values{which} has shape {shape}, expected [{len(words)}]")
     finite = [x for row in numbers.values() for x in row if math.isfinite(x)]
-    low, high = (min([0.0, *finite]), max([0.0, *finite])) if limits is None else limits
+    low, high = finite_limits(limits or (min([0.0, *finite]), max([0.0, *finite])))
     high = high if high > low else low + 1.0
     shown = _spaced(words)
     parts = tuple(
@@ -71,7 +75,7 @@ def colored_tokens(
             "ColoredTokens",
             {
                 "tokens": shown,
-                "values": [round(x, digits) if math.isfinite(x) else 0.0 for x in row],
+                "values": [round(x, decimals(digits)) if math.isfinite(x) else 0.0 for x in row],
                 "minValue": low,
                 "maxValue": high,
                 "positiveColor": _BLUE,
@@ -91,6 +95,7 @@ def colored_tokens(
     return CircuitsView(parts, title, " · ".join(part for part in line if part), height, room=60)
 
 
+@checked
 def token_log_probs(
     source: LensResult | Float[Tensor, "iteration pos d_vocab"],
     tokens: Any,
@@ -129,6 +134,8 @@ def token_log_probs(
     words = token_texts(model, tokens)
     if isinstance(tokens, str):
         tokens = model.to_tokens(tokens)
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"tokens must be text or token ids [pos], got {shortened(tokens)}")
     ids = tokens.reshape(-1).cpu()
     logits = _logits(source, row) if isinstance(source, LensResult) else source
     size = getattr(model.cfg, "padded_vocab", None) or logits.shape[-1]
@@ -178,6 +185,7 @@ def _logits(result: LensResult, row: int) -> Float[Tensor, "iteration pos d_voca
     if result.logits is None:
         raise ValueError("the lens kept no logits: pass keep_logits=True to it")
     logits = result.by_iteration(result.logits)
+    row = one_index("prompt", row, len(result.tokens))
     if logits.ndim != 4:
         raise ValueError(
             "token_log_probs needs one reading an iteration: read points='states', got "
@@ -198,4 +206,4 @@ def _spaced(words: list[str]) -> list[str]:
 
 
 def _rounded(values: Tensor, digits: int) -> Any:
-    return torch.round(values.double(), decimals=digits).tolist()
+    return torch.round(values.double(), decimals=decimals(digits)).tolist()

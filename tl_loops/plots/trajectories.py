@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.drawing.colours import DISTINCT
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Figure, Line, Panel, as_array
@@ -26,6 +27,7 @@ _TYPICAL = {
 }
 
 
+@checked
 def plot_trajectories(
     source: TrajectoryClassification | Float[Tensor, "iteration *tokens d_model"],
     *,

@@ -1,13 +1,13 @@
 """What can be patched: named activations, the axes that each has, and the hook points after it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
-from tl_loops.errors import LoopedSemanticsError, did_you_mean
+from tl_loops.errors import LoopedSemanticsError, did_you_mean, shortened
 from tl_loops.layout.model import Model
 from tl_loops.layout.names import Place, activation_name, hook_specs, spec_of
 from tl_loops.layout.of_model import layout_of
@@ -25,6 +25,7 @@ _AXES: dict[Kind, tuple[str, ...]] = {
 }
 AXES = ("iteration", "layer", "block", "pos", "head", "src_pos")
 """Every axis that a grid can have. ``pos`` of a pattern is the destination."""
+_WIDTHS = ("d_model", "d_head", "d_mlp", "d_vocab")
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,7 @@ def check_cache(cache: Mapping[str, Tensor] | Any, model: Model, names: list[str
     Raises:
         ValueError: The cache was filled with another number of iterations, or lacks an activation.
     """
+    present = cached_names(cache)
     layout, cached = layout_of(model), getattr(cache, "layout", None)
     if layout is not None and cached is not None and cached != layout:
         raise ValueError(
@@ -217,17 +219,70 @@ def check_cache(cache: Mapping[str, Tensor] | Any, model: Model, names: list[str
             f"{layout.notation(False)}: run run_with_cache again with n_iterations="
             f"{layout.n_iterations}, or set the model with model.iterations({cached.n_iterations})"
         )
-    present = set(cache.keys())
     depth = [int(m.group(1)) for m in map(re.compile(r"blocks\.(\d+)\.").match, present) if m]
     if depth and max(depth) >= model.cfg.n_layers:
         raise ValueError(
             f"the cache holds block {max(depth)} but the model has {model.cfg.n_layers} unrolled "
             "blocks: it was made with another number of iterations; run run_with_cache again"
         )
+    check_held(cache, model, names)
+
+
+def cached_names(cache: Mapping[str, Tensor] | Any) -> set[str]:
+    """Every hook name that a cache holds.
+
+    Raises:
+        ValueError: It is no cache.
+    """
+    if not hasattr(cache, "keys") or not hasattr(cache, "__getitem__"):
+        raise ValueError(
+            "the cache must be what run_with_cache gives, or a mapping by hook name, got "
+            f"{shortened(cache)}"
+        )
+    return set(cache.keys())
+
+
+def check_held(
+    cache: Mapping[str, Tensor] | Any, model: Model, names: Sequence[str], what: str = "the clean"
+) -> None:
+    """Refuse a cache that lacks an activation, or holds one of another shape.
+
+    Args:
+        cache: Of a run with any number of iterations.
+        model: The model that it goes into.
+        names: Canonical hook names.
+        what: Whose prompt should be run again, for the message.
+
+    Raises:
+        ValueError: It does.
+    """
+    present = cached_names(cache)
     missing = [name for name in names if name not in present]
     if missing:
         raise ValueError(
             f"the cache lacks {missing[0]!r}"
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-            + ": run run_with_cache on the clean prompt with a names_filter that keeps it"
+            + f": run run_with_cache on {what} prompt with a names_filter that keeps it"
+        )
+    for name in names:
+        _check_axes(cache, model, name)
+
+
+def _check_axes(cache: Mapping[str, Tensor] | Any, model: Model, name: str) -> None:
+    """Refuse an entry that has not the axes of its hook point, or another width."""
+    value, spec = cache[name], spec_of(name)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"the cache must hold tensors, got {type(value).__name__} as {name!r}")
+    if spec is None or is_bridge(model) or spec.short == "pos_embed":
+        return
+    axes = spec.axes_on(model.cfg)[0 if getattr(cache, "has_batch_dim", True) else 1 :]
+    widths = [getattr(model.cfg, axis, None) if axis in _WIDTHS else None for axis in axes]
+    fits = len(axes) == value.ndim and all(
+        width in (None, size) for width, size in zip(widths, value.shape, strict=True)
+    )
+    if not fits:
+        words = [axis if n is None else f"{axis}={n}" for axis, n in zip(axes, widths, strict=True)]
+        raise ValueError(
+            f"the cache must hold {name!r} as [{', '.join(words)}], got shape {list(value.shape)}: "
+            "make it with this model and its present settings"
         )

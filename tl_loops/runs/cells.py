@@ -85,5 +85,7 @@ def after_prefix(base: Tensor, n_past: int, new: Tensor) -> Tensor:
 def scalar(value: Any, like: Tensor) -> Tensor:
     """A score in float32 (float64 where it is one), on the device of ``like``."""
     value = value if isinstance(value, Tensor) else torch.as_tensor(value)
+    if value.is_complex():
+        raise ValueError("metric must give a real number, got a complex one")
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     return value.to(like.device, dtype).reshape(())

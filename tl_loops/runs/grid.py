@@ -8,10 +8,12 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import layout_of
 from tl_loops.layout.selection import Selection, contiguous_parts, distinct_indices
 from tl_loops.runs.activations import AXES, Activation, find_activation
+from tl_loops.upstream.inputs import token_ids
 
 _SYNONYMS = {"head_index": "head", "dest_pos": "pos"}
 
@@ -121,6 +123,7 @@ def make_grid(
     return Grid(found, axes, named, tuple(regions))
 
 
+@checked
 def axis_labels(
     model: Model,
     axes: Sequence[str],
@@ -149,6 +152,8 @@ def axis_labels(
     positional = {"pos", "src_pos", "dest_pos"} & set(axes)
     if positional and tokens is None:
         raise ValueError("an axis of positions is labelled by tokens: pass tokens=[batch, pos]")
+    if tokens is not None:
+        tokens = token_ids(model, tokens)
     n_pos = 1 if tokens is None else tokens.shape[-1]
     grid = make_grid(model, activation, axes, n_pos, window, where)
     words = [str(position) for position in range(n_pos)]

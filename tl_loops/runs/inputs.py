@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from tl_loops.arguments import argument
+from tl_loops.errors import shortened
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import layout_of
 from tl_loops.layout.selection import Selection, distinct_indices
@@ -21,6 +23,14 @@ FORWARD_ARGUMENTS = (
     "weighted_exit",
 )
 """Arguments of the model's forward pass that every run can be given."""
+
+_FORWARD_KINDS: dict[str, Any] = {
+    "attention_mask": Shaped[Tensor, "..."] | None,
+    "initial_state": Float[Tensor, "batch pos d_model"] | None,
+    "exit_at": int | None,
+    "exit_threshold": float | int | None,
+    "weighted_exit": bool,
+}
 
 # Shapes are checked below, with messages of their own.
 LensInput = str | list[str] | Tensor
@@ -82,6 +92,7 @@ def run_inputs(model: Model, input: Any, arguments: Mapping[str, Any] | None = N
             raise ValueError(f"{name!r} is not an argument of the patched runs; {hint}")
         if layout_of(model) is None and name != "attention_mask":
             raise ValueError(f"{name!r} needs a looped model")
+    given = {name: argument(name, v, _FORWARD_KINDS[name]) for name, v in given.items()}
     explicit = given.pop("attention_mask", None)
     fed = model_input(model, input, explicit)
     needed = explicit is not None or attention_needs(fed.mask, model.cfg)
@@ -154,7 +165,10 @@ def lens_inputs(
         ValueError: A shape or a position does not fit; a row without a real token; text for a
             model without tokenizer.
     """
-    fed = model_input(model, input, attention_mask)
+    given = {"attention_mask": attention_mask, "initial_state": initial_state}
+    given = {name: argument(name, v, _FORWARD_KINDS[name]) for name, v in given.items()}
+    fed = model_input(model, input, given["attention_mask"])
+    initial_state = given["initial_state"]
     tokens, mask = fed.tokens, fed.mask
     _check_initial_state(model, tokens, initial_state)
     return LensInputs(tokens, mask, _resolve(positions, tokens, mask), initial_state)
@@ -212,7 +226,12 @@ def _resolve(positions: Positions, tokens: Tensor, mask: Tensor | None) -> Tenso
         if mask is None:
             return every[-1:].expand(batch, 1)
         return (every * mask).amax(-1, keepdim=True)
-    index = torch.as_tensor(positions, device=tokens.device)
+    try:
+        index = torch.as_tensor(positions, device=tokens.device)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(
+            f"positions must be 'all', 'last' or indices, got {shortened(positions)}"
+        ) from None
     if not index.numel():
         raise ValueError("positions is empty")
     if index.is_floating_point() or index.dtype == torch.bool or index.ndim > 2:

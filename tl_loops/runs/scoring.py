@@ -80,10 +80,11 @@ def check_metric(
         raise ValueError(f"metric must be a function of the {what}, got {type(metric).__name__}")
     value = _on_random_numbers(metric, model, shape)
     if isinstance(value, (Tensor, np.ndarray)):
-        if value.size == 1 if isinstance(value, np.ndarray) else value.numel() == 1:
+        one = value.size == 1 if isinstance(value, np.ndarray) else value.numel() == 1
+        if one and "complex" not in str(value.dtype):
             return
-        found = f"an array of shape {tuple(value.shape)}"
-    elif isinstance(value, (int, float, np.number)):
+        found = f"an array of {value.dtype} of shape {tuple(value.shape)}"
+    elif isinstance(value, (int, float, np.number)) and not isinstance(value, np.complexfloating):
         return
     else:
         found = type(value).__name__

@@ -234,10 +234,22 @@ def _checked_mask(mask: Tensor, tokens: Tensor) -> Tensor:
         raise ValueError(
             f"attention_mask must be [batch, pos] = {list(tokens.shape)}, got {list(mask.shape)}"
         )
-    mask = mask.bool()
+    mask = zeros_and_ones(mask)
     if not bool(mask.any(-1).all()):
         raise ValueError("attention_mask has a row without a real token")
     return mask
+
+
+def zeros_and_ones(mask: Tensor) -> Bool[Tensor, "..."]:
+    """A mask as booleans.
+
+    Raises:
+        ValueError: It holds something else than 1 at tokens and 0 at padding.
+    """
+    real = mask.bool()
+    if not bool((real == mask).all()):
+        raise ValueError("attention_mask must be 1 at tokens and 0 at padding, got other numbers")
+    return real
 
 
 def _is_list(input: Any) -> bool:

@@ -1,0 +1,339 @@
+"""A plain call of every public function of the tools, and the kind of each of its arguments."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tl_loops
+from tests.fuzz import odd_values as odd
+from tests.fuzz.world import World
+from tl_loops import attribution, lens, loop_hooks, measurements, patching, plots, steering
+from tl_loops.drawing.figure import Axis, Figure, Line, Panel
+from tl_loops.metrics.neurons import PredictionSuppression
+from tl_loops.patching import MassiveSite, Site
+
+ROOMS = {
+    "patching": patching,
+    "lens": lens,
+    "attribution": attribution,
+    "measurements": measurements,
+    "plots": plots,
+    "steering": steering,
+    "loop_hooks": loop_hooks,
+}
+ALONE = ("measure", "available_metrics", "exit_curve", "kv_sharing_effect")
+"""Tools that the package itself names."""
+
+
+def public_functions() -> dict[str, Callable]:
+    """Every public function of the tools, and every method of what they give, by name."""
+    found: dict[str, Callable] = {name: getattr(tl_loops, name) for name in ALONE}
+    for room, module in ROOMS.items():
+        own = [
+            name
+            for name, value in vars(module).items()
+            if inspect.isfunction(value) and value.__module__ == module.__name__ and name[0] != "_"
+        ]
+        for name in getattr(module, "__all__", own):
+            value = getattr(module, name)
+            if inspect.isclass(value):
+                methods = {k: v for k, v in vars(value).items() if inspect.isfunction(v)}
+                found |= {f"{room}.{name}.{k}": v for k, v in methods.items() if k[0] != "_"}
+            elif inspect.isroutine(value) or hasattr(value, "__wrapped__"):
+                found[f"{room}.{name}"] = value
+    return found
+
+
+READ_BY_TOOLS = {
+    name for name in public_functions() if name.endswith((".check", ".reads_sequence", ".logits"))
+}
+"""What a lens is asked by read_lens, which has checked it all."""
+ELSEWHERE = READ_BY_TOOLS | {
+    # tests/unit/measurements/test_adding.py and test_measure.py call them with registry's entries.
+    "measurements.Measurement.blocks",
+    "measurements.core_calls",
+    "measurements.resolve_options",
+    "measurements.why_not",
+    # Without arguments, or with a path that tests/unit/test_writing.py makes odd.
+    "lens.EntityTracks.mean_log_rank",
+    "lens.JacobianLens.save",
+    "lens.TunedLens.save",
+    "lens.LensResult.answer_flips",
+    "lens.LensResult.saturation_iteration",
+    "attribution.EdgeAttribution.by_iteration",
+    "plots.CircuitsView.element",
+    "plots.CircuitsView.to_html",
+    "plots.circuitsvis_script",
+}
+"""Public names without a case here."""
+
+
+def score(logits: Tensor) -> Tensor:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide[:, -1, 3].mean() - wide[:, -1, 4].mean()
+
+
+def gate_score(gates: Tensor) -> Tensor:
+    return gates[-1, :, -1].float().mean()
+
+
+def _values(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def _neurons(w: World) -> PredictionSuppression:
+    return tl_loops.metrics.prediction_suppression_neurons(w.model)
+
+
+def _patch(w: World) -> dict[str, Any]:
+    return dict(
+        model=w.model, corrupted_tokens=w.tokens, clean_cache=w.cache, metric=score, progress=False
+    )
+
+
+def _gate(w: World) -> dict[str, Any]:
+    tokens = dict(corrupted_tokens=w.tokens, clean_cache=w.gated_cache)
+    return dict(model=w.gated, metric=gate_score, progress=False, **tokens)
+
+
+def _read(w: World) -> dict[str, Any]:
+    return dict(model=w.model, input=w.tokens)
+
+
+def _figure(w: World) -> Figure:
+    line = Line(torch.arange(3).numpy(), torch.arange(3).numpy(), "a", "#112233")
+    return Figure("title", "", (Panel((line,), Axis("x"), Axis("y")),))
+
+
+def _direction(w: World) -> dict[str, Any]:
+    return dict(model=w.model, direction=_values(w.model.cfg.d_model))
+
+
+def _words(w: World) -> list[str]:
+    return [f"w{i}" for i in range(w.n_pos)]
+
+
+CALLS: dict[str, Callable[[World], dict[str, Any]]] = {
+    "measure": lambda w: dict(
+        model=w.model, prompts=list(w.clean), metrics=("residual_norm", "mixing_score"),
+        progress=False,
+    ),
+    "available_metrics": lambda w: dict(model=w.model),
+    "exit_curve": lambda w: dict(model=w.model, prompts=list(w.clean), progress=False),
+    "kv_sharing_effect": lambda w: dict(model=w.model, tokens=w.clean, kv_sharing="latest"),
+    "patching.activation_patch": lambda w: dict(**_patch(w), where={"block": [0, 3]}),
+    "patching.ablate": lambda w: dict(
+        model=w.model, tokens=w.tokens, metric=score, method="mean", reference=w.cache,
+        where={"block": [0, 3]}, progress=False,
+    ),
+    "patching.ablate_massive": lambda w: dict(
+        model=w.model, tokens=w.tokens, metric=score, sites=[MassiveSite(1, "r0.0", 0, 0, 3, 9.0)],
+        progress=False,
+    ),
+    "patching.axis_labels": lambda w: dict(model=w.model, axes=("block", "pos"), tokens=w.tokens),
+    "patching.exit_gate_logits": lambda w: dict(model=w.gated, tokens=w.tokens),
+    "patching.find_massive_sites": lambda w: dict(
+        model=w.model, tokens=w.tokens, magnitude=1, ratio=2
+    ),
+    "patching.force_exit": lambda w: dict(model=w.gated, iteration=0),
+    "patching.patch_exit_gate": lambda w: dict(**_gate(w), axes=("iteration",)),
+    "patching.path_patch": lambda w: dict(
+        **_patch(w),
+        senders=[Site("attn_out", 0, 0)],
+        receivers=[Site("resid_pre", -1, 0)],
+    ),
+    "patching.probe_exit_gate": lambda w: dict(model=w.gated, cache=w.gated_cache),
+    "patching.repeat_schedule": lambda w: dict(model=w.model, iteration=0),
+    "patching.run_schedule": lambda w: dict(
+        model=w.model, tokens=w.tokens, schedule=[0, 0], return_cache=False
+    ),
+    "patching.skip_hooks": lambda w: dict(model=w.model, iterations=0),
+    "patching.skip_schedule": lambda w: dict(model=w.model, iterations=0),
+    "patching.swap_hooks": lambda w: dict(model=w.model, cache=w.cache, a=0, b=-1),
+    "patching.swap_schedule": lambda w: dict(model=w.model, a=0, b=-1),
+    "patching.transplant_states": _patch,
+    "patching.Site.grid": lambda w: dict(self=Site("z", 0, 0), model=w.model, n_pos=w.n_pos),
+    "lens.adjacent_agreement": lambda w: dict(predictions=w.tokens),
+    "lens.coda_lens": _read,
+    "lens.exit_lens": lambda w: dict(model=w.gated, input=w.tokens),
+    "lens.fit_jacobian_lens": lambda w: dict(
+        model=w.gated, prompts=list(w.clean[:, :2]), points="core", progress=False
+    ),
+    "lens.logit_kurtosis": lambda w: dict(logits=_values(3, 9)),
+    "lens.logit_lens": _read,
+    "lens.participation_ratio": lambda w: dict(matrix=_values(3, 4, 5)),
+    "lens.rank_jumps": lambda w: dict(rank=w.tokens),
+    "lens.read_lens": lambda w: dict(**_read(w), lens=lens.LogitLens(), points="states"),
+    "lens.track_entities": lambda w: dict(**_read(w), entities={"a": 3}),
+    "lens.train_tuned_lens": lambda w: dict(
+        model=w.gated, prompts=list(w.clean), points="states", n_steps=2, batch_size=2,
+        progress=False,
+    ),
+    "lens.transport_similarity": lambda w: dict(jacobians=_values(3, 4, 5)),
+    "lens.EntityTracks.accuracy": lambda w: dict(self=w.tracks),
+    "lens.EntityTracks.first_point": lambda w: dict(self=w.tracks),
+    "lens.EntityTracks.leads_from": lambda w: dict(self=w.tracks, entity="a", rival="b"),
+    "lens.LensResult.agreement": lambda w: dict(self=w.reading),
+    "lens.LensResult.by_iteration": lambda w: dict(self=w.reading, values=w.reading.entropy),
+    "lens.LensResult.index": lambda w: dict(self=w.reading, name="r0"),
+    "lens.JacobianLens.transport": lambda w: dict(
+        self=w.jacobian, resid=_values(3, w.model.cfg.d_model), index=0
+    ),
+    "lens.TunedLens.translate": lambda w: dict(
+        self=w.tuned, resid=_values(3, w.model.cfg.d_model), index=0
+    ),
+    "attribution.attribution_patch": lambda w: {
+        k: v for k, v in _patch(w).items() if k != "progress"
+    },
+    "attribution.edge_attribution": _patch,
+    "attribution.EdgeAttribution.top": lambda w: dict(
+        self=attribution.edge_attribution(**_patch(w)), k=3
+    ),
+    "measurements.find_measurement": lambda w: dict(name="sink_rate"),
+    "plots.attention_heads": lambda w: dict(source=w.cache, tokens=w.clean[0]),
+    "plots.attention_patterns": lambda w: dict(source=w.cache, tokens=w.clean[0]),
+    "plots.attention_view": lambda w: dict(
+        tokens=_words(w), attention=w.cache["pattern", 0][0]
+    ),
+    "plots.colored_tokens": lambda w: dict(
+        tokens=_words(w), values=_values(w.n_pos), title="loss"
+    ),
+    "plots.draw": lambda w: dict(figure=_figure(w)),
+    "plots.plot_curves": lambda w: dict(curves={"a": _values(4), "b": _values(4)}, title="curves"),
+    "plots.plot_exit_curves": lambda w: dict(
+        curve=tl_loops.exit_curve(w.model, list(w.clean), progress=False)
+    ),
+    "plots.plot_exits": lambda w: dict(source=_values(3, 4).softmax(0)),
+    "plots.plot_fixed_points": lambda w: dict(source=_values(3, 4)),
+    "plots.plot_floorplan": lambda w: dict(source=w.cache),
+    "plots.plot_matrix": lambda w: dict(
+        values=_values(2, 3), rows=["a", "b"], columns=["c", "d", "e"], title="matrix"
+    ),
+    "plots.plot_neurons": lambda w: dict(neurons=_neurons(w)),
+    "plots.plot_pairs": lambda w: dict(source=w.cache),
+    "plots.plot_patching": lambda w: dict(
+        effect=_values(w.model.cfg.n_layers, w.n_pos), axes=("block", "pos"), model=w.model,
+        tokens=w.tokens,
+    ),
+    "plots.plot_pca": lambda w: dict(source=w.cache),
+    "plots.plot_profile": lambda w: dict(profile=w.profile),
+    "plots.plot_ranks": lambda w: dict(result=w.reading),
+    "plots.plot_residual_norms": lambda w: dict(source=w.cache),
+    "plots.plot_stages": lambda w: dict(profile=w.profile, reference=w.profile),
+    "plots.plot_trajectories": lambda w: dict(source=_values(20, 3, 8)),
+    "plots.token_log_probs": lambda w: dict(source=w.reading, tokens=w.clean[0], model=w.model),
+    "steering.steer": _direction,
+    "steering.ablate_direction": _direction,
+    "steering.difference_directions": lambda w: dict(
+        model=w.model, positive=w.cache, negative=w.cache
+    ),
+    "steering.steering_effect": lambda w: dict(
+        **_direction(w), tokens=w.tokens, metric=score, progress=False
+    ),
+    "loop_hooks.at": lambda w: dict(model=w.model, name="pattern", iteration=0, layer=0),
+    "loop_hooks.every_iteration": lambda w: dict(model=w.model, name="pattern"),
+    "loop_hooks.every_block": lambda w: dict(model=w.model, name="pattern"),
+    "loop_hooks.names_filter": lambda w: dict(model=w.model, names=("pattern", "state_out")),
+    "loop_hooks.hooks_at": lambda w: dict(names=("hook_embed",), hook=lambda x, hook: x),
+    "loop_hooks.with_coordinate": lambda w: dict(
+        model=w.model, hook=lambda value, hook, at: value
+    ),
+    "loop_hooks.coordinate_of": lambda w: dict(model=w.model, name="blocks.2.hook_resid_pre"),
+    "loop_hooks.stack_iterations": lambda w: dict(cache=w.cache, model=w.model, name="pattern"),
+    "loop_hooks.layout_of": lambda w: dict(model=w.model),
+}  # fmt: skip
+
+_MANY = {
+    odd.models: "model",
+    odd.prompts: "corrupted_tokens input tokens",
+    odd.caches: "clean_cache cache reference positive negative",
+    odd.metrics: "metric",
+    odd.seeds: "seed",
+    odd.integers: "batch_size window n_steps n_iterations top_k vjp_batch_size times k n_pos "
+    "skip_positions max_rank n_prompt height width digits n_components examples tile "
+    "iterations_per_row vocab_size",
+    odd.indices: "iteration layer head row position a b index",
+    odd.selections: "iterations layers positions pos sources targets schedule",
+    odd.flags: "progress gradients together std log null partition outer animate heads split_qkv "
+    "keep_logits return_cache normalize",
+    odd.numbers: "magnitude ratio learning_rate scale scales",
+    odd.choices: "activation method mean_over what by backend readout target kv_sharing colours "
+    "name phase facet entity rival",
+    odd.words: "title unit legend x_label y_label row_label column_label",
+    odd.names: "axes freeze points metrics names rows columns head_names phases",
+    odd.places: "where",
+    odd.prompt_lists: "prompts",
+    odd.tensors: "direction values attention effect logits matrix jacobians rank predictions resid",
+    odd.sources: "source profile curve neurons result figure",
+    odd.optional_objects: "alignment layout generator lens initial_state",
+    odd.mappings: "curves entities track",
+    odd.masks: "attention_mask",
+    odd.limits: "limits",
+    odd.several: "senders receivers sites fwd_hooks answers labels",
+    odd.functions: "hook names_filter",
+    odd.paths: "checkpoint",
+    odd.axis_values: "x",
+}
+KINDS = {name: kind for kind, names in _MANY.items() for name in names.split()}
+OWN_KINDS = {
+    ("plots.plot_profile", "metric"): odd.choices,
+    ("plots.plot_stages", "metric"): odd.choices,
+    ("plots.plot_stages", "reference"): odd.sources,
+    ("plots.plot_neurons", "reference"): odd.optional_objects,
+    ("plots.plot_floorplan", "heads"): odd.choices,
+    ("plots.plot_matrix", "scale"): odd.choices,
+    ("plots.attention_heads", "heads"): odd.selections,
+    ("plots.plot_curves", "std"): odd.mappings,
+    ("plots.attention_view", "tokens"): odd.token_texts,
+    ("plots.colored_tokens", "tokens"): odd.token_texts,
+    ("plots.attention_heads", "tokens"): odd.token_texts,
+    ("plots.attention_patterns", "tokens"): odd.token_texts,
+    ("plots.token_log_probs", "tokens"): odd.token_texts,
+    ("plots.plot_patching", "tokens"): odd.token_texts,
+    ("patching.axis_labels", "tokens"): odd.token_texts,
+    ("lens.track_entities", "positions"): odd.mappings,
+    ("lens.read_lens", "lens"): odd.objects,
+    ("lens.read_lens", "positions"): odd.positions,
+    ("lens.EntityTracks.leads_from", "entity"): odd.choices,
+    ("steering.steering_effect", "scales"): odd.numbers,
+}
+FORWARD = {
+    "attention_mask": odd.masks,
+    "initial_state": odd.optional_objects,
+    "exit_at": odd.indices,
+    "exit_threshold": odd.numbers,
+    "weighted_exit": odd.flags,
+    "nope": odd.unknown,
+}
+OF_LENSES = ("points", "positions", "top_k", "batch_size", "n_iterations")
+
+
+def kind_of(function: str, parameter: str) -> odd.Kind | None:
+    """The kind of an argument; ``None`` where none is known."""
+    if parameter == "prompts" and function.startswith("plots."):
+        return odd.about
+    if parameter == "model" and function.startswith("plots."):
+        return odd.models_or_names
+    return OWN_KINDS.get((function, parameter), KINDS.get(parameter))
+
+
+def arguments_of(name: str) -> Iterator[tuple[str, Any, odd.Kind | None]]:
+    """Every argument of a public function with its default and its kind."""
+    signature = inspect.signature(public_functions()[name])
+    for parameter in signature.parameters.values():
+        if parameter.name == "self":
+            continue
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            default = None if parameter.default is parameter.empty else parameter.default
+            yield parameter.name, default, kind_of(name, parameter.name)
+        elif parameter.name == "forward_arguments":
+            own = ("attention_mask",) if name == "kv_sharing_effect" else ()
+            yield from ((key, None, kind) for key, kind in FORWARD.items() if key not in own)
+        elif name.startswith("lens."):
+            mine = [key for key in OF_LENSES if key not in signature.parameters]
+            yield from ((key, None, kind_of("lens.read_lens", key)) for key in mine)
+        else:
+            yield from ((key, 400, odd.numbers) for key in ("width", "height"))

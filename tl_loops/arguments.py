@@ -1,0 +1,331 @@
+"""Arguments of public functions, checked by their annotations: one sentence for a wrong kind.
+
+What an annotation cannot say (a range, shapes that must agree) each function checks itself.
+"""
+
+import inspect
+import operator
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, wraps
+from numbers import Real
+from types import UnionType
+from typing import Any, Literal, ParamSpec, SupportsIndex, TypeVar, Union
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tl_loops.errors import ArgumentError, shortened
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+_EXPECTED: dict[Any, tuple[Callable[[Any], bool], str]] = {}
+
+
+class _Wrong(Exception):
+    """A value is not of the kind; the message is what is expected instead, where that is known."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What an annotation takes.
+
+    Attributes:
+        read: Gives the value as the function is to get it, or raises ``_Wrong``.
+        words: What it takes, for a message.
+    """
+
+    read: Callable[[Any], Any]
+    words: str
+
+
+def expect(annotation: Any, accepts: Callable[[Any], bool], words: str) -> None:
+    """Say what a class that stands in annotations takes, where ``isinstance`` does not say it."""
+    _EXPECTED[annotation] = accepts, words
+
+
+def checked(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Check the arguments of a public function by its annotations, before it does anything.
+
+    Integers and numbers of numpy and of tensors without axes become Python's; arrays and lists
+    become tensors where the annotation is a tensor's, integers in them float64 where it holds
+    floating point numbers. Annotations that say nothing (``Any``) are not checked.
+
+    Args:
+        function: Raises ``ArgumentError`` from now on: a TypeError and a ValueError.
+    """
+    signature = inspect.signature(function)
+    kinds: dict[str, Kind] = {}
+
+    @wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if not kinds:
+            kinds.update(_kinds_of(signature))
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # Python's own message names the function.
+        for name, value in bound.arguments.items():
+            if name in kinds:
+                bound.arguments[name] = _read(name, value, kinds[name])
+        return function(*bound.args, **bound.kwargs)
+
+    return call
+
+
+def argument(name: str, value: Any, annotation: Any) -> Any:
+    """One argument as an annotation takes it, for those that come by ``**``.
+
+    Raises:
+        ArgumentError: It is of another kind.
+    """
+    kind = _kind(annotation)
+    return value if kind is None else _read(name, value, kind)
+
+
+def is_index(value: Any) -> bool:
+    """Whether a value is one index: an integer of any type (numpy, 0-d tensor), but no bool."""
+    try:
+        as_index("index", value)
+    except TypeError:
+        return False
+    return True
+
+
+def as_index(what: str, value: Any) -> int:
+    """One integer of any integer type.
+
+    Args:
+        what: What it counts, for the message.
+        value: An int, a numpy integer, an integer tensor without axes, ...
+
+    Raises:
+        TypeError: It is not an integer, or it is a bool.
+    """
+    # A tensor of one element with axes would pass for an index, a bool tensor for 0 or 1.
+    is_array = getattr(value, "ndim", 0) != 0
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    if not is_array and not is_bool:
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{what} must be an integer, got {shortened(value)}")
+
+
+def _kinds_of(signature: inspect.Signature) -> dict[str, Kind]:
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    found = {
+        name: _kind(parameter.annotation)
+        for name, parameter in signature.parameters.items()
+        if parameter.kind not in variadic and parameter.annotation is not parameter.empty
+    }
+    return {name: kind for name, kind in found.items() if kind is not None}
+
+
+def _read(name: str, value: Any, kind: Kind) -> Any:
+    try:
+        return kind.read(value)
+    except _Wrong as wrong:
+        expected = str(wrong) or kind.words
+    raise ArgumentError(f"{name} must be {expected}, got {_described(value)}")
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim:
+        kind = "tensor" if isinstance(value, Tensor) else "array"
+        return f"a {str(value.dtype).removeprefix('torch.')} {kind} of shape {list(value.shape)}"
+    return shortened(value)
+
+
+@cache
+def _kind(annotation: Any) -> Kind | None:
+    """What an annotation takes; ``None`` where it takes everything."""
+    if annotation in (Any, object):  # From Python 3.11 on Any is a class, too.
+        return None
+    if annotation in _EXPECTED:
+        return _instance(*_EXPECTED[annotation])
+    if annotation in (int, SupportsIndex):
+        return Kind(_integer, "an integer")
+    if annotation is float:
+        return Kind(_number, "a number")
+    if annotation is bool:
+        return Kind(_flag, "True or False")
+    if annotation is None or annotation is type(None):
+        return _instance(lambda value: value is None, "None")
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, UnionType):
+        return _union([_kind(part) for part in parts])
+    if origin is Literal:
+        return _choice(parts)
+    if origin is not None and isinstance(origin, type):
+        if issubclass(origin, Mapping):
+            return _mapping(_kind(parts[1]) if len(parts) == 2 else None, parts[:1] == (str,))
+        if origin is tuple:
+            return _tuple([_kind(part) for part in parts], annotation)
+        if origin in (list, Sequence, Iterable):
+            return _sequence(_kind(parts[0]), origin is Iterable, parts[0] is str)
+        if issubclass(origin, Callable):
+            return _instance(callable, "a function")
+        return _instance(lambda value: isinstance(value, origin), f"a {origin.__name__}")
+    if hasattr(annotation, "dim_str") and hasattr(annotation, "dtypes"):
+        return Kind(lambda value: _tensor(value, annotation), _tensor_words(annotation))
+    if annotation is str:
+        return _instance(lambda value: isinstance(value, str), "text")
+    if isinstance(annotation, type):
+        protocol = getattr(annotation, "_is_protocol", False)
+        if not protocol or getattr(annotation, "_is_runtime_protocol", False):
+            name = annotation.__name__
+            article = "an" if name[0] in "AEIOU" else "a"
+            return _instance(lambda value: isinstance(value, annotation), f"{article} {name}")
+    return None
+
+
+def _instance(accepts: Callable[[Any], bool], words: str) -> Kind:
+    def read(value: Any) -> Any:
+        if not accepts(value):
+            raise _Wrong
+        return value
+
+    return Kind(read, words)
+
+
+def _choice(options: tuple[Any, ...]) -> Kind:
+    shown = [repr(option) for option in options]
+    words = shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"
+    return _instance(lambda value: isinstance(value, str) and value in options, words)
+
+
+def _integer(value: Any) -> int:
+    try:
+        return as_index("", value)
+    except TypeError:
+        raise _Wrong from None
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, (Tensor, np.ndarray, np.generic)) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+        raise _Wrong
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if isinstance(value, (Tensor, np.ndarray, np.generic)) and value.ndim == 0:
+        value = value.item()
+    if not isinstance(value, bool):
+        raise _Wrong
+    return value
+
+
+def _union(kinds: list[Kind | None]) -> Kind | None:
+    """Any of several; nothing is known of it where one of them takes everything."""
+    known = [kind for kind in kinds if kind is not None]
+    if len(known) < len(kinds):
+        return None
+    words = list(dict.fromkeys(kind.words for kind in known))
+    if words[:2] == ["a number", "an integer"]:
+        words.pop(1)  # which is a number
+
+    def read(value: Any) -> Any:
+        for kind in known:
+            try:
+                return kind.read(value)
+            except _Wrong:
+                continue
+        raise _Wrong
+
+    return Kind(read, ", ".join(words[:-1]) + f" or {words[-1]}" if words[1:] else words[0])
+
+
+def _mapping(values: Kind | None, by_name: bool) -> Kind:
+    words = "a mapping by name" if by_name else "a mapping"
+    words += f", each value {values.words}" if values is not None else ""
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            raise _Wrong
+        if by_name and not all(isinstance(key, str) for key in value):
+            raise _Wrong
+        return {k: v if values is None else values.read(v) for k, v in value.items()}
+
+    return Kind(read, words)
+
+
+def _sequence(parts: Kind | None, once: bool, of_text: bool) -> Kind:
+    """A list or another sequence; one text stands for itself where texts are listed."""
+    words = "a list" if parts is None else f"a list, each entry {parts.words}"
+
+    def read(value: Any) -> Any:
+        if isinstance(value, str) and of_text:
+            value = (value,)
+        if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__iter__"):
+            raise _Wrong
+        if getattr(value, "ndim", 1) == 0 or not (once or hasattr(value, "__len__")):
+            raise _Wrong
+        if parts is None or once:
+            return value
+        read_parts = [parts.read(part) for part in value]
+        return tuple(read_parts) if isinstance(value, tuple) else read_parts
+
+    return Kind(read, words)
+
+
+def _tuple(parts: list[Kind | None], annotation: Any) -> Kind:
+    words = f"{len(parts)} values, " + ", ".join("any" if p is None else p.words for p in parts)
+
+    def read(value: Any) -> Any:
+        if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__iter__"):
+            raise _Wrong
+        listed = list(value) if getattr(value, "ndim", 1) else []
+        if len(listed) != len(parts):
+            raise _Wrong
+        pairs = zip(listed, parts, strict=True)
+        return tuple(one if part is None else part.read(one) for one, part in pairs)
+
+    return Kind(read, words)
+
+
+def _tensor(value: Any, annotation: Any) -> Tensor:
+    """A tensor of the annotation's kind of numbers and number of axes."""
+    if isinstance(value, (list, tuple, np.ndarray)):
+        try:
+            value = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise _Wrong from None
+    if not isinstance(value, Tensor):
+        raise _Wrong
+    known = annotation.dtypes
+    if isinstance(known, (list, tuple)):
+        dtype = str(value.dtype).removeprefix("torch.")
+        if "float32" in known and not (value.is_floating_point() or value.is_complex()):
+            if value.dtype != torch.bool:
+                value, dtype = value.double(), "float64"
+        if "int64" in known and dtype.startswith("uint"):
+            value, dtype = value.long(), "int64"
+        if dtype not in known:
+            raise _Wrong
+    named, any_more = _axes(annotation)
+    if value.ndim != len(named) and not (any_more and value.ndim >= len(named)):
+        raise _Wrong
+    return value
+
+
+def _axes(annotation: Any) -> tuple[list[str], bool]:
+    """Names of the axes that there must be, and whether there may be more."""
+    words = annotation.dim_str.split()
+    named = [word for word in words if word != "..." and not word.startswith("*")]
+    return named, len(named) < len(words)
+
+
+def _tensor_words(annotation: Any) -> str:
+    axes = ["..." if word.startswith("*") else word for word in annotation.dim_str.split()]
+    known = annotation.dtypes
+    numbers = ""
+    if isinstance(known, (list, tuple)):
+        numbers = " of booleans" if list(known) == ["bool"] else " of integers"
+        numbers = " of floating point numbers" if "float32" in known else numbers
+    return f"a tensor [{', '.join(axes)}]{numbers}" if axes else f"a tensor without axes{numbers}"
