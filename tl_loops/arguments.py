@@ -21,7 +21,7 @@ from tl_loops.errors import ArgumentError, shortened
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-_EXPECTED: dict[Any, tuple[Callable[[Any], bool], str]] = {}
+_EXPECTED: dict[Any, tuple[Callable[[Any], bool], str, str]] = {}
 
 
 class _Wrong(Exception):
@@ -35,15 +35,17 @@ class Kind:
     Attributes:
         read: Gives the value as the function is to get it, or raises ``_Wrong``.
         words: What it takes, for a message.
+        lacks: What another value lacks, for the end of a message.
     """
 
     read: Callable[[Any], Any]
     words: str
+    lacks: str = ""
 
 
-def expect(annotation: Any, accepts: Callable[[Any], bool], words: str) -> None:
+def expect(annotation: Any, accepts: Callable[[Any], bool], words: str, lacks: str) -> None:
     """Say what a class that stands in annotations takes, where ``isinstance`` does not say it."""
-    _EXPECTED[annotation] = accepts, words
+    _EXPECTED[annotation] = accepts, words, lacks
 
 
 def checked(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -130,7 +132,8 @@ def _read(name: str, value: Any, kind: Kind) -> Any:
         return kind.read(value)
     except _Wrong as wrong:
         expected = str(wrong) or kind.words
-    raise ArgumentError(f"{name} must be {expected}, got {_described(value)}")
+    lacks = f", which has {kind.lacks}" if kind.lacks else ""
+    raise ArgumentError(f"{name} must be {expected}, got {_described(value)}{lacks}")
 
 
 def _described(value: Any) -> str:
@@ -183,13 +186,13 @@ def _kind(annotation: Any) -> Kind | None:
     return None
 
 
-def _instance(accepts: Callable[[Any], bool], words: str) -> Kind:
+def _instance(accepts: Callable[[Any], bool], words: str, lacks: str = "") -> Kind:
     def read(value: Any) -> Any:
         if not accepts(value):
             raise _Wrong
         return value
 
-    return Kind(read, words)
+    return Kind(read, words, lacks)
 
 
 def _choice(options: tuple[Any, ...]) -> Kind:

@@ -74,4 +74,5 @@ expect(
     Model,
     lambda value: hasattr(value, "cfg") and hasattr(value, "run_with_hooks"),
     "a model with hook points, such as a LoopedTransformer or a HookedTransformer",
+    "no loop layout and no hook points",
 )

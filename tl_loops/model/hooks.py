@@ -165,25 +165,39 @@ class CoordinateHooks(TransformerBase):
         parent: Any = super(CoordinateHooks, at_iterations(self, n_iterations))
         return parent.run_with_hooks(*args, **kwargs)
 
-    def add_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> dict:
-        """Add hooks that cache; as in TransformerLens, with aliases."""
-        return super().add_caching_hooks(self._canonical_filter(names_filter), *args, **kwargs)
+    def add_caching_hooks(self, *args: Any, **kwargs: Any) -> dict:
+        """Add the hooks of :meth:`get_caching_hooks`; as in TransformerLens, with aliases."""
+        cache, forward, backward = self.get_caching_hooks(*args, **kwargs)
+        for direction, hooks in (("fwd", forward), ("bwd", backward)):
+            for name, hook in hooks:
+                self.add_hook(name, hook, direction)
+        return cache
 
-    def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> tuple:
+    def get_caching_hooks(
+        self,
+        names_filter: Any = None,
+        incl_bwd: bool = False,
+        device: Any = None,
+        remove_batch_dim: bool = False,
+        cache: dict | None = None,
+        pos_slice: Any = None,
+    ) -> tuple:
         """Make hooks that cache; as in TransformerLens, with aliases.
 
         Hook points that do not fire with the present flags are left out. ``pos_slice`` cuts the
-        position axis of each, whatever its other axes are.
+        position axis of each, whatever its other axes are. With ``remove_batch_dim`` the hooks
+        raise a ValueError in a run of several prompts.
         """
-        positions = Slice.unwrap(kwargs.pop("pos_slice", None))
+        positions = Slice.unwrap(pos_slice)
         cache, forward, backward = super().get_caching_hooks(
-            self._canonical_filter(names_filter), *args, **kwargs
+            self._canonical_filter(names_filter), incl_bwd, device, remove_batch_dim, cache
         )
-        return (
-            cache,
-            [(n, _at_positions(n, h, positions)) for n, h in forward if self._fires(n)],
-            [(n, _at_positions(n, h, positions)) for n, h in backward if self._fires(n)],
-        )
+
+        def of_firing(hooks: list[tuple[str, Callable]]) -> list[tuple[str, Callable]]:
+            cut = [(n, _at_positions(n, h, positions)) for n, h in hooks if self._fires(n)]
+            return [(n, _of_one_prompt(h)) for n, h in cut] if remove_batch_dim else cut
+
+        return cache, of_firing(forward), of_firing(backward)
 
     def list_hooks(self, name_filter: Any = None, *args: Any, **kwargs: Any) -> dict[str, list]:
         """Attached hooks by canonical name; as in TransformerLens, with aliases.
@@ -223,8 +237,11 @@ class CoordinateHooks(TransformerBase):
 
         Raises:
             HookNameError: ``names_filter`` names no hook point.
+            ValueError: ``remove_batch_dim`` with several prompts.
         """
         model = at_iterations(self, n_iterations)
+        if remove_batch_dim:
+            _check_one_prompt("the input", _n_prompts(args[0] if args else kwargs.get("input")))
         parent: Any = super(CoordinateHooks, model)
         output, cache = parent.run_with_cache(
             *args, return_cache_object=False, remove_batch_dim=remove_batch_dim, **kwargs
@@ -265,6 +282,31 @@ def _at_positions(name: str, save: Callable, positions: Slice) -> Callable:
         save(positions.apply(value, dim=dim), hook)
 
     return save_part
+
+
+def _of_one_prompt(save: Callable) -> Callable:
+    """A caching hook that takes the one prompt of a run, and no run of several."""
+
+    def save_one(value: Tensor, hook: Any) -> None:
+        _check_one_prompt(hook.name, value.shape[0])
+        save(value, hook=hook)
+
+    return save_one
+
+
+def _check_one_prompt(what: str, n_prompts: int) -> None:
+    if n_prompts != 1:
+        raise ValueError(
+            f"remove_batch_dim keeps one prompt, but {what} holds {n_prompts}: leave it out, or "
+            "run one prompt"
+        )
+
+
+def _n_prompts(input: Any) -> int:
+    """Of text, texts, tokens or a residual stream, as far as can be seen."""
+    if isinstance(input, Tensor):
+        return input.shape[0] if input.ndim > 1 else 1
+    return len(input) if isinstance(input, (list, tuple)) else 1
 
 
 def _no_hook(tensor: Any, hook: Any) -> None:

@@ -212,9 +212,12 @@ class Attention(nn.Module):
             scores = scores.masked_fill(~seen, -torch.inf)
         scores = hook_attn_scores(scores)
         working = scores.dtype if scores.dtype == torch.float64 else torch.float32
-        pattern = F.softmax(scores, dim=-1, dtype=working)
-        if context.blind is not None:
-            pattern = pattern.masked_fill(context.blind, 0.0)
+        if context.blind is None:
+            pattern = F.softmax(scores, dim=-1, dtype=working)
+        else:
+            # Masked before the softmax, too: its derivative at a row of infinities is NaN.
+            seen = scores.masked_fill(context.blind, 0.0)
+            pattern = F.softmax(seen, dim=-1, dtype=working).masked_fill(context.blind, 0.0)
         return hook_pattern(pattern.to(scores.dtype))
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext) -> Tensor:

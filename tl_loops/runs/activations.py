@@ -276,12 +276,15 @@ def _check_axes(cache: Mapping[str, Tensor] | Any, model: Model, name: str) -> N
     if spec is None or is_bridge(model) or spec.short == "pos_embed":
         return
     axes = spec.axes_on(model.cfg)[0 if getattr(cache, "has_batch_dim", True) else 1 :]
-    widths = [getattr(model.cfg, axis, None) if axis in _WIDTHS else None for axis in axes]
+    # Norms of queries and keys are as wide as their heads.
+    known = () if "norm" in spec.name else _WIDTHS
+    widths = [getattr(model.cfg, axis, None) if axis in known else None for axis in axes]
     fits = len(axes) == value.ndim and all(
         width in (None, size) for width, size in zip(widths, value.shape, strict=True)
     )
     if not fits:
-        words = [axis if n is None else f"{axis}={n}" for axis, n in zip(axes, widths, strict=True)]
+        pairs = zip(axes, widths, strict=True)
+        words = [axis if width is None else f"{axis}={width}" for axis, width in pairs]
         raise ValueError(
             f"the cache must hold {name!r} as [{', '.join(words)}], got shape {list(value.shape)}: "
             "make it with this model and its present settings"

@@ -125,3 +125,44 @@ def test_torchs_defaults_do_not_move_a_draw(name):
 
 def test_a_loaded_model_is_in_evaluation_mode():
     assert not LoopedTransformer.from_pretrained(TINY).training
+
+
+WAYS_TO_CACHE = {
+    "run_with_cache": lambda model, x: model.run_with_cache(x, remove_batch_dim=True)[1],
+    "without an object": lambda model, x: model.run_with_cache(
+        x, remove_batch_dim=True, return_cache_object=False
+    )[1],
+    "by keyword": lambda model, x: model.run_with_cache(input=x, remove_batch_dim=True)[1],
+    "caching hooks": lambda model, x: _run_with(
+        model, x, *model.get_caching_hooks(remove_batch_dim=True)
+    ),
+    "a position": lambda model, x: model.run_with_cache(x, remove_batch_dim=True, pos_slice=-1)[1],
+    "added hooks": lambda model, x: _run_added(model, x),
+}
+
+
+def _run_with(model, tokens, cache, forward, backward):
+    model.run_with_hooks(tokens, fwd_hooks=forward, bwd_hooks=backward)
+    return cache
+
+
+def _run_added(model, tokens):
+    cache = model.add_caching_hooks("iter.0.0.hook_resid_pre", remove_batch_dim=True)
+    try:
+        model(tokens)
+    finally:
+        model.reset_hooks()
+    return cache
+
+
+@pytest.mark.parametrize("way", WAYS_TO_CACHE)
+def test_a_batch_axis_of_several_prompts_is_not_removed(way):
+    model = tiny_model("ouro")
+    tokens = torch.tensor([[3, 4, 5], [6, 7, 8]])
+    with pytest.raises(ValueError, match="keeps one prompt, but .* holds 2"):
+        WAYS_TO_CACHE[way](model, tokens)
+    assert not any(model.list_hooks().values())
+    name = model.hook_name("iter.0.0.hook_resid_pre")
+    expected = model.run_with_cache(tokens[:1])[1][name][0]
+    found = WAYS_TO_CACHE[way](model, tokens[:1])[name]
+    assert torch.equal(found, expected[-1:] if way == "a position" else expected)
