@@ -36,11 +36,13 @@ class Kind:
         read: Gives the value as the function is to get it, or raises ``_Wrong``.
         words: What it takes, for a message.
         lacks: What another value lacks, for the end of a message.
+        strict: As ``read``, for values that need no conversion; ``None``: ``read`` converts none.
     """
 
     read: Callable[[Any], Any]
     words: str
     lacks: str = ""
+    strict: Callable[[Any], Any] | None = None
 
 
 def expect(annotation: Any, accepts: Callable[[Any], bool], words: str, lacks: str) -> None:
@@ -174,7 +176,11 @@ def _kind(annotation: Any) -> Kind | None:
             return _instance(callable, "a function")
         return _instance(lambda value: isinstance(value, origin), f"a {origin.__name__}")
     if hasattr(annotation, "dim_str") and hasattr(annotation, "dtypes"):
-        return Kind(lambda value: _tensor(value, annotation), _tensor_words(annotation))
+        return Kind(
+            lambda value: _tensor(value, annotation),
+            _tensor_words(annotation),
+            strict=lambda value: _tensor(value, annotation, convert=False),
+        )
     if annotation is str:
         return _instance(lambda value: isinstance(value, str), "text")
     if isinstance(annotation, type):
@@ -234,9 +240,10 @@ def _union(kinds: list[Kind | None]) -> Kind | None:
         words.pop(1)  # which is a number
 
     def read(value: Any) -> Any:
-        for kind in known:
+        # What one of them takes as it is, no other converts.
+        for read in (*(kind.strict or kind.read for kind in known), *(k.read for k in known)):
             try:
-                return kind.read(value)
+                return read(value)
             except _Wrong:
                 continue
         raise _Wrong
@@ -292,9 +299,9 @@ def _tuple(parts: list[Kind | None], annotation: Any) -> Kind:
     return Kind(read, words)
 
 
-def _tensor(value: Any, annotation: Any) -> Tensor:
+def _tensor(value: Any, annotation: Any, convert: bool = True) -> Tensor:
     """A tensor of the annotation's kind of numbers and number of axes."""
-    if isinstance(value, (list, tuple, np.ndarray)):
+    if convert and isinstance(value, (list, tuple, np.ndarray)):
         try:
             value = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -304,7 +311,7 @@ def _tensor(value: Any, annotation: Any) -> Tensor:
     known = annotation.dtypes
     if isinstance(known, (list, tuple)):
         dtype = str(value.dtype).removeprefix("torch.")
-        if "float32" in known and not (value.is_floating_point() or value.is_complex()):
+        if convert and "float32" in known and not (value.is_floating_point() or value.is_complex()):
             if value.dtype != torch.bool:
                 value, dtype = value.double(), "float64"
         if "int64" in known and dtype.startswith("uint"):

@@ -162,6 +162,22 @@ class PhysicalWeights(TransformerBase):
             print(f"Moved model to {device or dtype}")
         return self
 
+    def make_contiguous(self) -> "PhysicalWeights":
+        """Store every weight row by row, as code that calls ``parameter.view(-1)`` needs it.
+
+        That is ``torch.optim.LBFGS`` and ``torch.nn.utils.parameters_to_vector``, for example.
+        Weights are otherwise views of their files' layout, so that loading copies none and forward
+        passes take them as they are; afterwards each pass lays some of them out for itself.
+        One weight is copied at a time. Parameters stay the objects that they are: ties hold, and
+        optimisers keep them.
+        """
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.data = parameter.data.contiguous()
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.contiguous()
+        return self
+
     def half(self) -> "PhysicalWeights":
         """Cast to float16."""
         return self.to(torch.float16)

@@ -159,7 +159,7 @@ def _run_added(model, tokens):
 def test_a_batch_axis_of_several_prompts_is_not_removed(way):
     model = tiny_model("ouro")
     tokens = torch.tensor([[3, 4, 5], [6, 7, 8]])
-    with pytest.raises(ValueError, match="keeps one prompt, but .* holds 2"):
+    with pytest.raises(ValueError, match=r"keeps one prompt, but .* holds 2"):
         WAYS_TO_CACHE[way](model, tokens)
     assert not any(model.list_hooks().values())
     name = model.hook_name("iter.0.0.hook_resid_pre")
