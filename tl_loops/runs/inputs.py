@@ -25,10 +25,10 @@ FORWARD_ARGUMENTS = (
 """Arguments of the model's forward pass that every run can be given."""
 
 _FORWARD_KINDS: dict[str, Any] = {
-    "attention_mask": Shaped[Tensor, "..."] | None,
-    "initial_state": Float[Tensor, "batch pos d_model"] | None,
-    "exit_at": int | None,
-    "exit_threshold": float | int | None,
+    "attention_mask": Shaped[Tensor, "..."],
+    "initial_state": Float[Tensor, "batch pos d_model"],
+    "exit_at": int,
+    "exit_threshold": float,
     "weighted_exit": bool,
 }
 
@@ -92,7 +92,7 @@ def run_inputs(model: Model, input: Any, arguments: Mapping[str, Any] | None = N
             raise ValueError(f"{name!r} is not an argument of the patched runs; {hint}")
         if layout_of(model) is None and name != "attention_mask":
             raise ValueError(f"{name!r} needs a looped model")
-    given = {name: argument(name, v, _FORWARD_KINDS[name]) for name, v in given.items()}
+    given = _of_their_kinds(given)
     explicit = given.pop("attention_mask", None)
     fed = model_input(model, input, explicit)
     needed = explicit is not None or attention_needs(fed.mask, model.cfg)
@@ -166,7 +166,7 @@ def lens_inputs(
             model without tokenizer.
     """
     given = {"attention_mask": attention_mask, "initial_state": initial_state}
-    given = {name: argument(name, v, _FORWARD_KINDS[name]) for name, v in given.items()}
+    given = _of_their_kinds(given)
     fed = model_input(model, input, given["attention_mask"])
     initial_state = given["initial_state"]
     tokens, mask = fed.tokens, fed.mask
@@ -204,6 +204,14 @@ def real_positions(
         index = distinct_indices("pos", len(where), pos)
         chosen[row, where[list(index)]] = True
     return chosen
+
+
+def _of_their_kinds(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Forward arguments, each of its kind or left out."""
+    return {
+        name: value if value is None else argument(name, value, _FORWARD_KINDS[name])
+        for name, value in given.items()
+    }
 
 
 def _check_initial_state(model: Model, tokens: Tensor, initial_state: Tensor | None) -> None:
