@@ -275,6 +275,7 @@ _MANY = {
     odd.several: "senders receivers sites fwd_hooks answers labels",
     odd.functions: "hook names_filter",
     odd.paths: "checkpoint",
+    odd.shards: "shard",
     odd.axis_values: "x",
 }
 KINDS = {name: kind for kind, names in _MANY.items() for name in names.split()}

@@ -464,3 +464,14 @@ def positions(value: Any, where: World) -> Iterator[Odd]:
 def unknown(value: Any, where: World) -> Iterator[Odd]:
     """An argument that there is not."""
     yield "any", 1, "error"
+
+
+def shards(value: Any, where: World) -> Iterator[Odd]:
+    """Which part of a run is done here."""
+    yield "no file", (0, 2), "error"
+    yield "one number", 1, "error"
+    yield "three numbers", (0, 1, 2), "error"
+    yield "out of range", (2, 2), "error"
+    yield "floats", (0.0, 2.0), "error"
+    yield "text", "nope", "error"
+    yield "strange", Strange(), "error"
