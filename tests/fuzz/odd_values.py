@@ -468,7 +468,7 @@ def unknown(value: Any, where: World) -> Iterator[Odd]:
 
 def shards(value: Any, where: World) -> Iterator[Odd]:
     """Which part of a run is done here."""
-    yield "no file", (0, 2), "error"
+    yield "no file", (0, 2), "either"
     yield "one number", 1, "error"
     yield "three numbers", (0, 1, 2), "error"
     yield "out of range", (2, 2), "error"
