@@ -20,6 +20,7 @@ from tl_loops.config.config import LoopedTransformerConfig, dtype_name
 from tl_loops.config.weights import physical_tensors
 from tl_loops.errors import CheckpointError, ConfigError
 from tl_loops.families.native import FORMAT_VERSION, MODEL_TYPE
+from tl_loops.loading.card import CARD_FILE, model_card
 from tl_loops.loading.files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 from tl_loops.loading.json_file import read_json
 from tl_loops.loading.replacing import readable, replaced
@@ -100,6 +101,8 @@ def save_checkpoint(
         _write_weights(staging, ordered, max_shard_bytes)
         if tokenizer is not None:
             as_given(tokenizer).save_pretrained(staging)
+        if _card_is_ours(target):
+            (staging / CARD_FILE).write_text(model_card(cfg), encoding="utf-8")
         (staging / CONFIG_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
@@ -110,6 +113,17 @@ def _place_in_order(name: str) -> tuple[bool, bool, bool, str]:
 
 def _is_own_weights(name: str) -> bool:
     return _OWN_WEIGHTS.fullmatch(name) is not None
+
+
+def _card_is_ours(target: Path) -> bool:
+    """Whether there is no model card, or the one of the checkpoint that is replaced, unedited."""
+    card, config = (readable(target) / name for name in (CARD_FILE, CONFIG_FILE))
+    if not card.exists():
+        return True
+    if not config.exists():
+        return False
+    earlier = LoopedTransformerConfig.from_dict(read_json(config)["config"])
+    return card.read_text(encoding="utf-8", errors="replace") == model_card(earlier)
 
 
 def _check_target(target: Path) -> None:

@@ -14,6 +14,7 @@ from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import ConfigError, LoopedSemanticsError
 from tl_loops.loading import open as loading
 from tl_loops.loading.arguments import check_arguments
+from tl_loops.loading.hub import push_to_hub
 from tl_loops.loading.stated_loop import StatedLoop
 from tl_loops.loading.tokenizer import load_tokenizer
 from tl_loops.model import generation, readout, state_dicts
@@ -377,8 +378,10 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
         )
         return cls.from_pretrained(model_name, **{**kwargs, **off})
 
+    push_to_hub: Any = push_to_hub
+
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write config, physical weights (safetensors) and tokenizer; loads with from_pretrained.
+        """Write config, weights (safetensors), tokenizer and card; loads with from_pretrained.
 
         Args:
             directory: Made where missing. A kill at any moment leaves the old checkpoint there or

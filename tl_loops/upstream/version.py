@@ -4,8 +4,8 @@ import re
 import warnings
 from importlib.metadata import version
 
-FIRST_TRIED, LAST_TRIED = (3, 9), (4, 3)
-"""The releases, by their first two numbers, between which the test suite has been run."""
+TRIED = ((3, 9), (4, 3))
+"""The releases, by their first two numbers, that the test suite is run with."""
 
 
 def release(text: str) -> tuple[int, int]:
@@ -27,16 +27,15 @@ HAS_HOOKED_TRANSFORMER = release(INSTALLED) < (4, 0)
 
 
 def warn_if_untried(installed: str = INSTALLED) -> None:
-    """Give one warning where the installed TransformerLens lies outside the tried range.
+    """Give one warning where the installed TransformerLens is not one that has been tried.
 
     Args:
         installed: Its version.
     """
-    if not FIRST_TRIED <= release(installed) <= LAST_TRIED:
-        first, last = (".".join(map(str, tried)) for tried in (FIRST_TRIED, LAST_TRIED))
+    if release(installed) not in TRIED:
+        tried = " and ".join(f"{major}.{minor}.x" for major, minor in TRIED)
         warnings.warn(
-            f"tl_loops has been tried with TransformerLens {first}.x - {last}.x, but {installed} "
-            "is installed: hook names and numbers may differ. Install a tried release, or run "
-            "tl_loops's tests.",
+            f"tl_loops has been tried with TransformerLens {tried}, but {installed} is installed: "
+            "hook names and numbers may differ. Install a tried release, or run tl_loops's tests.",
             stacklevel=2,
         )

@@ -89,16 +89,16 @@ def test_other_names_are_told_what_takes_the_place_of_hooked_transformer():
         HookedTransformer({"n_layers": 2})
 
 
-@pytest.mark.parametrize("tried", ["3.9.0", "3.9.2", "4.0.0", "4.3.0", "4.3.1.dev2"])
+@pytest.mark.parametrize("tried", ["3.9.0", "3.9.2", "4.3.0", "4.3.1.dev2"])
 def test_a_tried_transformer_lens_gives_no_warning(tried):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_if_untried(tried)
 
 
-@pytest.mark.parametrize("untried", ["3.8.1", "4.4.0", "5.0.0rc1"])
+@pytest.mark.parametrize("untried", ["3.8.1", "4.0.0", "4.2.1", "4.4.0", "5.0.0rc1"])
 def test_an_untried_transformer_lens_gives_one_warning_with_the_range(untried):
-    with pytest.warns(UserWarning, match=r"3\.9\.x - 4\.3\.x") as caught:
+    with pytest.warns(UserWarning, match=r"3\.9\.x and 4\.3\.x") as caught:
         warn_if_untried(untried)
     assert len(caught) == 1 and untried in str(caught[0].message)
 
