@@ -7,6 +7,8 @@
 #             interrupts at 200 moments each, of which make test runs a sample
 # make lint   ruff and pyright
 # make notebooks   runs the scripts of demos/ into notebooks
+# make dist   builds the wheel and the sdist in dist/, installs each in a clean folder and runs the
+#             example of the README there
 # make docs   builds the documentation in site/; a warning or a dead link is an error
 
 # Which TransformerLens, by its first two numbers: for the demo the newest, else 3.9, unless TL says.
@@ -23,7 +25,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 KILLS = $(shell grep -rl "import .*N_MOMENTS" tests --include="test_*.py")
 
-.PHONY: demo test test-tl4 both-lines fuzz lint docs notebooks clean
+.PHONY: demo test test-tl4 both-lines fuzz lint docs dist notebooks clean
 
 demo: $(VENV)/.base
 	$(BIN)/tl-loops report --out report.html
@@ -56,6 +58,11 @@ notebooks: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+dist: $(VENV)/.dev
+	rm -rf dist
+	$(BIN)/python -m hatchling build --directory dist
+	$(BIN)/python -m tests.dist dist
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
