@@ -92,7 +92,7 @@ with model.iterations(2):
 print("chain:", " -> ".join([prompt.start, *prompt.hops]))
 
 # %% [markdown]
-# The model takes one hop an iteration, and stays at the answer once it is there.
+# The model takes one hop per iteration, and stays at the answer once it is there.
 #
 # ## Hooks
 #

@@ -39,10 +39,10 @@ Numbers = dict[str, str]
 
 @dataclass(frozen=True)
 class Run:
-    """The model, the prompts, and what one forward pass on them left behind.
+    """The model, the prompts, and what one forward pass on them left.
 
     ``patterns``, ``resid_pre`` and ``resid_post`` are in the order of the unrolled blocks,
-    ``states`` leave the iterations, ``logits`` are read out behind the coda after each iteration.
+    ``states`` leave the iterations, ``logits`` are read out after the coda after each iteration.
     """
 
     model: LoopedTransformer

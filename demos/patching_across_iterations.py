@@ -48,7 +48,7 @@ print(prompts[0].text)
 print("chain:", " -> ".join([prompts[0].start, *prompts[0].hops]), f"; accuracy {accuracy:.2f}")
 
 # %% [markdown]
-# ## By lens: one hop an iteration
+# ## By lens: one hop per iteration
 #
 # The coda lens decodes the state that leaves an iteration with the model's own last layers. We
 # look at the last token and count how often the best word is the person after 1, 2, 3 and 4 hops.
@@ -65,7 +65,7 @@ for iteration, row in enumerate(share):
 assert torch.equal(share[:4], torch.eye(4)) and (share[4:, 3] == 1).all()
 
 # %% [markdown]
-# The person moves one hop an iteration and then stays. But a lens only says what *can* be read
+# The person moves one hop per iteration and then stays. But a lens only says what *can* be read
 # from a state, not what the model uses. So we patch.
 #
 # ## By patching: where each hop happens
@@ -107,7 +107,7 @@ plots.plot_patching(
 # For each hop we make a corrupted prompt, in which the fact of this hop names somebody else.
 # Then, one place at a time, we put the clean run's activation into the corrupted run, and ask how
 # much of the clean answer comes back: 0 is nothing, 1 is all of it. We do this twice: at the full
-# stop behind the fact, and at the last token, where the answer appears.
+# stop after the fact, and at the last token, where the answer appears.
 
 # %%
 last, at_fact = [], []

@@ -65,7 +65,7 @@ profile.to_frame().pivot_table(index="metric", columns="iteration", values="mean
 
 # %% [markdown]
 # The same numbers in the three groupings of the paper: along the unrolled depth, one curve an
-# iteration over the relative depth of a pass, and one curve a layer over the iterations.
+# iteration over the relative depth of a pass, and one curve per layer over the iterations.
 
 # %%
 plots.plot_profile(profile, "colsum_concentration", by="unrolled", backend="matplotlib")

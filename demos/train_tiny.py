@@ -221,7 +221,7 @@ def answers_per_exit(
 
 
 def accuracy_table(model: LoopedTransformer, n_prompts: int, most: int, seed: int) -> str:
-    """Held-out accuracy in per cent, a row an iteration count and a column a hop count.
+    """Held-out accuracy in per cent, a row per iteration count and a column per hop count.
 
     A prompt counts as right where the answer is the one after all k hops. The last column is the
     share of all prompts whose answer is the person after min(t, k) hops.

@@ -16,11 +16,11 @@ def register() -> None:
 
     Importing tl_loops does this, as soon as TransformerLens is imported, too. Every other name
     reaches TransformerLens as before. Tools of TransformerLens that are wrong on a
-    TransformerBridge of a looped model then refuse it; all other models pass. Calling it twice is
+    TransformerBridge of a looped model then raise; all other models pass. Calling it twice is
     the same as once.
     """
     upstream = import_module("tl_loops.upstream")
-    # A config.json that nobody can read is refused here: TransformerLens would say that it knows no
+    # A config.json that nobody can read raises here: TransformerLens would say that it knows no
     # model of that name, and list the names that it knows.
     upstream.install_from_pretrained(
         lambda name: _is_looped_name(name) or _is_broken(name), _from_pretrained

@@ -67,7 +67,20 @@ def test_what_the_reference_shows_exists_under_that_name():
 def test_every_page_is_in_the_navigation():
     text = (ROOT / "mkdocs.yml").read_text("utf-8")
     listed = set(re.findall(r"([\w/]+\.md)$", text[text.index("\nnav:") :], flags=re.M))
-    assert listed == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+    notebooks = {f"notebooks/{path.stem}.md" for path in (ROOT / "demos").glob("*.ipynb")}
+    assert listed == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")} | notebooks
+
+
+def test_titles_are_those_of_the_navigation():
+    text = (ROOT / "mkdocs.yml").read_text("utf-8")
+    named = re.findall(r"^ +- (.+?): ([\w/]+\.md)$", text[text.index("\nnav:") :], flags=re.M)
+    for title, page in named:
+        if page == "index.md":  # the way home is called that; its page is called as the project
+            continue
+        notebook = page.startswith("notebooks/")
+        file = ROOT / "demos" / f"{Path(page).stem}.py" if notebook else DOCS / page
+        found = re.search(r"^# # (.+)$" if notebook else r"^# (.+)$", file.read_text("utf-8"), re.M)
+        assert found is not None and found[1] == title, page
 
 
 def test_pages_fetch_nothing():

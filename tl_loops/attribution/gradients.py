@@ -19,7 +19,7 @@ Hooks = list[tuple[str, Callable]]
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse keyword arguments that the model's forward pass would not get.
+    """Raise on keyword arguments that the model's forward pass would not get.
 
     Raises:
         TypeError: There is one; the message lists those that it gets.
@@ -32,7 +32,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def check_integrates(model: Model, method: Method) -> None:
-    """Refuse a path of the embedding alone where tokens enter elsewhere, too.
+    """Raise on a path of the embedding alone where tokens enter elsewhere, too.
 
     Raises:
         LoopedSemanticsError: ``"integrated_inputs"`` on a model with value embeddings.
@@ -90,7 +90,7 @@ def differentiating() -> Iterator[None]:
 
 
 def recordable(value: Any) -> Any:
-    """A copy of a tensor made in inference mode, which autograd refuses; else the value itself."""
+    """A copy of a tensor made in inference mode, which autograd cannot take; or the value."""
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 

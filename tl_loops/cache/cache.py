@@ -194,7 +194,7 @@ class LoopedActivationCache(NeuronDecomposition):
     # What does not exist here.
 
     def compute_ssm_state(self, layer: int | None = None, time_step: int | None = None) -> NoReturn:
-        """Refused: looped transformers have no state-space mixers.
+        """Not supported: looped transformers have no state-space mixers.
 
         Raises:
             LoopedSemanticsError: Always.
@@ -210,7 +210,7 @@ class LoopedActivationCache(NeuronDecomposition):
         include_dt_scaling: bool = False,
         per_state_coord: bool = False,
     ) -> NoReturn:
-        """Refused: looped transformers have no state-space mixers.
+        """Not supported: looped transformers have no state-space mixers.
 
         Raises:
             LoopedSemanticsError: Always.

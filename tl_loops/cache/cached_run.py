@@ -167,7 +167,7 @@ class CachedRun:
         return (x.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
 
     def _check_read(self, norm: FrozenNorm, last: Tensor, name: str) -> None:
-        """Refuse a norm that did not read the last state, of a model without a coda."""
+        """Raise on a norm that did not read the last state, of a model without a coda."""
         assert norm.scale is not None
         if not torch.allclose(norm.scale, self._scale(last), rtol=1e-3):
             raise LoopedSemanticsError(
@@ -277,7 +277,7 @@ class CachedRun:
         return self.freeze(f"blocks.{site.block}.{name}", getattr(self.block(site.block), name))
 
     def _unmodulated(self) -> None:
-        """Refuse to take apart branches whose output is gated."""
+        """Raise on to take apart branches whose output is gated."""
         if getattr(self.model.cfg, "time_conditioning", False):
             raise LoopedSemanticsError(
                 "what a branch of this model writes is gated by the iteration, so no head, neuron "

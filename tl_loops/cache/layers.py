@@ -54,7 +54,7 @@ class LayerDecomposition(ResidualReadout):
         return chosen
 
     def _check_size(self, n_per_block: int, target: Target, run: CachedRun, what: str) -> None:
-        """Refuse stacks that do not fit any machine, before any work."""
+        """Raise on stacks that do not fit any machine, before any work."""
         shape = run.residual(target).shape
         n_rows = n_per_block * min(target.layer + target.mlp_input, self.layout.n_layers)
         if n_rows * math.prod(shape) > MAX_ELEMENTS:

@@ -87,7 +87,7 @@ def _report(command: argparse.ArgumentParser) -> None:
 
 def _prompts(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--prompts", metavar="FILE", help="text (one a line) or JSON lines; else a sample"
+        "--prompts", metavar="FILE", help="text (one per line) or JSON lines; else a sample"
     )
     command.add_argument("--quiet", action="store_true", help="no progress bars")
 

@@ -12,7 +12,7 @@ from tl_loops.writing import check_writable
 
 
 def check_place(out: str) -> None:
-    """Refuse a place that cannot be written before anything is computed."""
+    """Raise on a place that cannot be written before anything is computed."""
     path = Path(out)
     if path.is_dir():
         raise ValueError(f"--out {out} is a directory; give a file")
@@ -62,6 +62,6 @@ def load(options: argparse.Namespace, device: torch.device | None = None) -> Loo
 
 
 def check_iterations(options: argparse.Namespace) -> None:
-    """Refuse numbers of iterations that no model has."""
+    """Raise on numbers of iterations that no model has."""
     if options.n_iterations is not None and options.n_iterations < 1:
         raise ValueError(f"--n-iterations must be at least 1, got {options.n_iterations}")

@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse, before anything is computed, places that cannot be written."""
+    """Raise, before anything is computed, for places that cannot be written."""
     if options.out is not None:
         check_file_ending(options.out)
         check_place(options.out)

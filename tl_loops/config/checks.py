@@ -70,7 +70,7 @@ def whole_iterations(n_iterations: Any) -> int:
 
 
 def check_values(cfg: Any) -> None:
-    """Refuse fields that are unknown, contradict each other, or have no meaning for a loop.
+    """Raise on fields that are unknown, contradict each other, or have no meaning for a loop.
 
     Raises:
         ConfigError: The message names the field.

@@ -66,7 +66,7 @@ def _kind(annotation: str) -> type:
 
 
 def check_numbers(cfg: Any) -> None:
-    """Refuse numbers that are of another type, not finite or out of their range.
+    """Raise on numbers that are of another type, not finite or out of their range.
 
     Numbers of NumPy become Python's.
 
@@ -86,7 +86,7 @@ def check_numbers(cfg: Any) -> None:
 
 
 def check_depth(cfg: Any, n_iterations: int) -> None:
-    """Refuse more unrolled blocks than a computer can hold, before any is counted out.
+    """Raise on more unrolled blocks than a computer can hold, before any is counted out.
 
     Raises:
         ConfigError: There are more than :data:`MOST_BLOCKS`.

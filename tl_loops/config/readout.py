@@ -179,7 +179,7 @@ class Readout:
     # What cannot be read out.
 
     def refuse_coda(self) -> None:
-        """Refuse to read a state out as it is where a coda follows.
+        """Raise on to read a state out as it is where a coda follows.
 
         Raises:
             LoopedSemanticsError: There is a coda.
@@ -192,7 +192,7 @@ class Readout:
             )
 
     def refuse_sum_of_states(self) -> None:
-        """Refuse to read one state as what leaves the loop, where the sum of all of them does.
+        """Raise on to read one state as what leaves the loop, where the sum of all of them does.
 
         Raises:
             LoopedSemanticsError: The model has ``halting="act"``.
@@ -205,7 +205,7 @@ class Readout:
             )
 
     def refuse_fast_stack(self, iteration: int) -> None:
-        """Refuse to read out the state of the stack that is not read out.
+        """Raise on to read out the state of the stack that is not read out.
 
         Raises:
             LoopedSemanticsError: The iteration is a call of the fast one of two stacks.

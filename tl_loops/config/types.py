@@ -18,7 +18,7 @@ _PLAIN: dict[type, str] = {
 
 
 def check_types(cls: type, fields: Mapping[str, Any]) -> None:
-    """Refuse values of another type than the fields of a config class say.
+    """Raise on values of another type than the fields of a config class say.
 
     Fields that hold lists, tensors' types and the like are left to the checks of their values.
 

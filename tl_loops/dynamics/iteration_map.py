@@ -303,7 +303,7 @@ def _loop_maps(
 
 
 def _check_points(model: Model, names: Iterable[str]) -> None:
-    """Refuse a bridge that lacks a hook point.
+    """Raise on a bridge that lacks a hook point.
 
     Raises:
         LoopedSemanticsError: It does.

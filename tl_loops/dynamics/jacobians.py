@@ -57,7 +57,7 @@ class IterationJacobians:
         return torch.tensor([norm.norm for norm in self.norms])
 
     def to_frame(self) -> "pandas.DataFrame":
-        """One row an iteration: radius, period of the leading pair, norms and their errors."""
+        """One row per iteration: radius, period of the leading pair, norms and their errors."""
         import pandas
 
         return pandas.DataFrame(
@@ -169,7 +169,7 @@ def run_exponents(
         initial_state: The state before iteration 0; ``None``: the model's rule.
 
     Returns:
-        Exponents in nats an iteration; its ``final_state`` is what leaves the last iteration.
+        Exponents in nats per iteration; its ``final_state`` is what leaves the last iteration.
 
     Raises:
         NoLoopError: The model has no loop.

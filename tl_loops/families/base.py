@@ -162,7 +162,7 @@ class Family:
             ``cfg.original_architecture`` says where the list is missing.
         fields: Config fields that are read from ``config.json``.
         fixed: Config fields that are the same for the whole family.
-        flags: Keys that may be absent or null, or have one of these values; others are refused.
+        flags: Keys that may be absent or null, or have one of these values; others raise.
         without_effect: Further keys that the reference knows and that change no number of a
             forward pass, with the reason. Every key that a reference reads is read here, in
             ``flags``, or in this list.

@@ -374,7 +374,7 @@ class LoopLayout:
         shape = tuple(array.shape)
         if not shape or shape[0] != self.n_layers:
             raise ValueError(
-                f"by_iteration() needs [{self.n_layers}, ...] (one entry a block), got {shape}"
+                f"by_iteration() needs [{self.n_layers}, ...] (one entry per block), got {shape}"
             )
         core = array[self.core_start : self.coda_start]
         return core.reshape(self.n_iterations, self.n_core, *shape[1:])

@@ -1,4 +1,4 @@
-"""The layout of a model, or one refusal where it has none."""
+"""The layout of a model, or one error where it has none."""
 
 from contextlib import AbstractContextManager, nullcontext
 

@@ -28,7 +28,7 @@ class Lens(Protocol):
         ...
 
     def check(self, model: Model, points: Sequence[LensPoint]) -> None:
-        """Refuse a model or a point that this lens cannot read, before anything runs."""
+        """Raise on a model or a point that this lens cannot read, before anything runs."""
         ...
 
     def reads_sequence(self, point: LensPoint) -> bool:
@@ -87,7 +87,7 @@ class CodaLens:
     points: PointSet | Sequence[str] = "states"
 
     def check(self, model: Model, points: Sequence[LensPoint]) -> None:
-        """Refuse points between the two halves of a coda block.
+        """Raise on points between the two halves of a coda block.
 
         Raises:
             ValueError: There is one.
@@ -143,7 +143,7 @@ class ExitLens(LogitLens):
     points: PointSet | Sequence[str] = "states"
 
     def check(self, model: Model, points: Sequence[LensPoint]) -> None:
-        """Refuse models with a coda and points that are no exit.
+        """Raise on models with a coda and points that are no exit.
 
         Raises:
             LoopedSemanticsError: A coda stands between the loop and the logits, or the sum of all

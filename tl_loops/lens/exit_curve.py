@@ -228,7 +228,7 @@ def exit_curve(
 
 
 def _check_exits(cfg: Any) -> None:
-    """Refuse loops whose states are not what fewer iterations would leave."""
+    """Raise on loops whose states are not what fewer iterations would leave."""
     if getattr(cfg, "time_conditioning", False):
         raise LoopedSemanticsError(
             "the blocks of this model know how many iterations there are, so a state on the way is "

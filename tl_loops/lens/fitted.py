@@ -13,7 +13,7 @@ def model_sizes(cfg: Any) -> dict[str, int]:
 
 
 def check_sizes(kind: str, fitted: dict[str, int], cfg: Any) -> None:
-    """Refuse a lens that was fitted on a model of other sizes.
+    """Raise on a lens that was fitted on a model of other sizes.
 
     Raises:
         ValueError: A size differs; the message names it.

@@ -63,7 +63,7 @@ class JacobianLens:
         return (resid.to(J.dtype) @ J.T).to(resid.dtype)
 
     def check(self, model: Model, points: Sequence[LensPoint]) -> None:
-        """Refuse another model, and points without a Jacobian.
+        """Raise on another model, and points without a Jacobian.
 
         Raises:
             ValueError: The message names the size or the point.

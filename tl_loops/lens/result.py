@@ -101,7 +101,7 @@ class LensResult:
         """
         if values.shape[0] != len(self.points):
             raise ValueError(
-                f"values has {values.shape[0]} entries, expected {len(self.points)}, one a point"
+                f"values has {values.shape[0]} entries, expected {len(self.points)}, one per point"
             )
         series = [
             [index for index, _ in members]

@@ -112,7 +112,7 @@ def track_entities(
         model: A looped model.
         input: Text, or tokens [batch, pos] or [pos].
         entities: The tokens of each, as ``track`` of :func:`tl_loops.lens.read_lens`.
-        positions: Where to look for each: one position, or one a prompt as [batch, 1]; the last
+        positions: Where to look for each: one position, or one per prompt as [batch, 1]; the last
             real token where an entity is not named.
         lens: Any lens; ``None``: the coda lens.
         **options: Further arguments of :func:`tl_loops.lens.read_lens`, such as ``points``.
@@ -139,7 +139,7 @@ def track_entities(
         inputs = lens_inputs(model, input, where, options.get("attention_mask"))
         if inputs.positions.shape[1] != 1:
             raise ValueError(
-                f"positions of {name!r} must be one a prompt, got {inputs.positions.shape[1]}"
+                f"positions of {name!r} must be one per prompt, got {inputs.positions.shape[1]}"
             )
         columns.append(inputs.positions)
     result = read_lens(

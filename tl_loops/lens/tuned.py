@@ -37,7 +37,7 @@ class TunedLens:
         losses: Mean KL(model || lens) of each training step in nats, [step, point].
         sizes: Sizes of the model that it was trained on.
 
-    Source: 2303.08112, section 3 (one translator per layer; here one a layer and iteration).
+    Source: 2303.08112, section 3 (one translator per layer; here one per layer and iteration).
     """
 
     points: tuple[str, ...]
@@ -58,7 +58,7 @@ class TunedLens:
         return _translate(resid, self.weight[index], self.bias[index])
 
     def check(self, model: Model, points: Sequence[LensPoint]) -> None:
-        """Refuse another model, and points without a translator.
+        """Raise on another model, and points without a translator.
 
         Raises:
             ValueError: The message names the size or the point.

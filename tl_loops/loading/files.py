@@ -241,7 +241,7 @@ def read_rows(
 
 
 def _check_finite(piece: Tensor, dtype: torch.dtype, stored: StoredTensor) -> None:
-    """Refuse NaN, infinities, and what becomes infinite in another type."""
+    """Raise on NaN, infinities, and what becomes infinite in another type."""
     if not piece.numel():
         return
     ends = torch.stack(torch.aminmax(piece))  # one pass without a copy; NaN is both ends

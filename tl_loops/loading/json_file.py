@@ -1,4 +1,4 @@
-"""JSON files of a checkpoint: read whole, or refused by name."""
+"""JSON files of a checkpoint: read whole, or errors that name them."""
 
 import json
 import os

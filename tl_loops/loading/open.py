@@ -108,7 +108,7 @@ def load_config(
 
 
 def _check_sizes(checkpoint: Checkpoint, fields: dict[str, Any], where: str) -> None:
-    """Refuse numbers of layers that the files cannot hold, before anything is made for each."""
+    """Raise on numbers of layers that the files cannot hold, before anything is made for each."""
     sizes = {name: fields.get(name, 0) for name in ("n_prelude", "n_core", "n_coda")}
     if not all(type(size) is int for size in sizes.values()):
         return  # The config says so.

@@ -24,7 +24,7 @@ def followed_fields(
 
     A table of another base than the config's gives its base, with a warning; one that is stored
     rounded gives the type that it is rounded to. One that nothing gives leaves the config alone,
-    and :func:`table_problems` refuses it.
+    and :func:`table_problems` raises for it.
 
     Args:
         stored: Cosines and sines [1, pos, 1, pair, 2], or one of them [1, pos, 1, pair].

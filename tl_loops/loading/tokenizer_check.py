@@ -32,7 +32,7 @@ _FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
 
 
 def check_settings(settings: Mapping[str, Any], file: Path) -> None:
-    """Refuse fields of ``tokenizer_config.json`` of the wrong type.
+    """Raise on fields of ``tokenizer_config.json`` of the wrong type.
 
     Raises:
         CheckpointError: The message names file, field, expected and found.

@@ -89,7 +89,7 @@ def load_profile(path: str | os.PathLike[str]) -> tuple[Parts, SavedRun | None]:
 
 
 def check_file_ending(path: str | os.PathLike[str]) -> None:
-    """Refuse, before anything is measured, a file that a profile could not be written to.
+    """Raise, before anything is measured, for a file that a profile could not be written to.
 
     Args:
         path: Ends in ``.parquet``, ``.csv`` or ``.json``.

@@ -48,7 +48,7 @@ def measure(
     """Mean, deviation and count over prompts of each metric at each unrolled block.
 
     Every activation is reduced in its hook and let go: memory grows neither with the number of
-    prompts nor (but for hook points and a few numbers a block and token) with the iterations; the
+    prompts nor (but for hook points and a few numbers per block and token) with the iterations; the
     path of the states (``late_drift``, ``recurrence_lag``, ...) takes its first and last 16 states.
     Each prompt is measured at its own length, without padding; heads or tokens are averaged within
     a prompt, and prompts weigh the same (arXiv 2604.11791, section 4.1). Statistics are float32 or
@@ -157,7 +157,7 @@ def available_metrics(model: Model, n_iterations: int | None = None) -> tuple[st
 
 
 def _plan(model: Model, metrics: Metrics, shortest: int) -> list[PlannedMetric]:
-    """Resolve names and options, and refuse what the model cannot give."""
+    """Resolve names and options, and raise for what the model cannot give."""
     metrics = (metrics,) if isinstance(metrics, str) else metrics
     if tuple(metrics) == ("all",):
         metrics = available_metrics(model)

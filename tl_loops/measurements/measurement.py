@@ -162,7 +162,7 @@ def resolve_options(
         d_model: Width of the model.
 
     Raises:
-        ValueError: An option is unknown (near matches are suggested), its value is refused, or
+        ValueError: An option is unknown (near matches are suggested), or its value is wrong, or
             what it gives is not one number per prompt.
     """
     for option in given:

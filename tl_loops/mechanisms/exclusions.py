@@ -9,7 +9,7 @@ from tl_loops.mechanisms.mechanism import Config, Mechanism
 
 
 def refuse_exclusive(cfg: Config, active: Sequence[Mechanism]) -> None:
-    """Refuse two active mechanisms that decide the same thing.
+    """Raise on two active mechanisms that decide the same thing.
 
     Raises:
         ConfigError: There are two; the message says what both decide.
@@ -28,7 +28,7 @@ def refuse_exclusive(cfg: Config, active: Sequence[Mechanism]) -> None:
 
 
 def check_stacks(cfg: Config, active: Sequence[Mechanism]) -> None:
-    """Refuse mechanisms that do not work with two stacks.
+    """Raise on mechanisms that do not work with two stacks.
 
     Raises:
         ConfigError: There are two stacks and such a mechanism.
@@ -39,7 +39,7 @@ def check_stacks(cfg: Config, active: Sequence[Mechanism]) -> None:
 
 
 def check_shared_keys(active: Sequence[Mechanism], sharing: KVSharing | None) -> None:
-    """Refuse shared keys where iterations do not run the same layers on the same tokens.
+    """Raise on shared keys where iterations do not run the same layers on the same tokens.
 
     Args:
         active: The mechanisms of a model.

@@ -21,7 +21,7 @@ def n_rows(cfg: Config) -> int:
 
 
 def check_rows(cfg: Config, active: Iterable[Mechanism], n_iterations: int) -> None:
-    """Refuse a number of iterations that the weights of single iterations do not cover.
+    """Raise on a number of iterations that the weights of single iterations do not cover.
 
     Raises:
         ConfigError: There are more iterations than weights.

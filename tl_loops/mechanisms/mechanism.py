@@ -151,14 +151,14 @@ class Mechanism:
     # Checks.
 
     def check(self, cfg: Config) -> None:
-        """Refuse values that do not go together; called also where it is not active.
+        """Raise on values that do not go together; called also where it is not active.
 
         Raises:
             ConfigError: The message names the field and what to use instead.
         """
 
     def check_iterations(self, cfg: Config, n_iterations: int) -> None:
-        """Refuse a number of iterations that it cannot run; called where it is active.
+        """Raise on a number of iterations that it cannot run; called where it is active.
 
         Raises:
             ConfigError: The message says which it can.
@@ -258,8 +258,8 @@ class Mechanism:
     def path(self, cfg: Config) -> OnPath:
         """What it does to the residual stream as an iteration begins, for decompositions.
 
-        One that mixes states is refused, and one with a part of its own that does not say what it
-        does, so that nothing is wrong in silence.
+        One that mixes states raises, and so does one with a part of its own that does not say what
+        it does, so that nothing is wrong in silence.
         """
         if type(self).part is Mechanism.part and not self.remixes(cfg):
             return OnPath()
@@ -271,7 +271,7 @@ class Mechanism:
 
 
 def check_choice(name: str, setting: Setting, value: Any) -> None:
-    """Refuse a value that a field may not have.
+    """Raise on a value that a field may not have.
 
     Raises:
         ConfigError: The message names the field, the value and what is expected.

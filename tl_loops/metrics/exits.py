@@ -239,7 +239,7 @@ def exit_iteration(
         reduce=reduce,
     )
     trajectory = {"gate_logits": gate_logits, "logits": logits, "states": states}[rule.inputs[0]]
-    assert trajectory is not None  # exit_signal has refused it otherwise
+    assert trajectory is not None  # exit_signal has raised otherwise
     last = trajectory.shape[0] - 1
     if signal.shape[0] < rule.consecutive:
         return torch.full(signal.shape[1:], last, device=signal.device)

@@ -156,7 +156,7 @@ def orthogonalise(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, float]
 
 
 def check_positive(**counts: int) -> None:
-    """Refuse counts below 1, by name.
+    """Raise on counts below 1, by name.
 
     Raises:
         ValueError: If there is one.

@@ -7,7 +7,7 @@ study one position, let `step` hold the others fixed.
 
 The products have the precision of the map itself; vectors are orthogonalised in float32 or better.
 Gradients that are cut inside `step` (`.detach()`; `torch.no_grad()` for products J^T w) are
-missing from J: a Jacobian that vanishes although the map moves is refused, but a part that is cut
+missing from J: a Jacobian that vanishes although the map moves raises, but a part that is cut
 cannot be seen.
 """
 

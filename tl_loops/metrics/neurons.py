@@ -101,12 +101,12 @@ def neuron_vocabulary_statistics(
     not grow with their number.
 
     Args:
-        W_out: MLP output weights, one row a neuron (the down projection of a gated MLP).
+        W_out: MLP output weights, one row per neuron (the down projection of a gated MLP).
         W_U: unembedding.
         gamma_final: weight of the final norm, folded into `W_U`; None where it is folded already or
             absent.
         gamma_post: weight of a norm on the MLP output (sandwich norm), folded into `W_out`; one for
-            all layers or one a layer.
+            all layers or one per layer.
         vocab_mask: True at the entries that count. Exclude padding: its columns are nearly constant
             and shift the kurtosis.
         center: remove from `W_U` the mean over the counted vocabulary and from both weights the

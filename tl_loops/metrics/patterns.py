@@ -19,7 +19,7 @@ def check_pattern(
     causal: bool = False,
     renormalize: bool = False,
 ) -> None:
-    """Refuse a tensor that is not a post-softmax attention pattern.
+    """Raise on a tensor that is not a post-softmax attention pattern.
 
     Every row of a real query must be non-negative and sum to 1 over the real keys. The tolerance
     is 1e-3, plus the rounding of the pattern's own dtype (half its epsilon: 4e-3 for bfloat16,

@@ -131,7 +131,7 @@ def settling_table(
     """Whether answers of settled trajectories are right more often.
 
     Args:
-        drift: from `late_drift`, one number a prompt or token, >= 0.
+        drift: from `late_drift`, one number per prompt or token, >= 0.
         correct: whether each answer is right.
         threshold: of the drift; None: Otsu's, of the logarithm of all drifts, which pools right
             and wrong answers. A drift of 0 is settled.

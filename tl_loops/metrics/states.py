@@ -11,7 +11,7 @@ from tl_loops.metrics.residual import unit_vectors
 
 
 def measured_states(states: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Upcast `states` to the dtype that statistics use and refuse what is no trajectory.
+    """Upcast `states` to the dtype that statistics use, and raise for what is no trajectory.
 
     Args:
         states: `[iteration, ..., d_model]`.

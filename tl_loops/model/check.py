@@ -298,7 +298,7 @@ def _gradients(model: Any, tokens: Tensor) -> str:
     for names, what in (
         (cut, "the logits do not depend on"),
         (broken, "the gradient is not finite at"),
-        (zero, "the gradient is zero (is a weight behind it zero?) at"),
+        (zero, "the gradient is zero (is a weight after it zero?) at"),
     ):
         if names:
             raise _Fails(f"{what} {_named(names)}")

@@ -60,7 +60,7 @@ class ExitMode:
         return self.at is not None or self.threshold is not None or self.weighted
 
     def check(self, cfg: LoopedTransformerConfig, from_iteration: int) -> None:
-        """Refuse what this model cannot do, before anything runs.
+        """Raise on what this model cannot do, before anything runs.
 
         Raises:
             ValueError: More than one mode, an iteration or a threshold out of range, a model

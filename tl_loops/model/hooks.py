@@ -92,7 +92,7 @@ class CoordinateHooks(TransformerBase):
     def _canonical_hooks(self, hooks: Hooks) -> Hooks:
         translated = [(self._canonical(name), hook) for name, hook in hooks]
         for name, hook in translated:
-            if isinstance(name, str):  # Refuse points that never fire with the present flags.
+            if isinstance(name, str):  # Raise for points that never fire with the present flags.
                 self.check_hooks_to_add(self.hook_dict[name], name, hook)
         return translated
 
@@ -115,7 +115,7 @@ class CoordinateHooks(TransformerBase):
         is_permanent: bool = False,
         prepend: bool = False,
     ) -> None:
-        """Refuse hooks on points that do not fire with the present flags.
+        """Raise on hooks on points that do not fire with the present flags.
 
         Raises:
             HookNameError: The flag that the hook point needs is off; the message names the setter.

@@ -300,19 +300,19 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
             fold_ln: Fold the gains of pre-norms into the weights that read them.
             center_writing_weights: Never exact here, so never done.
             center_unembed: Never exact here (it moves the logits), so never done.
-            refactor_factored_attn_matrices: Refused.
-            checkpoint_index: Refused: looped checkpoints have no training snapshots.
-            checkpoint_value: Refused, likewise.
-            hf_model: Refused: weights are read from files.
+            refactor_factored_attn_matrices: Not supported.
+            checkpoint_index: Not supported: looped checkpoints have no training snapshots.
+            checkpoint_value: Not supported, likewise.
+            hf_model: Not supported: weights are read from files.
             device: Where the model goes; ``None``: CUDA if there is one, else the CPU.
-            n_devices: Refused above 1: tied blocks share one device.
+            n_devices: Not supported above 1: tied blocks share one device.
             tokenizer: Used instead of the checkpoint's.
             move_to_device: Whether to move the model to the device.
             fold_value_biases: Move ``b_V`` into ``b_O`` where there are biases.
             default_prepend_bos: Overrides the family's rule.
             default_padding_side: ``"left"`` or ``"right"``.
             dtype: Of the weights in memory.
-            first_n_layers: Refused: use ``n_iterations``.
+            first_n_layers: Not supported: use ``n_iterations``.
             n_ctx: Overrides the context length.
             n_iterations: Passes through the core; ``None``: what the checkpoint says.
             loop: For feedforward checkpoints: ``(start, stop, n_iterations)``, or a mapping of
@@ -325,7 +325,7 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
         Raises:
             UnknownModelError: The name is not known; near matches are suggested.
             CheckpointError: The checkpoint cannot be loaded exactly.
-            LoopedSemanticsError: An argument above that is refused.
+            LoopedSemanticsError: An argument above that is not supported.
             TypeError: An argument that there is not; the message says what to pass instead.
         """
         for name, value, default, instead in (

@@ -1,4 +1,4 @@
-"""Methods of HookedTransformer that assume distinct blocks: replaced by exact ones, or refused."""
+"""Methods of HookedTransformer that assume distinct blocks: exact ones, or errors."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -83,7 +83,7 @@ def load_and_process_state_dict(
         center_writing_weights: Likewise.
         center_unembed: Likewise.
         fold_value_biases: Likewise.
-        refactor_factored_attn_matrices: Refused.
+        refactor_factored_attn_matrices: Not supported.
 
     Raises:
         ValueError: Names are missing or unexpected, shapes differ, or blocks that share their
@@ -173,7 +173,7 @@ def input_to_embed(
         prepend_bos: Overrides ``cfg.default_prepend_bos`` for text.
         padding_side: Overrides the tokenizer's side for text.
         attention_mask: 1 for tokens, 0 for padding.
-        past_kv_cache: Refused.
+        past_kv_cache: Not supported.
 
     Returns:
         The residual stream [batch, pos, d_model], the tokens [batch, pos], ``None``, and the

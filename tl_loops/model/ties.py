@@ -34,7 +34,7 @@ def tie(model: Any) -> None:
 
 
 def check_ties(model: Any) -> None:
-    """Refuse a model whose iterations no longer share their weights.
+    """Raise on a model whose iterations no longer share their weights.
 
     Raises:
         LoopedSemanticsError: A block has a weight of its own; the message names it.

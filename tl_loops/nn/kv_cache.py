@@ -133,7 +133,7 @@ class SharedKeyValueCache(KeyValueCache):
         return self._slots.setdefault((name, number), _Slot(self._empty, self._empty))
 
     def freeze(self) -> NoReturn:
-        """Refused: an iteration reads what an earlier one of the same call has written.
+        """Not supported: an iteration reads what an earlier one of the same call has written.
 
         Raises:
             LoopedSemanticsError: Always.

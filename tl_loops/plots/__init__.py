@@ -3,7 +3,7 @@
 ``plot_...`` return figures of plotly (interactive, where it is installed) or of matplotlib
 (``backend="matplotlib"``, for papers and pages without script). ``attention_...``,
 ``colored_tokens`` and ``token_log_probs`` return circuitsvis views, which a notebook shows and
-which ask no network.
+which work offline.
 """
 
 from tl_loops.drawing.draw import draw

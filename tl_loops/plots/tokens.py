@@ -42,7 +42,7 @@ def colored_tokens(
 
     Args:
         tokens: The prompt: its tokens as text, or text or tokens [pos] with a model.
-        values: One a token; or several such by name, below each other on one scale. Blue above 0,
+        values: One per token; or several such by name, below each other on one scale. Blue above 0,
             orange below.
         title: What the numbers are.
         unit: Their unit.
@@ -128,7 +128,7 @@ def token_log_probs(
         A view that a notebook shows.
 
     Raises:
-        ValueError: No logits, or not one a token.
+        ValueError: No logits, or not one per token.
         IndexError: An iteration that does not exist.
     """
     words = token_texts(model, tokens)
@@ -188,7 +188,7 @@ def _logits(result: LensResult, row: int) -> Float[Tensor, "iteration pos d_voca
     row = one_index("prompt", row, len(result.tokens))
     if logits.ndim != 4:
         raise ValueError(
-            "token_log_probs needs one reading an iteration: read points='states', got "
+            "token_log_probs needs one reading per iteration: read points='states', got "
             f"{', '.join(result.labels)}"
         )
     in_order = torch.arange(result.tokens.shape[1], device=result.positions.device)

@@ -26,7 +26,7 @@ def floorplan_section(model: Model, cache: LoopedActivationCache, prompt: str) -
     text = (
         "Each square is one attention pattern, queries from top to bottom and keys from left to "
         "right; a column is an unrolled block"
-        + (", a row a head." if heads == "all" else ", averaged over its heads.")
+        + (", a row per head." if heads == "all" else ", averaged over its heads.")
         + (
             f" {n_pos} tokens are shown in {tile} pixels by the largest weight in each."
             if tile < n_pos

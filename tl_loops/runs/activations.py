@@ -206,7 +206,7 @@ def take(
 
 
 def check_cache(cache: Mapping[str, Tensor] | Any, model: Model, names: list[str]) -> None:
-    """Refuse a cache that does not hold what is to be patched.
+    """Raise on a cache that does not hold what is to be patched.
 
     Raises:
         ValueError: The cache was filled with another number of iterations, or lacks an activation.

@@ -23,9 +23,9 @@ def read_column(
     """One column of a data set: texts, or lists of token ids.
 
     Args:
-        source: A ``.parquet``, ``.json`` (a list of objects, or one a line) or ``.jsonl`` file; or
-            what ``datasets.load_dataset`` takes, a name or a directory, which is streamed. No code
-            of a data set is run.
+        source: A ``.parquet``, ``.json`` (a list of objects, or one per line) or ``.jsonl`` file;
+            or what ``datasets.load_dataset`` takes, a name or a directory, which is streamed. No
+            code of a data set is run.
         column: Its name.
         split: Which split of a Hugging Face data set; ``None``: the only one.
         subset: Which configuration of it, such as ``"main"`` of ``openai/gsm8k``.

@@ -91,7 +91,7 @@ class Prompt:
 
     @property
     def words(self) -> list[str]:
-        """The words of the text, one a token (``<bos>`` comes in front of them)."""
+        """The words of the text, one per token (``<bos>`` comes in front of them)."""
         return self.text.split()
 
     @property

@@ -46,7 +46,7 @@ def from_task(prompts: Sequence[Prompt], corrupted: Sequence[Prompt] = ()) -> li
 
 
 def read_prompts(path: str | Path) -> list[PromptText]:
-    """Read prompts from a text file (one a line) or a JSON lines file.
+    """Read prompts from a text file (one per line) or a JSON lines file.
 
     Args:
         path: A file; with the ending ``.jsonl`` or ``.json`` every line is an object with a

@@ -61,7 +61,7 @@ def install_guards(check: Check) -> None:
     function before keep the unguarded one. Installing twice is the same as once.
 
     Args:
-        check: Called with the model and the tool's name; raises to refuse.
+        check: Called with the model and the tool's name; raises where the tool is wrong.
     """
     if not _installed:
         guards = _Guards(check)

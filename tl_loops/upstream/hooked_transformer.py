@@ -81,7 +81,7 @@ class HookedTransformer(TextMethods, HookedRootModule):
             logits: What the model gives.
             tokens: Its input.
             attention_mask: 1 for tokens, 0 for padding.
-            per_token: Whether to keep the position axis, less its last place.
+            per_token: Whether to keep the position axis, without its last place.
         """
         return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
 

@@ -26,7 +26,7 @@ def install_made_caches(cache_class: Callable[[Any], type | None]) -> None:
 def uninstall_made_caches() -> None:
     """Undo :func:`install_made_caches`; without it, do nothing."""
     if "__new__" in vars(ActivationCache):
-        # Once a class had a __new__, Python's own refuses arguments for good; so a plain one stays.
+        # Once a class had a __new__, Python's own takes no arguments any more: a plain one stays.
         _set_new(lambda cls, *_, **__: object.__new__(cls))
 
 

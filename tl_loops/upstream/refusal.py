@@ -20,7 +20,7 @@ _STACKS_OF_HEADS = (
 
 
 def refuse_where_wrong(model: Any, tool: str) -> None:
-    """Refuse a tool of TransformerLens on a model that it is wrong on; other models pass.
+    """Raise on a tool of TransformerLens on a model that it is wrong on; other models pass.
 
     Those are all tools on a TransformerBridge of a looped model, patching of direct paths on any
     looped model, and stacks of patched heads where there are fewer key heads than query heads.

@@ -68,7 +68,7 @@ class TextMethods:
             tokens: [pos] or [batch, pos], as a tensor, an array or lists.
 
         Returns:
-            One string, or one a row.
+            One string, or one per row.
 
         Raises:
             ValueError: There is no tokenizer, or more than two axes.

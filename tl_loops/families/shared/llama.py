@@ -65,7 +65,7 @@ def head_width(released: Released) -> int:
 
 
 def check_layer_types(released: Released) -> None:
-    """Refuse layers that do not attend to everything before them.
+    """Raise on layers that do not attend to everything before them.
 
     Raises:
         CheckpointError: There is one.

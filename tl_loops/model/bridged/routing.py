@@ -91,7 +91,7 @@ class Route:
         return x
 
     def check(self, more: bool = False) -> None:
-        """Refuse a run that fired another number of times than the layout has iterations.
+        """Raise on a run that fired another number of times than the layout has iterations.
 
         Raises:
             LoopedSemanticsError: It did.

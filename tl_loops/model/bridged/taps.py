@@ -29,7 +29,7 @@ WHOLE = View()
 
 @dataclass(frozen=True)
 class Columns(View):
-    """Part of the last axis, as heads if ``d_head`` is given, less a bias that is added later.
+    """Part of the last axis, as heads if ``d_head`` is given, minus a bias that is added later.
 
     Attributes:
         start: First column.

@@ -141,18 +141,18 @@ class UnrolledBridge(LoopedTransformer):
             loss_per_token: Whether the loss keeps its position axis.
             prepend_bos: Overrides ``cfg.default_prepend_bos`` for text.
             padding_side: Overrides the tokenizer's side for text.
-            start_at_layer: Refused.
+            start_at_layer: Not supported.
             tokens: Not used: the input is tokens.
             shortformer_pos_embed: Not used.
-            attention_mask: 1 for tokens, 0 for padding; refused where the model ignores it.
+            attention_mask: 1 for tokens, 0 for padding; raises where the model ignores it.
             stop_at_layer: Stop before this unrolled block and return what enters it.
-            past_kv_cache: Refused.
+            past_kv_cache: Not supported.
             n_iterations: Number of iterations for this call.
             initial_state: [batch, pos, d_model], the state before iteration 0, where the
                 architecture draws one; ``None``: LoopedTransformer's draw.
             prefix_mask: [batch, pos], 1 where a prompt sees itself in both directions, for models
                 that take one (HRM-Text).
-            **others: LoopedTransformer's further arguments: refused unless off.
+            **others: LoopedTransformer's further arguments: they raise unless off.
 
         Returns:
             Logits [batch, pos, d_vocab], the loss, both, nothing, or with ``stop_at_layer`` the
@@ -201,7 +201,7 @@ class UnrolledBridge(LoopedTransformer):
         mask: Tensor | None,
         initial_state: Tensor | None,
     ) -> dict[str, Any]:
-        """Arguments of the bridge's forward pass; refuses what the Hugging Face model ignores."""
+        """Arguments of the bridge's forward pass; raises for what the original ignores."""
         check_unprocessed(self.bridge)
         if mask is not None and bool((mask == 0).any()) and not bridged.masks:
             raise LoopedSemanticsError(
@@ -269,7 +269,7 @@ class UnrolledBridge(LoopedTransformer):
         return super().train(mode)
 
     def to(self, *args: Any, print_details: bool = False, **kwargs: Any) -> "UnrolledBridge":
-        """Refused: move the bridge and unroll it again.
+        """Not supported: move the bridge and unroll it again.
 
         Raises:
             LoopedSemanticsError: Always.
@@ -279,7 +279,7 @@ class UnrolledBridge(LoopedTransformer):
         )
 
     def process_weights_(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: the weights belong to the bridge.
+        """Not supported: the weights belong to the bridge.
 
         Raises:
             LoopedSemanticsError: Always.
@@ -291,7 +291,7 @@ class UnrolledBridge(LoopedTransformer):
 
 
 def check_unprocessed(bridge: Any) -> None:
-    """Refuse a bridge whose weights TransformerLens has folded or centred.
+    """Raise on a bridge whose weights TransformerLens has folded or centred.
 
     Raises:
         LoopedSemanticsError: It has.

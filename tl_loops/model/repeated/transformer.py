@@ -292,5 +292,5 @@ def _check_sharing(kv_sharing: str | None) -> None:
     if kv_sharing not in (None, "none"):
         raise LoopedSemanticsError(
             f"kv_sharing={kv_sharing!r} is an option of LoopedTransformer: the blocks of a looped "
-            "HookedTransformer are TransformerLens's own, which know one cache entry a block"
+            "HookedTransformer are TransformerLens's own, which know one cache entry per block"
         )

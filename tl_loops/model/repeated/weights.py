@@ -35,7 +35,7 @@ class BorrowedWeights(PhysicalWeights):
         return self
 
     def process_weights_(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: process the original.
+        """Not supported: process the original.
 
         Raises:
             LoopedSemanticsError: Always.
@@ -43,7 +43,7 @@ class BorrowedWeights(PhysicalWeights):
         self._refuse("folding or centring")
 
     def load_and_process_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: load into the original.
+        """Not supported: load into the original.
 
         Raises:
             LoopedSemanticsError: Always.
@@ -51,7 +51,7 @@ class BorrowedWeights(PhysicalWeights):
         self._refuse("load_and_process_state_dict")
 
     def save_pretrained(self, directory: str | Path) -> NoReturn:
-        """Refused: save the original, and loop it again.
+        """Not supported: save the original, and loop it again.
 
         Raises:
             LoopedSemanticsError: Always.
@@ -60,7 +60,7 @@ class BorrowedWeights(PhysicalWeights):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: load the original, and call :func:`tl_loops.loop`.
+        """Not supported: load the original, and call :func:`tl_loops.loop`.
 
         Raises:
             LoopedSemanticsError: Always.
