@@ -133,7 +133,10 @@ class PhysicalWeights(TransformerBase):
                 raise ValueError(
                     f"{name}: expected {tuple(expected.shape)}, found {tuple(tensor.shape)}"
                 )
-            module._parameters[leaf] = nn.Parameter(tensor.to(self.cfg.dtype))
+            # A Parameter that fits is taken as it is: models may share it.
+            if not isinstance(tensor, nn.Parameter) or tensor.dtype != self.cfg.dtype:
+                tensor = nn.Parameter(tensor.to(self.cfg.dtype))
+            module._parameters[leaf] = tensor
         if waiting:
             raise ValueError(f"missing weights: {', '.join(waiting)}")
         for module in modules.values():

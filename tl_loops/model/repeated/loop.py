@@ -6,6 +6,8 @@ from typing import Any
 from tl_loops.errors import ConfigError, LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.segments import Segment
+from tl_loops.model.looped import LoopedTransformer
+from tl_loops.model.repeated.over_own_blocks import loop_over_own_blocks
 from tl_loops.model.repeated.transformer import RepeatedTransformer
 from tl_loops.upstream import HAS_HOOKED_TRANSFORMER, HookedTransformer
 
@@ -18,7 +20,7 @@ def loop(
     *,
     repeats: Mapping[int, int] | None = None,
     loops: Sequence[Sequence[int]] | None = None,
-) -> RepeatedTransformer:
+) -> RepeatedTransformer | LoopedTransformer:
     """A looped model that runs some blocks of a feedforward one several times.
 
     The result shares every weight with ``model``: Parameters are the same objects, so that nothing
@@ -38,7 +40,9 @@ def loop(
     (``"A"``, ``"B"``, ...).
 
     Args:
-        model: Any HookedTransformer, of any config; not one that is looped already.
+        model: Any HookedTransformer, of any config; or a LoopedTransformer of one iteration, such
+            as a feedforward checkpoint on TransformerLens 4, for one loop. Not one that is looped
+            already.
         start: First block that repeats.
         stop: The block after the last one that repeats.
         n_iterations: How often they run, at least 1.
@@ -51,10 +55,13 @@ def loop(
     Raises:
         ConfigError: Blocks out of range, in the wrong order, overlapping or none; more than one way
             of saying what repeats.
-        LoopedSemanticsError: A model that cannot be looped: no HookedTransformer, looped already,
-            spread over devices, or quantised to four bits.
+        LoopedSemanticsError: A model that cannot be looped: neither of these, looped already,
+            spread over devices, or quantised to four bits; or a LoopedTransformer with more than
+            its blocks between prelude and coda, or asked for several loops.
     """
-    _check_model(model)
+    own = isinstance(model, LoopedTransformer)
+    if not own:
+        _check_model(model)
     depth = len(model.blocks)
     single = (start, stop, n_iterations)
     given = [any(x is not None for x in single), repeats is not None, loops is not None]
@@ -70,7 +77,13 @@ def loop(
         layout = LoopLayout(
             segment.start, segment.n_layers, depth - segment.stop, segment.n_iterations
         )
-        return RepeatedTransformer(model, layout)
+        return loop_over_own_blocks(model, layout) if own else RepeatedTransformer(model, layout)
+    if own:
+        raise LoopedSemanticsError(
+            "a LoopedTransformer has one loop: give start, stop and n_iterations. Several loops, "
+            "and blocks that repeat each by itself, are for a HookedTransformer (TransformerLens "
+            "3.9)"
+        )
     segments = _filled([_segment(given, depth) for given in loops])
     return RepeatedTransformer(model, LoopLayout.of_segments(segments, depth - segments[-1].stop))
 
@@ -89,7 +102,10 @@ def _check_model(model: Any) -> None:
     if not isinstance(model, HookedTransformer):
         instead = "load the model with HookedTransformer.from_pretrained"
         if not HAS_HOOKED_TRANSFORMER:
-            instead = "TransformerLens 4 has none, so this needs an environment with 3.9"
+            instead = (
+                "TransformerLens 4 has none, so load a feedforward checkpoint with "
+                "LoopedTransformer.from_pretrained(directory), and loop that"
+            )
         raise LoopedSemanticsError(
             f"loop() repeats the blocks of a HookedTransformer, got {type(model).__name__}: "
             f"{instead}"
