@@ -1,29 +1,48 @@
-"""Colours of all figures: the conventions of arXiv 2604.11791, and two scales for numbers."""
+"""Colours of all figures, and scales for numbers.
+
+A curve is read on a white page as on a dark one, so every colour of a curve has a contrast (WCAG 2)
+of at least 3 with both; and by readers who lack red or green cones, so colours of one figure also
+differ in what such eyes see. Tests hold both.
+"""
 
 from collections.abc import Sequence
 
-ITERATIONS = ("#00643c", "#5a9f2a", "#b4bf1c", "#f0c808")
-"""Green to yellow, from the first iteration to the last."""
+ITERATIONS = ("#227a80", "#177844", "#a88713")
+"""Green to yellow as in arXiv 2604.11791, from the first iteration to the last."""
 
-LAYERS = ("#2438c8", "#1b83bd", "#12a86b")
-"""Blue to green, from the first layer of the core to the last."""
+LAYERS = ("#5a55e8", "#1f7fc4", "#12a068")
+"""Blue to green as there, from the first layer of the core to the last."""
 
-PRELUDE = "#7b4ea3"
-CODA = "#c2542d"
-REFERENCE = "#222222"
+PRELUDE = "#8f63c9"
+CODA = "#cf5a2b"
+REFERENCE = "#6b727c"
 """A feedforward model, or what else curves are compared with."""
-MUTED = "#8a8f98"
-"""Lines that only connect."""
+MUTED = "#848a93"
+"""Lines that only connect or part, and small text."""
 
-DISTINCT = ("#1f6fb4", "#d1642b", "#2c8c4e", "#b13a77", "#7b5cc4", "#8a6d1d", "#2a9aa5", "#6b6f76")
+DISTINCT = ("#1e6eb4", "#d26428", "#32a064", "#be3278", "#6478e6", "#a05a3c", "#3c96a0", "#fa5064")
 """Curves that have no order."""
 
 SCALES = {
-    # Perceptually even, from dark to light (values), and red-white-blue (signed effects).
-    "sequential": ("#440154", "#3b528b", "#21918c", "#5ec962", "#fde725"),
-    "diverging": ("#b2182b", "#ef8a62", "#f7f7f7", "#67a9cf", "#2166ac"),
-}
-"""Scales for numbers by name, as colours at even steps."""
+    # Perceptually even (values); red-white-blue (signed effects); and one whose colours change most
+    # near 0, where most attention weights are.
+    "sequential": ((0, "#440154"), (0.25, "#3b528b"), (0.5, "#21918c"), (0.75, "#5ec962"),
+                   (1, "#fde725")),
+    "diverging": ((0, "#b2182b"), (0.25, "#ef8a62"), (0.5, "#f7f7f7"), (0.75, "#67a9cf"),
+                  (1, "#2166ac")),
+    "weights": ((0, "#f7f8fa"), (0.04, "#cfe0ee"), (0.2, "#7fb3d8"), (0.5, "#2f7ab8"),
+                (1, "#0a2f5c")),
+}  # fmt: skip
+"""Scales for numbers by name: places from 0 to 1 and their colours."""
+
+ON_DARK = {
+    "sequential": SCALES["sequential"],
+    "diverging": ((0, "#ff8a80"), (0.25, "#a8443c"), (0.5, "#20262e"), (0.75, "#2f6c9e"),
+                  (1, "#7cc4f5")),
+    "weights": ((0, "#1b212a"), (0.04, "#24405a"), (0.2, "#2f74a6"), (0.5, "#63b0e3"),
+                (1, "#e6f4ff")),
+}  # fmt: skip
+"""The same on a dark page, where the colour that says "nothing" is dark."""
 
 
 def iteration_colours(n_iterations: int) -> list[str]:

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from tl_loops.drawing.colours import CODA, PRELUDE, iteration_colours
 from tl_loops.drawing.figure import Axis, Box, Mark, Rule, Span, Ticks
+from tl_loops.drawing.quantities import LAYER
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.names import iteration_spec
 
 PHASES = {"prelude": PRELUDE, "coda": CODA}
 DEPTH = "unrolled block (p: prelude, r: iteration.layer, c: coda)"
@@ -17,7 +19,7 @@ DEPTH = "unrolled block (p: prelude, r: iteration.layer, c: coda)"
 def depth_axis(layout: LoopLayout | None, n_blocks: int) -> Axis:
     """The axis of all blocks of a model; a feedforward model has none but layers."""
     if layout is None:
-        return Axis("layer", whole=True)
+        return LAYER
     ticks = block_ticks(layout, range(n_blocks))
     return Axis(DEPTH, ticks=ticks, limits=(-0.5, n_blocks - 0.5))
 
@@ -122,6 +124,37 @@ def block_values(cache: Any, name: str, row: int | None = None) -> Tensor:
     if not -stacked.shape[1] <= row < stacked.shape[1]:
         raise ValueError(f"there is no prompt {row}: the cache holds {stacked.shape[1]}")
     return stacked[:, row]
+
+
+def iteration_values(source: Any, name: str) -> Any:
+    """What a source holds by iteration: of a cache one activation, anything else as it is.
+
+    Args:
+        source: An activation cache of a looped model, or values [iteration, ...].
+        name: Shorthand of the activation: of one between iterations (``"state_out"``, which gives
+            [iteration, batch, ...]) or of a block ([iteration, layer, batch, ...] of the core).
+
+    Raises:
+        ValueError: The cache is of a model without a loop, of one whose iterations differ in
+            length, or lacks the activation.
+    """
+    if not hasattr(source, "cache_dict"):
+        return source
+    layout = getattr(source, "layout", None)
+    if layout is None:
+        raise ValueError("the cache is of a model without a loop, so it has no iterations")
+    between = iteration_spec(name) is not None
+    if not between and layout.segments is not None:
+        raise ValueError(
+            "the model has several loops, whose iterations may differ in length: pass the states "
+            "of one loop, [iteration, layer, ..., d_model]"
+        )
+    try:
+        return source.stack_activation(name, by_iteration=not between)
+    except KeyError as error:
+        raise ValueError(
+            f"the cache lacks {error}: run_with_cache must keep {name!r} of every iteration"
+        ) from error
 
 
 def _starts(layout: LoopLayout) -> list[int]:

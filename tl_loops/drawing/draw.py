@@ -5,13 +5,17 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 from tl_loops.arguments import checked
-from tl_loops.drawing.figure import Figure, explained
 from tl_loops.drawing.sizes import size_in_pixels
+from tl_loops.drawing.explained import explained
+from tl_loops.drawing.figure import Figure
+from tl_loops.drawing.limits import with_limits
 
 Backend = Literal["plotly", "matplotlib"]
+# "page" is the report's own: data that its script draws.
 _RENDERERS = {
     "plotly": "tl_loops.drawing.plotly_figure",
     "matplotlib": "tl_loops.drawing.matplotlib_figure",
+    "page": "tl_loops.drawing.page_figure",
 }
 
 
@@ -23,8 +27,9 @@ def draw(figure: Figure, backend: str | None = None, **options: Any) -> Any:
         figure: What to draw.
         backend: ``"plotly"`` (interactive) or ``"matplotlib"`` (static, for papers and for pages
             that run no script); ``None``: plotly where it is installed.
-        **options: ``width`` and ``height`` of the whole figure in pixels. Everything else goes on:
-            to ``update_layout`` of plotly, to ``matplotlib.figure.Figure`` of matplotlib.
+        **options: ``width`` and ``height`` of the whole figure in pixels (a narrow one has fewer
+            panels in a row), and ``dark=True`` for a dark page. Everything else goes on: to
+            ``update_layout`` of plotly, to ``matplotlib.figure.Figure`` of matplotlib.
 
     Returns:
         A ``plotly.graph_objects.Figure`` or a ``matplotlib.figure.Figure``.
@@ -47,4 +52,4 @@ def draw(figure: Figure, backend: str | None = None, **options: Any) -> Any:
             f"backend={backend!r} needs a library that is missing ({error}): "
             "pip install 'tl-loops[plots]'"
         ) from error
-    return renderer.render(explained(figure), **options)
+    return renderer.render(with_limits(explained(figure)), **options)

@@ -1,8 +1,8 @@
 """A figure as data: panels of lines, bars and heatmaps that either drawing library can draw."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import torch
 
 from tl_loops.drawing.sizes import finite_limits
 from tl_loops.errors import shortened
+from tl_loops.drawing.colours import MUTED
 
 Number = float | int
 Ticks = tuple[tuple[Number, str], ...]
@@ -27,6 +28,8 @@ class Axis:
         limits: Ends of the axis; ``None``: from the data.
         reversed: Whether values fall along the axis.
         whole: Whether only whole numbers mean something (iterations).
+        bounds: The least and the largest value that the quantity can have (a share: 0 and 1). The
+            axis goes beyond them by no more than a marker takes.
     """
 
     label: str
@@ -35,6 +38,7 @@ class Axis:
     limits: tuple[Number, Number] | None = None
     reversed: bool = False
     whole: bool = False
+    bounds: tuple[Number, Number] = (-math.inf, math.inf)
 
     def shown_ticks(self, pixels: int, apart: int = 14) -> Ticks:
         """The ticks of an axis of so many pixels, thinned until labels are so far apart."""
@@ -136,7 +140,7 @@ class Rule:
     at: Number
     label: str = ""
     axis: Literal["x", "y"] = "x"
-    colour: str = "#9aa0a8"
+    colour: str = MUTED
     dashed: bool = True
 
 
@@ -180,12 +184,13 @@ class ColourScale:
 
     Attributes:
         unit: What the numbers are, beside the scale.
-        name: ``"sequential"``, or ``"diverging"`` (white in the middle).
+        name: ``"sequential"``, ``"diverging"`` (white in the middle) or ``"weights"`` (from 0, with
+            most colours near it).
         limits: Numbers at the ends.
     """
 
     unit: str
-    name: Literal["sequential", "diverging"] = "sequential"
+    name: Literal["sequential", "diverging", "weights"] = "sequential"
     limits: tuple[Number, Number] = (0.0, 1.0)
 
     @classmethod
@@ -222,6 +227,7 @@ class Figure:
         slider: What the panels run over, where a library that can move shows one at a time.
         footnotes: Short sentences under the subtitle.
         shared_x: Whether panels above each other have one x axis, written at the bottom.
+        keeps_shape: Whether a panel that must be narrower gets lower too (matrices).
     """
 
     title: str
@@ -234,6 +240,7 @@ class Figure:
     slider: str = ""
     footnotes: tuple[str, ...] = field(default=())
     shared_x: bool = False
+    keeps_shape: bool = False
 
     def at_bottom(self, place: int) -> bool:
         """Whether no panel stands below one, or the axis is its own."""
@@ -263,40 +270,6 @@ class Figure:
         return len(self.names) > 1
 
 
-def explained(figure: Figure) -> Figure:
-    """The figure with words where numbers are missing.
-
-    A panel without a finite value gets a note in place of its marks; where only some values are
-    missing, the figure gets a footnote that counts them.
-    """
-    panels, undefined, hidden = [], 0, 0
-    for panel in figure.panels:
-        drawn = gone = 0
-        for values, log in _numbers(panel):
-            finite = np.isfinite(values)
-            positive = finite & (values > 0) if log else finite
-            drawn += int(positive.sum())
-            gone += int((~finite).sum())
-            hidden += int((finite & ~positive).sum())
-        if not drawn and not panel.note:
-            reason = (
-                "every value is undefined (NaN)"
-                if gone
-                else "every value is 0, which a logarithmic axis cannot show"
-                if hidden
-                else "there are no values"
-            )
-            panel = replace(panel, note=f"Nothing to draw: {reason}.")
-        undefined += gone if drawn else 0
-        panels.append(replace(panel, marks=()) if panel.note else panel)
-    notes = list(figure.footnotes)
-    if undefined:
-        notes.append(f"{_count(undefined, 'value')} undefined (NaN) and left out.")
-    if hidden and any(panel.marks for panel in panels):
-        notes.append(f"{_count(hidden, 'value')} 0 or less, which a logarithmic axis cannot show.")
-    return replace(figure, panels=tuple(panels), footnotes=tuple(notes))
-
-
 def every_few(n: int, most: int = 10) -> Callable[[int], bool]:
     """Which of ``n`` ordered curves a legend names, so that it stays short."""
     step = max(1, math.ceil(n / most))
@@ -306,22 +279,6 @@ def every_few(n: int, most: int = 10) -> Callable[[int], bool]:
 def _even(ticks: Ticks) -> bool:
     steps = [b - a for (a, _), (b, _) in pairwise(ticks)]
     return not steps or max(steps) - min(steps) < 1e-9
-
-
-def _numbers(panel: Panel) -> Iterator[tuple[np.ndarray, bool]]:
-    """The values of each mark, and whether they stand on a logarithmic axis."""
-    for mark in panel.marks:
-        if isinstance(mark, Line):
-            yield mark.y, panel.y.log
-        elif isinstance(mark, Bars):
-            yield mark.height, panel.y.log
-        elif isinstance(mark, Heat):
-            values = mark.values
-            yield values[np.isfinite(values)] if mark.blank else values, False
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{' is' if n == 1 else 's are'}"
 
 
 def as_array(values: Any) -> np.ndarray:

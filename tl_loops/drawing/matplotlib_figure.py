@@ -1,11 +1,11 @@
 """Figures drawn by matplotlib: static, for papers and for pages that run no script."""
 
 import io
-import textwrap
-from itertools import pairwise
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure as MatplotlibFigure
@@ -13,7 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogFormatter, LogFormatterMathtext, MaxNLocator, NullFormatter
 
-from tl_loops.drawing.colours import SCALES
+from tl_loops.drawing.colours import MUTED, ON_DARK, SCALES
 from tl_loops.drawing.figure import (
     Axis,
     Bars,
@@ -22,16 +22,34 @@ from tl_loops.drawing.figure import (
     Heat,
     Line,
     Mark,
-    Number,
     Panel,
     Rule,
     Span,
 )
+from tl_loops.drawing.fit import (
+    COLOUR_BAR,
+    Fit,
+    arranged,
+    fit,
+    heading_lines,
+    is_heat,
+    text_width,
+    wrapped,
+)
 
 _DPI = 100
 _NARROWEST = 480
-_ROW, _SHARED_ROW = 40, 16
 _SYMBOLS = {"circle": "o", "diamond": "D", "square": "s"}
+_COLOURS: dict[bool, dict[str, Any]] = {
+    dark: {
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), ink),
+        **dict.fromkeys(("xtick.color", "ytick.color", "axes.titlecolor"), ink),
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), paper),
+        "grid.color": grid,
+    }
+    for dark, ink, paper, grid in ((False, "#111111", "#ffffff", "#e6e8eb"),
+                                   (True, "#f2f5fa", "#111111", "#30363d"))
+}  # fmt: skip
 _FONT = {"title": 11, "subtitle": 8.5, "panel": 9.5, "label": 9, "tick": 8, "note": 9}
 
 
@@ -45,7 +63,11 @@ class StaticFigure(MatplotlibFigure):
 
 
 def render(
-    figure: Figure, width: int | None = None, height: int | None = None, **options: Any
+    figure: Figure,
+    width: float | int | None = None,
+    height: float | int | None = None,
+    dark: bool = False,
+    **options: Any,
 ) -> StaticFigure:
     """Draw a figure.
 
@@ -53,55 +75,77 @@ def render(
         figure: What to draw.
         width: In pixels of 1/100 inch.
         height: In pixels of 1/100 inch.
+        dark: Whether on a dark page.
         **options: Of ``matplotlib.figure.Figure``.
     """
-    legend = _legend_width(figure)
-    aside = legend + (90 if figure.colours else 20)
     if width is None:
+        legend = _legend_width(figure) if figure.named else 0
+        aside = legend + (90 if figure.colours else 20)
         width = max(_NARROWEST, figure.columns * (figure.panel_size[0] + 20) + aside)
+    with rc_context(_COLOURS[dark]):
+        return _rendered(figure, width, height, dark, options)
+
+
+def _rendered(
+    figure: Figure,
+    width: float | int,
+    height: float | int | None,
+    dark: bool,
+    options: dict[str, Any],
+
+) -> StaticFigure:
+    sizes = fit(figure, round(width))
+    figure = replace(figure, columns=sizes.columns)
     lines = _header(figure, width)
     top = 14 + 19 * len(lines[0]) + 15 * len(lines[1])
+    beside = _legend_width(figure) if sizes.legend == "beside" else 0
+    under = sizes.under - (COLOUR_BAR if figure.colours is not None else 0)
     if height is None:
-        around = _ROW if not figure.shared_x else _SHARED_ROW
-        height = figure.rows * (figure.panel_size[1] + around) + (_ROW + 50 - around) + top
+        around = sizes.above + (16 if figure.shared_x else sizes.below)
+        height = figure.rows * (sizes.panel_height + around) + sizes.below + 20 + top + under
     settings = {"figsize": (width / _DPI, height / _DPI), "dpi": _DPI, "layout": "constrained"}
     drawn = StaticFigure(**{**settings, **options})
     engine = drawn.get_layout_engine()
     if isinstance(engine, ConstrainedLayoutEngine):
-        engine.set(rect=(0, 0, 1 - legend / width, 1 - top / height))
+        share = 1 - (top + under) / height
+        engine.set(rect=(0, under / height, 1 - beside / width, share))
     _write_header(drawn, lines, height)
 
     axes = []
     for place, panel in enumerate(figure.panels, start=1):
         kind = {"projection": "3d"} if panel.z is not None and not panel.note else {}
         ax = drawn.add_subplot(figure.rows, figure.columns, place, **kind)
-        _draw_panel(ax, panel, figure)
+        _draw_panel(ax, panel, figure, sizes, dark)
         if not figure.at_bottom(place - 1):
             ax.set_xlabel("")
             ax.tick_params(axis="x", labelbottom=False)
         axes.append(ax)
     if figure.colours is not None and any(panel.marks for panel in figure.panels):
         scale = figure.colours
-        mappable = ScalarMappable(Normalize(*scale.limits), _colormap(scale.name))
+        mappable = ScalarMappable(Normalize(*scale.limits), _colormap(scale.name, dark))
         bar = drawn.colorbar(mappable, ax=axes, shrink=0.9, aspect=30, pad=0.02)
-        bar.set_label(_plain(scale.unit), fontsize=_FONT["label"])
+        tall = sizes.panel_height * figure.rows
+        bar.set_label(_plain("\n".join(wrapped(scale.unit, tall))), fontsize=_FONT["label"])
         bar.ax.tick_params(labelsize=_FONT["tick"])
-    if legend:
-        _draw_legend(drawn, figure, axes, (1 - legend / width, 1 - top / height))
+    if beside:
+        _draw_legend(drawn, figure, axes, (1 - beside / width, 1 - top / height), 1)
+    elif sizes.legend == "below":
+        across = max(1, int((width - 20) // _legend_width(figure)))
+        _draw_legend(drawn, figure, axes, (0.0, under / height), across)
     return drawn
 
 
-def _header(figure: Figure, width: int) -> tuple[list[str], list[str]]:
-    title = textwrap.wrap(figure.title, max(20, int(width / 9.4)))
+def _header(figure: Figure, width: float | int) -> tuple[list[str], list[str]]:
+    title = wrapped(figure.title, width - 12, 15)
     small = [
         line
         for text in (figure.subtitle, *figure.footnotes)
-        for line in textwrap.wrap(text, max(20, int(width / 6.8)))
+        for line in wrapped(text, width - 12, 11)
     ]
     return title, small
 
 
-def _write_header(drawn: MatplotlibFigure, lines: tuple[list[str], list[str]], height: int) -> None:
+def _write_header(drawn: MatplotlibFigure, lines: tuple[list[str], list[str]], height: float | int) -> None:
     y = 8.0
     for texts, step, size, weight in zip(
         lines, (19, 15), (_FONT["title"], _FONT["subtitle"]), ("bold", "normal"), strict=True
@@ -115,17 +159,17 @@ def _write_header(drawn: MatplotlibFigure, lines: tuple[list[str], list[str]], h
                 va="top",
                 fontsize=size,
                 fontweight=weight,
-                color="#111" if weight == "bold" else "#444",
+                **({} if weight == "bold" else {"color": MUTED}),
             )
             y += step
 
 
-def _draw_panel(ax: Any, panel: Panel, figure: Figure) -> None:
-    pad = 18 if any(isinstance(mark, Span) for mark in panel.marks) else 6
-    ax.set_title(_plain(panel.title), fontsize=_FONT["panel"], loc="left", pad=pad)
+def _draw_panel(ax: Any, panel: Panel, figure: Figure, sizes: Fit, dark: bool) -> None:
+    title = "\n".join(heading_lines(panel.title, sizes.panel))
+    ax.set_title(_plain(title), fontsize=_FONT["panel"], loc="left", pad=6 + 0.7 * sizes.labels)
     if panel.note:
         ax.set_axis_off()
-        text = "\n".join(textwrap.wrap(panel.note, max(20, figure.panel_size[0] // 8)))
+        text = "\n".join(wrapped(panel.note, sizes.panel))
         ax.text(
             0.5,
             0.5,
@@ -134,15 +178,23 @@ def _draw_panel(ax: Any, panel: Panel, figure: Figure) -> None:
             va="center",
             transform=ax.transAxes,
             fontsize=_FONT["note"],
-            color="#444",
+            color=MUTED,
         )
         return
-    ax.set_xlabel(_plain(panel.x.label), fontsize=_FONT["label"])
-    ax.set_ylabel(_plain(panel.y.label), fontsize=_FONT["label"])
+    across, upright = (
+        "\n".join(wrapped(axis.label, 0.95 * pixels))
+        for axis, pixels in ((panel.x, sizes.panel), (panel.y, sizes.panel_height))
+    )
+    ax.set_xlabel(_plain(across), fontsize=_FONT["label"])
+    ax.set_ylabel(_plain(upright), fontsize=_FONT["label"])
     ax.tick_params(which="both", labelsize=_FONT["tick"])
     if panel.z is not None:
         ax.set_zlabel(_plain(panel.z.label), fontsize=_FONT["label"])
-        ax.set_box_aspect(None, zoom=0.82)  # or labels are cut off
+        ax.set_box_aspect(None, zoom=0.88)  # or labels are cut off
+        # Numbers along axes in space would cross each other.
+        ax.tick_params(labelcolor="none")
+        for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
+            axis.labelpad = -10
     else:
         ax.spines[["top", "right"]].set_visible(False)
     if panel.x.log:
@@ -158,15 +210,17 @@ def _draw_panel(ax: Any, panel: Panel, figure: Figure) -> None:
             ax.bar(mark.x + offset, mark.height, width, color=mark.colour, label=_plain(mark.name))
             bar += 1
         else:
-            _draw_mark(ax, mark, figure)
-    if not any(isinstance(mark, Heat) for mark in panel.marks) and panel.z is None:
-        ax.grid(True, which="both", color="#e6e8eb", linewidth=0.6)
+            _draw_mark(ax, mark, panel, figure, dark)
+    if panel.z is not None:
+        return
+    if not is_heat(panel.marks):
+        ax.grid(True, which="both", linewidth=0.6)
         ax.set_axisbelow(True)
-    _set_axis(ax, "x", panel.x, figure.panel_size[0])
-    _set_axis(ax, "y", panel.y, figure.panel_size[1])
+    _set_axis(ax, "x", panel.x, sizes.panel)
+    _set_axis(ax, "y", panel.y, sizes.panel_height)
 
 
-def _draw_mark(ax: Any, mark: Mark, figure: Figure) -> None:
+def _draw_mark(ax: Any, mark: Mark, panel: Panel, figure: Figure, dark: bool) -> None:
     if isinstance(mark, Line):
         points = (mark.x, mark.y) if mark.z is None else (mark.x, mark.y, mark.z)
         ax.plot(
@@ -187,10 +241,11 @@ def _draw_mark(ax: Any, mark: Mark, figure: Figure) -> None:
     elif isinstance(mark, Heat):
         assert figure.colours is not None, "a heatmap needs a colour scale"
         low, high = figure.colours.limits
-        ax.set_facecolor("#ffffff" if mark.blank else "#d9dce0")
+        if not mark.blank:
+            ax.set_facecolor("#4a5058" if dark else "#d9dce0")
         ax.imshow(
             np.ma.masked_invalid(mark.values),
-            cmap=_colormap(figure.colours.name),
+            cmap=_colormap(figure.colours.name, dark),
             vmin=low,
             vmax=high,
             aspect="auto",
@@ -235,11 +290,13 @@ def _draw_mark(ax: Any, mark: Mark, figure: Figure) -> None:
             )
         )
         if mark.label:
+            low, high = panel.x.limits or (mark.x[0], np.inf)
+            late = mark.x[0] + mark.x[1] > low + high  # or it would end beyond the figure
             ax.text(
-                mark.x[0],
+                mark.x[1] if late else mark.x[0],
                 mark.y[0],
                 _plain(mark.label),
-                ha="left",
+                ha="right" if late else "left",
                 va="bottom",
                 fontsize=_FONT["tick"],
                 color=mark.colour,
@@ -249,10 +306,11 @@ def _draw_mark(ax: Any, mark: Mark, figure: Figure) -> None:
 def _set_axis(ax: Any, which: str, axis: Axis, pixels: int) -> None:
     own = ax.xaxis if which == "x" else ax.yaxis
     if axis.ticks is not None:
-        ticks = axis.shown_ticks(pixels)
-        places, labels = [place for place, _ in ticks], [_plain(text) for _, text in ticks]
-        own.set_ticks(places, labels)
-        if which == "x" and _would_overlap(places, labels, axis, pixels):
+        ticks, turned = (
+            arranged(axis, pixels, 11) if which == "x" else (axis.shown_ticks(pixels), False)
+        )
+        own.set_ticks([place for place, _ in ticks], [_plain(text) for _, text in ticks])
+        if turned:
             ax.tick_params(axis="x", labelrotation=90)
     elif axis.log:
         low, high = sorted(own.get_view_interval())
@@ -269,24 +327,17 @@ def _set_axis(ax: Any, which: str, axis: Axis, pixels: int) -> None:
         own.set_inverted(True)
 
 
-def _would_overlap(places: list[Number], labels: list[str], axis: Axis, pixels: int) -> bool:
-    """Whether labels beside each other would run into each other."""
-    if len(places) < 2:
-        return False
-    low, high = axis.limits or (places[0] - 0.5, places[-1] + 0.5)
-    nearest = min(b - a for a, b in pairwise(places)) * pixels / (abs(high - low) or 1.0)
-    return max(len(label) for label in labels) * 6.2 > nearest
-
-
 def _legend_width(figure: Figure) -> int:
-    """Pixels at the right that the legend takes; 0 without one."""
-    if not figure.named:
-        return 0
-    return round(max(6.5 * len(text) for text in (*figure.names, figure.legend))) + 56
+    """Pixels that an entry of the legend takes."""
+    return round(max(text_width(text, 10.5) for text in (*figure.names, figure.legend))) + 56
 
 
 def _draw_legend(
-    drawn: MatplotlibFigure, figure: Figure, axes: list[Any], corner: tuple[float, float]
+    drawn: MatplotlibFigure,
+    figure: Figure,
+    axes: list[Any],
+    corner: tuple[float, float],
+    columns: int,
 ) -> None:
     """The legend, with its upper left corner at a place in the figure."""
     entries: dict[str, Any] = {}
@@ -301,14 +352,15 @@ def _draw_legend(
             loc="upper left",
             bbox_to_anchor=corner,
             alignment="left",
+            ncols=columns,
             fontsize=_FONT["tick"],
             title_fontsize=_FONT["tick"],
             frameon=False,
         )
 
 
-def _colormap(name: str) -> LinearSegmentedColormap:
-    return LinearSegmentedColormap.from_list(name, list(SCALES[name]))
+def _colormap(name: str, dark: bool) -> LinearSegmentedColormap:
+    return LinearSegmentedColormap.from_list(name, list((ON_DARK if dark else SCALES)[name]))
 
 
 def _lonely(y: np.ndarray) -> np.ndarray:

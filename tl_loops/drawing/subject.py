@@ -12,6 +12,7 @@ from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
 
 _LONGEST = 90
+_UNNAMED = "custom"  # what TransformerLens calls a config that got no name
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ def shown_text(text: str) -> str:
     return text.replace("\n", "↵").replace("\t", "⇥").replace("\r", "")
 
 
+def given_name(name: str | None) -> str | None:
+    """A model's name; ``None`` for what a config is called that got none."""
+    return None if name == _UNNAMED else name
+
+
 def subject_of(
     source: Any = None,
     *,
@@ -77,7 +83,7 @@ def subject_of(
     if hasattr(source, "provenance"):
         p = source.provenance
         known = Subject(
-            p.model,
+            given_name(p.model),
             p.notation,
             p.n_iterations,
             _count(p.n_prompts),
@@ -110,7 +116,7 @@ def _of_model(model: Model, layout: LoopLayout | None) -> Subject:
     if layout is not None:
         notation = layout.notation(injected=getattr(cfg, "injection", None) is not None)
     return Subject(
-        cfg.model_name,
+        given_name(cfg.model_name),
         notation,
         None if layout is None else layout.n_iterations,
         None,

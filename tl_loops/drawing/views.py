@@ -20,19 +20,31 @@ Component = Literal["AttentionHeads", "AttentionPattern", "ColoredTokens", "Toke
 
 _WAITING = "The script of this view is in the output of the notebook's first view: run that cell."
 _STYLE = (
-    "<style>.circuits-view{color:#111;background:#fff;font:14px/1.4 system-ui,sans-serif;"
-    "padding:8px;margin:4px 0}.circuits-view h4{margin:0 0 2px;font-size:15px}"
-    ".circuits-view h5{margin:6px 0 2px;font-size:13px}.circuits-view p{margin:0 0 6px;color:#555;"
-    "font-size:12px}.circuits-parts{display:flex;gap:14px;overflow-x:auto}"
-    ".circuits-parts.stacked{display:block}.circuits-part{flex:0 0 auto}"
-    ".circuits-frame{overflow:auto}.circuits-frame.tokens{overflow:visible}"
+    "<style>.circuits-view{font:14px/1.4 system-ui,sans-serif;padding:8px;margin:4px 0}"
+    ".circuits-view h4{margin:0 0 2px;font-size:15px}"
+    ".circuits-view h5{margin:6px 0 2px;font-size:13px}.circuits-view p{margin:0 0 6px;opacity:.75;"
+    "font-size:12px}.circuits-parts{display:flex;flex-wrap:wrap;gap:14px}"
+    ".circuits-parts.stacked{display:block}.circuits-part{flex:0 1 auto;max-width:100%}"
+    ".circuits-frame{overflow:auto;max-width:100%;box-sizing:border-box;color:#111}"
+    ".circuits-frame.whole{overflow:visible}.circuits-frame.tokens{overflow:visible}"
+    # circuitsvis draws for a white page: on a dark one light and dark change places, hues do not.
+    ".circuits-view.dark .circuits-frame{filter:invert(1) hue-rotate(180deg)}"
     # Room for tooltips is kept once below the view, not within each frame.
     ".circuits-frame.tokens>div>div{padding-bottom:0!important}"
+    # A row that is wider than its frame by a margin to both sides.
+    ".circuits-frame>div>div>div{margin-left:0!important;margin-right:0!important}"
     # Columns of heads are laid out for the width of a page: four in a row of a narrow view.
     ".narrow>div>div>h3+div>div{flex:0 0 25%!important;max-width:25%!important;"
     "width:25%!important}.narrow h2,.narrow h3{font-size:13px!important;margin:4px 0!important}"
     ".narrow h4{font-size:9px!important}"
-    "@media print{.circuits-frame{height:auto!important;overflow:visible}}</style>"
+    "@media print{.circuits-frame{height:auto!important;overflow:visible}"
+    ".circuits-view.dark .circuits-frame{filter:none}}</style>"
+)
+# The colour of the text around tells a dark page, whatever made it dark.
+_FOLLOW = (
+    "function follow(id){const at=document.getElementById(id);if(!at)return;"
+    "const c=getComputedStyle(at).color.match(/\\d+/g);"
+    "at.classList.toggle('dark',0.3*c[0]+0.59*c[1]+0.11*c[2]>140)}"
 )
 _ON_TOKENS = ("ColoredTokens", "TokenLogProbs")
 
@@ -68,8 +80,10 @@ class CircuitsView:
         parts: The components.
         title: What they show.
         subtitle: Of which model and prompt; further notes.
-        height: Of each component in CSS pixels; attention scrolls within it, tokens may take more.
-        width: Of each component in CSS pixels; ``None``: they stand below each other.
+        height: Of each component in CSS pixels, within which attention scrolls, while tokens may
+            take more; ``None``: as high as it is.
+        width: Of each component in CSS pixels, on a narrower page the page's; ``None``: they stand
+            below each other.
         room: Pixels below that are kept for tooltips.
         element_id: Id of the element, different for every view.
     """
@@ -77,7 +91,7 @@ class CircuitsView:
     parts: tuple[ViewPart, ...]
     title: str = ""
     subtitle: str = ""
-    height: int = 420
+    height: int | None = None
     width: int | None = None
     room: int = 0
     element_id: str = field(default_factory=lambda: f"circuits-{uuid4().hex[:12]}")
@@ -93,13 +107,20 @@ class CircuitsView:
         for i, part in enumerate(self.parts):
             name = f"{self.element_id}-{i}"
             heading = f"<h5>{escape(part.heading)}</h5>" if part.heading else ""
-            classes, style = "circuits-frame", f"height:{self.height}px"
+            classes, style = ["circuits-frame"], []
             if part.component in _ON_TOKENS:
-                classes, style = f"{classes} tokens", f"min-{style}"
+                classes.append("tokens")
+                style.append(f"min-height:{self.height or 30}px")
+            elif self.height is None:
+                classes.append("whole")
+            else:
+                style.append(f"height:{self.height}px")
             if self.width is not None:
-                classes, style = f"{classes} narrow", f"{style};width:{self.width}px"
+                classes.append("narrow")
+                style.append(f"width:{self.width}px")
             frames.append(
-                f'<div class="circuits-part">{heading}<div class="{classes}" style="{style}">'
+                f'<div class="circuits-part">{heading}<div class="{" ".join(classes)}" '
+                f'style="{";".join(style)}">'
                 f'<div id="{name}">{escape(_WAITING)}</div></div></div>'
             )
             data = json.dumps(part.props, separators=(",", ":"), allow_nan=False)
@@ -116,10 +137,15 @@ class CircuitsView:
             "CircuitsVis.render(id,CircuitsVis[name],props)}"
             "else setTimeout(()=>draw(id,name,props),100)}"
         )
-        script = f"<script>(()=>{{{draw}{';'.join(calls)}}})()</script>" if calls else ""
+        follow = (
+            f"follow('{self.element_id}');matchMedia('(prefers-color-scheme: dark)')"
+            f".addEventListener('change',()=>setTimeout(()=>follow('{self.element_id}'),50))"
+        )
+        body = f"{_FOLLOW}{follow};{draw}{';'.join(calls)}"
+        script = f"<script>(()=>{{{body}}})()</script>" if calls else ""
         room = f' style="padding-bottom:{self.room}px"' if self.room else ""
         return (
-            f'{_STYLE}<div class="circuits-view attention-view"{room}>{head}'
+            f'{_STYLE}<div class="circuits-view attention-view" id="{self.element_id}"{room}>{head}'
             f'<div class="circuits-parts{stacked}">{"".join(frames)}</div></div>{script}'
         )
 

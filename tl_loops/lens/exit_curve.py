@@ -54,12 +54,14 @@ class ExitCurve:
         n_targets: Number of predicted tokens.
         shard: The shard of a run that this is, with the numbers of each of its batches; ``None``
             for a whole one.
+        has_answers: Whether answers were given, and not every next token predicted.
     """
 
     moments: Mapping[str, Moments]
     n_prompts: int
     n_targets: int
     shard: SavedRun | None = None
+    has_answers: bool = True
 
     @property
     def loss(self) -> Float[Tensor, "iteration"]:
@@ -133,7 +135,7 @@ class ExitCurve:
         added = _empty_sums(n_points)
         for number, batch in whole.batches.items():
             added.add(number, batch)
-        return _curve(added, n_points)
+        return _curve(added, n_points, self.has_answers)
 
 
 def _empty_sums(n_points: int) -> RunningMoments:
@@ -145,10 +147,13 @@ def _empty_sums(n_points: int) -> RunningMoments:
     )
 
 
-def _curve(added: RunningMoments, n_points: int, shard: SavedRun | None = None) -> ExitCurve:
+def _curve(
+    added: RunningMoments, n_points: int, has_answers: bool, shard: SavedRun | None = None
+) -> ExitCurve:
     flips = added.moments["flip_rate"].scattered(range(1, n_points), n_points)
     n_prompts, n_targets = added.counts
-    return ExitCurve({**added.moments, "flip_rate": flips}, n_prompts, n_targets, shard)
+    moments = {**added.moments, "flip_rate": flips}
+    return ExitCurve(moments, n_prompts, n_targets, shard, has_answers)
 
 
 @checked
@@ -224,7 +229,7 @@ def exit_curve(
         sizes = [len(batch) for batch in members]
         run = Run("exit curve", sizes, identify, {"n_points": len(points)})
         part = run_in_batches(run, compute, added.add, split, progress)
-        return _curve(added, len(points), part)
+        return _curve(added, len(points), answers is not None, part)
 
 
 def _check_exits(cfg: Any) -> None:

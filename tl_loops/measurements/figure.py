@@ -1,19 +1,33 @@
 """Depth profiles: by iteration, by layer and unrolled, as in arXiv 2604.11791 (section 4.1)."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from tl_loops.arguments import checked
-from tl_loops.drawing.colours import CODA, PRELUDE, REFERENCE, iteration_colours, layer_colours
+from tl_loops.drawing.colours import (
+    CODA,
+    MUTED,
+    PRELUDE,
+    REFERENCE,
+    iteration_colours,
+    layer_colours,
+)
 from tl_loops.drawing.depth import block_colours, depth_axis, iteration_rules, phase_spans
 from tl_loops.drawing.draw import draw
-from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, Rule, Span, as_array, every_few
+from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, Span, as_array, every_few
+from tl_loops.drawing.quantities import (
+    ITERATION,
+    RELATIVE_DEPTH,
+    named,
+    relative_depth_limits,
+)
 from tl_loops.drawing.subject import subject_of
 from tl_loops.errors import shortened
 from tl_loops.layout.layout import LoopLayout
-from tl_loops.measurements.labels import metric_label, metric_title, spans_decades
+from tl_loops.measurements.labels import metric_axis, metric_title, spans_decades
 
 if TYPE_CHECKING:  # a profile draws itself by this
     from tl_loops.measurements.profile import LoopProfile
@@ -23,7 +37,6 @@ _GROUPINGS = {
     "layer": "by layer",
     "unrolled": "along the unrolled depth",
 }
-RELATIVE_DEPTH = "relative depth in one pass (%)"
 
 
 @checked
@@ -95,7 +108,7 @@ def profile_panel(
     """
     values = _Values(profile, metric, std)
     layout = profile.layout
-    y = Axis(metric_label(metric), log=log)
+    y = metric_axis(metric, log)
     if layout is None or by == "unrolled":
         marks, x = _unrolled(values, layout, profile.n_layers)
     elif by == "iteration":
@@ -144,7 +157,7 @@ def _unrolled(values: _Values, layout: LoopLayout | None, n_blocks: int) -> tupl
     marks: list[Mark] = [*phase_spans(layout), *iteration_rules(layout)]
     marks.append(
         values.line(
-            blocks, blocks, "mean", "#b7bcc4", symbol=None, width=1.5, in_legend=False
+            blocks, blocks, "mean", MUTED, symbol=None, width=1.5, in_legend=False
         )
     )  # fmt: skip
     colours = block_colours(layout)
@@ -164,29 +177,31 @@ def _by_iteration(
 ) -> tuple[list[Mark], Axis]:
     T = layout.n_iterations
     marks: list[Mark] = list(pass_spans(layout, depth))
-    named = every_few(T)
+    in_legend = every_few(T)
     for t, colour in enumerate(iteration_colours(T)):
         name = f"iteration {t}"
-        marks.append(values.line(layout.pass_blocks(t), depth, name, colour, in_legend=named(t)))
-    return marks, Axis(RELATIVE_DEPTH, limits=pass_limits(depth))
+        marks.append(
+            values.line(layout.pass_blocks(t), depth, name, colour, in_legend=in_legend(t))
+        )
+    return marks, pass_axis(len(depth))
+
+
+def pass_axis(places: int) -> Axis:
+    """The relative depth in one pass, with room for prelude and coda at its ends."""
+    axis = named(RELATIVE_DEPTH, "relative depth in one pass (%)")
+    return replace(axis, limits=relative_depth_limits(places))
 
 
 def pass_spans(layout: LoopLayout, depth: np.ndarray) -> tuple[Span, ...]:
     """Prelude and coda as shaded ranges of the relative depth."""
-    first, last = pass_limits(depth)
-    edges = np.linspace(first, last, len(depth) + 1).tolist()
+    first, last = relative_depth_limits(len(depth))
+    edges = [first, *((depth[:-1] + depth[1:]) / 2).tolist(), last]
     spans = []
     if layout.n_prelude:
         spans.append(Span(edges[0], edges[layout.n_prelude], "prelude", PRELUDE))
     if layout.n_coda:
         spans.append(Span(edges[-1 - layout.n_coda], edges[-1], "coda", CODA))
     return tuple(spans)
-
-
-def pass_limits(depth: np.ndarray) -> tuple[float, float]:
-    """Ends of an axis of relative depth: half a block beyond the first and the last."""
-    half = float(depth[1] - depth[0]) / 2 if len(depth) > 1 else 50.0
-    return float(depth[0]) - half, float(depth[-1]) + half
 
 
 def _by_layer(values: _Values, layout: LoopLayout) -> tuple[list[Mark], Axis]:
@@ -196,11 +211,13 @@ def _by_layer(values: _Values, layout: LoopLayout) -> tuple[list[Mark], Axis]:
     coda = list(range(layout.coda_start, layout.n_layers))
     for blocks, place, side, colour in ((prelude, -1, "prelude", PRELUDE), (coda, T, "coda", CODA)):
         if values.exists[blocks].any():
-            marks.append(Rule(place + (0.5 if place < 0 else -0.5)))
+            marks.append(Span(place - 0.5, place + 0.5, side, colour))
             x = torch.full((len(blocks),), float(place))
             marks.append(
-                values.line(blocks, x, side, colour, joined=False, symbol="diamond")
-            )  # fmt: skip
+                values.line(
+                    blocks, x, side, colour, joined=False, symbol="diamond", in_legend=False
+                )
+            )
     named = every_few(layout.n_core)
     for layer, colour in enumerate(layer_colours(layout.n_core)):
         blocks = [layout.index(iteration=t, layer=layer) for t in range(T)]
@@ -208,9 +225,10 @@ def _by_layer(values: _Values, layout: LoopLayout) -> tuple[list[Mark], Axis]:
             values.line(blocks, range(T), f"layer {layer}", colour, in_legend=named(layer))
         )
     step = max(1, T // 16)
-    ticks = [(t, str(t)) for t in range(0, T, step)]
-    if any(isinstance(mark, Rule) and mark.at < 0 for mark in marks):
-        ticks.insert(0, (-1, "prelude"))
-    if any(isinstance(mark, Rule) and mark.at > 0 for mark in marks):
-        ticks.append((T, "coda"))
-    return marks, Axis("iteration", ticks=tuple(ticks))
+    # Prelude and coda have a place beside the iterations, but no number.
+    ticks = tuple((t, str(t)) for t in range(0, T, step))
+    ends = [-0.5, T - 0.5]
+    for mark in marks:
+        if isinstance(mark, Span):
+            ends += [mark.start, mark.stop]
+    return marks, replace(ITERATION, ticks=ticks, limits=(min(ends), max(ends)))

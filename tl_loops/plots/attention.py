@@ -15,6 +15,7 @@ from tl_loops.drawing.subject import subject_of
 from tl_loops.drawing.views import CircuitsView, Component, ViewPart
 from tl_loops.errors import shortened
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.model import Model
 from tl_loops.layout.selection import Selection, chosen_indices, one_index
 from tl_loops.upstream.inputs import token_ids
 
@@ -24,7 +25,8 @@ def attention_view(
     tokens: Sequence[str],
     attention: Float[Tensor, "head dest src"],
     head_names: Sequence[str] | None = None,
-    height: int = 420,
+    height: int | None = None,
+    width: int = 460,
     digits: int = 3,
     title: str = "",
 ) -> CircuitsView:
@@ -34,7 +36,8 @@ def attention_view(
         tokens: The prompt's tokens as text (``model.to_str_tokens``).
         attention: Patterns of one prompt, e.g. ``cache["pattern", 3, 0][0]``; values in [0, 1].
         head_names: One name per head; ``None``: H0, H1, ...
-        height: Height in CSS pixels.
+        height: Height in CSS pixels, within which it scrolls; ``None``: all of it is shown.
+        width: Width in CSS pixels, on a narrower page the page's.
         digits: Decimals that are kept.
         title: Above the view.
 
@@ -49,7 +52,7 @@ def attention_view(
     if len(names) != heads:
         raise ValueError(f"got {len(names)} head names for {heads} heads")
     part, note = _part("", "AttentionHeads", list(tokens), attention, names, digits)
-    return CircuitsView((part,), title, note, height)
+    return CircuitsView((part,), title, note, height, width)
 
 
 @checked
@@ -61,9 +64,10 @@ def attention_heads(
     layers: Selection | None = None,
     heads: Selection | None = None,
     row: int = 0,
+    model: Model | None = None,
     layout: LoopLayout | None = None,
     title: str | None = None,
-    height: int = 420,
+    height: int | None = None,
     width: int = 380,
     digits: int = 3,
 ) -> CircuitsView:
@@ -74,15 +78,16 @@ def attention_heads(
 
     Args:
         source: An activation cache with ``pattern``; or patterns [block, head, dest, src], with a
-            layout.
+            model or a layout.
         tokens: The prompt: text, tokens [pos] or [1, pos], or its tokens as text.
         iterations: Which ones, negative from the last; ``None``: all.
         layers: Which core layers; ``None``: all.
         heads: Which heads; ``None``: all.
         row: Which prompt of a cache.
-        layout: Of the patterns, where the source is a tensor.
+        model: The model, where the source is a tensor; it also reads the tokens.
+        layout: Of the patterns, where the source is a tensor and the model is not at hand.
         title: In place of the general one.
-        height: Of each column in CSS pixels.
+        height: Of each column in CSS pixels, within which it scrolls; ``None``: all is shown.
         width: Of each column in CSS pixels.
         digits: Decimals that are kept.
 
@@ -93,9 +98,9 @@ def attention_heads(
         ValueError: No layout, no pattern, or tokens of another number.
         IndexError: An iteration, layer or head that does not exist.
     """
-    patterns, layout = _patterns(source, layout, row)
+    patterns, layout = _patterns(source, model, layout, row)
     n_heads = patterns.shape[1]
-    words = token_texts(source, tokens)
+    words = token_texts(source if model is None else model, tokens)
     chosen = chosen_indices("head", n_heads, heads)
     parts, notes = [], []
     for t in chosen_indices("iteration", layout.n_iterations, iterations):
@@ -109,7 +114,7 @@ def attention_heads(
         parts.append(part)
         notes.append(note)
     return _side_by_side(
-        source, words, parts, notes, title or "Attention heads by iteration", height, width
+        source, model, words, parts, notes, title or "Attention heads by iteration", height, width
     )
 
 
@@ -122,10 +127,11 @@ def attention_patterns(
     head: int = 0,
     iterations: Selection | None = None,
     row: int = 0,
+    model: Model | None = None,
     layout: LoopLayout | None = None,
     title: str | None = None,
-    height: int = 430,
-    width: int = 400,
+    height: int | None = None,
+    width: int = 380,
     digits: int = 3,
 ) -> CircuitsView:
     """The pattern of one head, large, in one iteration beside the other.
@@ -137,9 +143,10 @@ def attention_patterns(
         head: Head.
         iterations: Which ones, negative from the last; ``None``: all.
         row: Which prompt of a cache.
-        layout: Of the patterns, where the source is a tensor.
+        model: The model, where the source is a tensor; it also reads the tokens.
+        layout: Of the patterns, where the source is a tensor and the model is not at hand.
         title: In place of the general one.
-        height: Of each column in CSS pixels.
+        height: Of each column in CSS pixels, within which it scrolls; ``None``: all is shown.
         width: Of each column in CSS pixels.
         digits: Decimals that are kept.
 
@@ -150,8 +157,8 @@ def attention_patterns(
         ValueError: As :func:`attention_heads`.
         IndexError: As :func:`attention_heads`.
     """
-    patterns, layout = _patterns(source, layout, row)
-    words = token_texts(source, tokens)
+    patterns, layout = _patterns(source, model, layout, row)
+    words = token_texts(source if model is None else model, tokens)
     head = one_index("head", head, patterns.shape[1])
     parts, notes = [], []
     for t in chosen_indices("iteration", layout.n_iterations, iterations):
@@ -162,7 +169,7 @@ def attention_patterns(
         parts.append(part)
         notes.append(note)
     heading = title or f"Attention pattern of layer {layer}, head {head} by iteration"
-    return _side_by_side(source, words, parts, notes, heading, height, width)
+    return _side_by_side(source, model, words, parts, notes, heading, height, width)
 
 
 def token_texts(source: Any, tokens: Any) -> list[str]:
@@ -204,14 +211,15 @@ def prompt_text(words: list[str]) -> str:
 
 def _side_by_side(
     source: Any,
+    model: Model | None,
     words: list[str],
     parts: list[ViewPart],
     notes: list[str],
     title: str,
-    height: int,
+    height: int | None,
     width: int,
 ) -> CircuitsView:
-    subject = subject_of(source, prompts=prompt_text(words))
+    subject = subject_of(source, model=model, prompts=prompt_text(words))
     line = [subject.line(complete=False), *dict.fromkeys(note for note in notes if note)]
     if not parts:
         line.append("there is no iteration to show")
@@ -219,15 +227,16 @@ def _side_by_side(
 
 
 def _patterns(
-    source: Any, layout: LoopLayout | None, row: int
+    source: Any, model: Model | None, layout: LoopLayout | None, row: int
 ) -> tuple[Float[Tensor, "block head dest src"], LoopLayout]:
     if hasattr(source, "cache_dict"):
         layout = getattr(source, "layout", None)
         if layout is None:
             raise ValueError("the cache is of a model without a loop: use attention_view")
         return block_values(source, "pattern", row), layout
+    layout = getattr(model, "layout", None) if layout is None else layout
     if layout is None:
-        raise ValueError("patterns without a cache need layout=model.layout")
+        raise ValueError("patterns without a cache need model=..., or layout=model.layout")
     if source.ndim != 4 or source.shape[0] != layout.n_layers:
         raise ValueError(
             f"patterns has shape {list(source.shape)}, expected [block, head, dest, src] with "

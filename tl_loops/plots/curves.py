@@ -1,5 +1,6 @@
 """Any curves over iterations, layers or anything else, as a figure."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from tl_loops.drawing.colours import DISTINCT, iteration_colours, layer_colours
 from tl_loops.drawing.depth import depth_axis, iteration_rules, phase_spans
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, as_array, every_few
+from tl_loops.drawing.quantities import ITERATION, named
 from tl_loops.drawing.subject import subject_of
 from tl_loops.layout.model import Model
 
@@ -24,6 +26,7 @@ def plot_curves(
     x: Float[Tensor, "point"] | Sequence[float | int] | str | None = None,
     x_label: str | None = None,
     y_label: str = "value",
+    bounds: tuple[float | int, float | int] | None = None,
     legend: str = "",
     colours: str = "distinct",
     log: bool = False,
@@ -42,6 +45,8 @@ def plot_curves(
             blocks of ``model``, with prelude and coda marked.
         x_label: Quantity and unit along x, where x holds numbers.
         y_label: Quantity and unit along y.
+        bounds: The least and the largest value that the quantity can have, such as ``(0, 1)`` of a
+            share; the axis does not go beyond. ``None``: there are none.
         legend: What the names are.
         colours: Green to yellow, blue to green, or colours without an order.
         log: Whether the values' axis is logarithmic.
@@ -67,14 +72,14 @@ def plot_curves(
         raise ValueError(f"colours={colours!r}, expected 'iterations', 'layers' or 'distinct'")
     subject = subject_of(model=model, prompts=prompts)
     marks: list[Mark] = []
-    axis = Axis(x_label or ("iteration" if x is None else "x"), whole=x is None)
+    axis = named(ITERATION, x_label or "iteration") if x is None else Axis(x_label or "x")
     if isinstance(x, str):
         if x != "blocks" or model is None or isinstance(model, str):
             raise ValueError(f"x={x!r}, expected numbers, None, or 'blocks' with model=...")
         n_blocks, layout = model.cfg.n_layers, subject.layout
         axis, x = depth_axis(layout, n_blocks), list(range(n_blocks))
         marks += [*phase_spans(layout), *iteration_rules(layout)]
-    named = every_few(len(curves), most=20)
+    in_legend = every_few(len(curves), most=20)
     for i, (name, values) in enumerate(curves.items()):
         y = as_array(values)
         places = np.arange(len(y), dtype=np.float64) if x is None else as_array(x)
@@ -85,12 +90,13 @@ def plot_curves(
             )
         spread = as_array(std[name]) if std is not None and name in std else None
         colour = palette[colours][i]
-        marks.append(Line(places, y, name, colour, spread=spread, in_legend=named(i)))
+        marks.append(Line(places, y, name, colour, spread=spread, in_legend=in_legend(i)))
     known = model is not None or prompts is not None
+    y = Axis(y_label, log=log, bounds=bounds or (-math.inf, math.inf))
     figure = Figure(
         title,
         subject.line(complete=False) if known else "",
-        (Panel(tuple(marks), axis, Axis(y_label, log=log)),),
+        (Panel(tuple(marks), axis, y),),
         legend=legend,
     )
     return draw(figure, backend, **options)

@@ -1,6 +1,8 @@
 """Exits: when a model would leave the loop, and what it would have said."""
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,18 +13,24 @@ from tl_loops.arguments import checked
 from tl_loops.drawing.colours import DISTINCT
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Bars, Figure, Line, Panel, as_array
+from tl_loops.drawing.quantities import ITERATION, PROBABILITY, share
 from tl_loops.drawing.subject import subject_of
 from tl_loops.layout.model import Model
 from tl_loops.lens.exit_curve import ExitCurve
 from tl_loops.measurements.profile import LoopProfile
 
 _CURVES = {
-    "loss": ("Loss", "cross entropy (nats per token)"),
-    "accuracy": ("Accuracy: right answers", "share of answers (0 to 1)"),
-    "kl_to_last": ("Distance to the last readout", "KL(last || this) (nats)"),
-    "flip_rate": ("Flips: changed since the one before", "share of answers (0 to 1)"),
-    "overthinking": ("Overthinking: right here, wrong at last", "share of answers (0 to 1)"),
+    "loss": ("Loss", Axis("cross entropy (nats per token)", bounds=(0, math.inf))),
+    "accuracy": ("Accuracy: right answers", share("answers")),
+    "kl_to_last": (
+        "Distance to the last readout",
+        Axis("KL(last || this) (nats)", bounds=(0, math.inf)),
+    ),
+    "flip_rate": ("Flips: changed since the one before", share("predictions")),
+    "overthinking": ("Overthinking: right here, wrong at last", share("answers")),
 }
+
+_OF_ANSWERS = ("accuracy", "overthinking")
 
 Exits = (
     LoopProfile
@@ -78,7 +86,7 @@ def plot_exits(
         else:
             n_iterations = subject.n_iterations
         shares = {name: _histogram(name, v, n_iterations) for name, v in given.items()}
-        y = Axis("share of tokens (0 to 1)", limits=(0.0, 1.0))
+        y = share("tokens")
         heading = "Exit iteration"
         notes = tuple(
             f"{name}: {v.numel()} tokens, mean {as_array(v).mean():.2f}."
@@ -88,7 +96,7 @@ def plot_exits(
     else:
         probability = _probabilities(source)
         shares = {"probability": probability}
-        y = Axis("probability (0 to 1)", limits=(0.0, 1.0))
+        y = PROBABILITY
         heading = "Exit distribution"
         expected = float(np.arange(len(probability)) @ probability) if len(probability) else np.nan
         notes = (f"Expected exit: iteration {expected:.2f}.",) if np.isfinite(expected) else ()
@@ -100,7 +108,7 @@ def plot_exits(
     )
     if subject.n_iterations is None:
         subject = subject_of(source, model=model, prompts=prompts, n_iterations=n)
-    axis = Axis("iteration", ticks=_ticks(n), limits=(-0.6, max(n, 1) - 0.4))
+    axis = replace(ITERATION, limits=(-0.6, max(n, 1) - 0.4))
     figure = Figure(
         title or heading,
         subject.line(complete=title is None),
@@ -125,6 +133,8 @@ def plot_exit_curves(
 ) -> Any:
     """Loss, accuracy, distance to the last readout, flips and overthinking by forced exit.
 
+    Without answers there are loss, distance and flips of the predicted tokens.
+
     Args:
         curve: From :func:`tl_loops.exit_curve`.
         std: Whether bands show one standard deviation over prompts.
@@ -142,7 +152,9 @@ def plot_exit_curves(
     """
     panels = []
     n = curve.moments["loss"].mean.shape[0]
-    for i, (name, (heading, label)) in enumerate(_CURVES.items()):
+    for i, (name, (heading, y)) in enumerate(_CURVES.items()):
+        if name in _OF_ANSWERS and not curve.has_answers:
+            continue
         moments = curve.moments[name]
         exists = as_array(moments.count + moments.undefined) > 0
         x = np.arange(n, dtype=np.float64)[exists]
@@ -158,13 +170,13 @@ def plot_exit_curves(
             spread=np.nan_to_num(spread) if std else None,
             in_legend=False,
         )
-        axis = Axis("exit after iteration", ticks=_ticks(n), limits=(-0.5, n - 0.5))
-        panels.append(Panel((line,), axis, Axis(label), title=heading, note=note))
+        axis = replace(ITERATION, label="exit after iteration", limits=(-0.5, n - 0.5))
+        panels.append(Panel((line,), axis, y, title=heading, note=note))
     subject = subject_of(
         model=model, prompts=curve.n_prompts if prompts is None else prompts, n_iterations=n
     )
     notes = [f"{curve.n_targets} predicted tokens."]
-    if np.isfinite(curve.oracle_headroom):
+    if curve.has_answers and np.isfinite(curve.oracle_headroom):
         notes.append(
             f"A perfect choice of the exit would add {curve.oracle_headroom:.3f} accuracy."
         )
@@ -213,8 +225,3 @@ def _histogram(name: str, exits: Tensor, n_iterations: int) -> np.ndarray:
             "iterations, counted from 0"
         )
     return np.bincount(flat.numpy(), minlength=n_iterations) / flat.numel()
-
-
-def _ticks(n: int) -> tuple[tuple[int, str], ...]:
-    step = max(1, n // 16)
-    return tuple((t, str(t)) for t in range(0, n, step))

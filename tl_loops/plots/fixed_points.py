@@ -9,12 +9,14 @@ from torch import Tensor
 
 from tl_loops.arguments import checked
 from tl_loops.drawing.colours import layer_colours
+from tl_loops.drawing.depth import iteration_values
 from tl_loops.drawing.draw import draw
-from tl_loops.drawing.figure import Axis, Figure, Line, Panel, as_array, every_few
+from tl_loops.drawing.figure import Figure, Line, Panel, as_array, every_few
+from tl_loops.drawing.quantities import ITERATION
 from tl_loops.drawing.subject import subject_of
 from tl_loops.layout.model import Model
 from tl_loops.measurements.figure import profile_panel
-from tl_loops.measurements.labels import metric_label, metric_title, spans_decades
+from tl_loops.measurements.labels import metric_axis, metric_title, spans_decades
 from tl_loops.measurements.profile import LoopProfile
 from tl_loops.metrics.dynamics import fixed_point_distance, successive_difference
 
@@ -23,7 +25,7 @@ _DEFAULT = ("successive_difference", "fixed_point_distance")
 
 @checked
 def plot_fixed_points(
-    source: LoopProfile | Float[Tensor, "..."],
+    source: LoopProfile | Float[Tensor, "..."] | Any,
     metrics: Sequence[str] | None = None,
     *,
     std: bool = False,
@@ -40,13 +42,14 @@ def plot_fixed_points(
     distance at the last iteration is 0 by construction and left out.
 
     Args:
-        source: A profile with such metrics; or states [iteration, layer, ..., d_model] of one
-            trajectory ([iteration, d_model] for one layer and token), of which tokens are averaged.
+        source: A profile with such metrics; an activation cache with ``resid_post`` of the core,
+            without padding; or states [iteration, layer, ..., d_model] of one trajectory
+            ([iteration, d_model] for one layer and token). Tokens are averaged.
         metrics: Which metrics of a profile, one panel each; ``None``: the successive difference
             and the fixed-point distance, or their relative versions.
         std: Whether bands show one standard deviation over prompts (of a profile).
         model: Model or its name, where the source is a tensor.
-        prompts: Their number or text, where the source is a tensor.
+        prompts: Their number or text, where the source is no profile.
         title: In place of the general one.
         backend: See :func:`tl_loops.plots.draw`.
         **options: ``width``, ``height``, and what the library takes.
@@ -55,9 +58,10 @@ def plot_fixed_points(
         A figure of the library.
 
     Raises:
-        ValueError: The profile has no such metric.
+        ValueError: The profile has no such metric, or the cache lacks the stream.
         ImportError: The library is missing.
     """
+    given, source = source, iteration_values(source, "resid_post")
     if isinstance(source, LoopProfile):
         names = _available(source) if metrics is None else tuple(metrics)
         panels = tuple(
@@ -67,7 +71,7 @@ def plot_fixed_points(
     else:
         panels = _of_states(source)
     n_iterations = None if isinstance(source, LoopProfile) else source.shape[0]
-    subject = subject_of(source, model=model, prompts=prompts, n_iterations=n_iterations)
+    subject = subject_of(given, model=model, prompts=prompts, n_iterations=n_iterations)
     if subject.n_iterations == 1:
         note = "Nothing to draw: with one iteration only there is no step and no distance."
         panels = tuple(
@@ -104,7 +108,6 @@ def _of_states(states: Tensor) -> tuple[Panel, ...]:
         states = states[:, None]
     # The metrics average over the axis before the last, so a layer of one token needs one.
     states = states.unsqueeze(-2) if states.ndim == 3 else states
-    x = Axis("iteration", whole=True)
     panels = []
     for name, function in zip(_DEFAULT, (successive_difference, fixed_point_distance), strict=True):
         values = function(states) if states.shape[0] else states.new_zeros(0, states.shape[1])
@@ -117,5 +120,6 @@ def _of_states(states: Tensor) -> tuple[Panel, ...]:
             Line(steps, values[:, layer], f"layer {layer}", colour, in_legend=named(layer))
             for layer, colour in enumerate(layer_colours(n_layers))
         )
-        panels.append(Panel(marks, x, Axis(metric_label(name), log=True), title=metric_title(name)))
+        y = metric_axis(name, log=True)
+        panels.append(Panel(marks, ITERATION, y, title=metric_title(name)))
     return tuple(panels)

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_loops.arguments import checked
+from tl_loops.drawing.colours import MUTED
 from tl_loops.drawing.depth import PHASES, block_groups, block_values
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Box, ColourScale, Figure, Heat, Mark, Panel, as_array
@@ -107,8 +108,9 @@ def plot_floorplan(
         line,
         tuple(panels),
         panel_size=(width, height),
-        colours=ColourScale("attention weight", limits=(0.0, 1.0)),
+        colours=ColourScale("attention weight", "weights"),
         footnotes=(footnote,),
+        keeps_shape=True,
     )
     return draw(figure, backend, **options)
 
@@ -175,7 +177,7 @@ def _panel(
                 canvas[head * side : head * side + size, at : at + size] = square
             ticks.append((at + (size - 1) / 2, names[block]))
             at += side
-        outline = colour or "#c4c8ce"
+        outline = colour or MUTED
         # Without its name an outline tells nothing, so iterations are named by their ticks.
         label = name if colour else ""
         marks.append(

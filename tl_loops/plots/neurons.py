@@ -1,5 +1,6 @@
 """Prediction and suppression neurons by depth: from the weights, the same in every iteration."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from tl_loops.arguments import checked
 from tl_loops.drawing.colours import CODA, DISTINCT, PRELUDE
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, Span, as_array
+from tl_loops.drawing.quantities import RELATIVE_DEPTH, relative_depth_limits, share
 from tl_loops.drawing.subject import subject_of
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
@@ -63,16 +65,16 @@ def plot_neurons(
         ):
             if found is None:
                 continue
-            share = as_array(getattr(found, f"{kind}_fraction"))
+            part = as_array(getattr(found, f"{kind}_fraction"))
             count = getattr(found, f"{kind}_count").tolist()
-            where = names if not dashed else [f"layer {layer}" for layer in range(len(share))]
+            where = names if not dashed else [f"layer {layer}" for layer in range(len(part))]
             hover = [
                 f"{place}: {n} {kind} neurons ({100 * s:.2g}%)"
-                for place, n, s in zip(where, count, share, strict=True)
+                for place, n, s in zip(where, count, part, strict=True)
             ]
-            x = _places(len(share), relative)
-            marks.append(Line(x, share, label, colour, hover=hover, dashed=dashed))
-    axis = Axis("relative depth (%)")
+            x = _places(len(part), relative)
+            marks.append(Line(x, part, label, colour, hover=hover, dashed=dashed))
+    axis = replace(RELATIVE_DEPTH, limits=relative_depth_limits(n_layers))
     if not relative:
         ticks = tuple(enumerate(name.removeprefix("layer ") for name in names))
         axis = Axis("physical layer", ticks=ticks, limits=(-0.5, n_layers - 0.5))
@@ -80,7 +82,7 @@ def plot_neurons(
     figure = Figure(
         title or "Prediction and suppression neurons by depth",
         " · ".join(part for part in (line, "weights only, no prompts") if part),
-        (Panel(tuple(marks), axis, Axis("share of the layer's neurons (0 to 1)")),),
+        (Panel(tuple(marks), axis, share("the layer's neurons")),),
         legend="kind",
     )
     return draw(figure, backend, **options)

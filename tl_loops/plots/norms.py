@@ -10,7 +10,8 @@ from tl_loops.arguments import checked
 from tl_loops.drawing.colours import DISTINCT
 from tl_loops.drawing.depth import block_values, depth_axis, iteration_rules, phase_spans
 from tl_loops.drawing.draw import draw
-from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, as_array
+from tl_loops.drawing.figure import Figure, Line, Mark, Panel, as_array
+from tl_loops.drawing.quantities import LENGTH
 from tl_loops.drawing.subject import subject_of
 from tl_loops.errors import shortened
 from tl_loops.layout.model import Model
@@ -94,4 +95,4 @@ def _of_streams(resid: Tensor, layout: Any) -> Panel:
             curves += [others.max(-1).mean(1), others.mean((-2, -1))]
         for name, colour, values in zip(_CURVES, DISTINCT, curves, strict=False):
             marks.append(Line(x, values, name, colour))
-    return Panel(tuple(marks), depth_axis(layout, n_blocks), Axis("L2 norm", log=True))
+    return Panel(tuple(marks), depth_axis(layout, n_blocks), LENGTH)

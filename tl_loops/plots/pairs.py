@@ -11,6 +11,7 @@ from tl_loops.arguments import checked
 from tl_loops.drawing.depth import block_ticks, block_values, matrix_marks
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, ColourScale, Figure, Heat, Panel, as_array
+from tl_loops.drawing.quantities import BLOCK
 from tl_loops.drawing.subject import shown_text, subject_of
 from tl_loops.layout.model import Model
 from tl_loops.metrics.pairwise import pairwise_cosine, pairwise_pattern_distance
@@ -75,7 +76,7 @@ def plot_pairs(
     layout = subject.layout
     if layout is not None and layout.n_layers != len(matrix):
         layout = None
-    axis = Axis("block", whole=True)
+    axis = BLOCK
     if layout is not None:
         axis = Axis("unrolled block", ticks=block_ticks(layout, range(len(matrix))))
     names = list(map(str, range(len(matrix)))) if layout is None else layout.labels()
@@ -88,6 +89,7 @@ def plot_pairs(
         (panel,),
         panel_size=(480, 440),
         colours=ColourScale.of(matrix, unit),
+        keeps_shape=True,
     )
     return draw(figure, backend, **options)
 

@@ -8,6 +8,7 @@ from tl_loops.arguments import checked
 from tl_loops.drawing.colours import CODA, DISTINCT, PRELUDE, layer_colours
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, Rule, Span, as_array, every_few
+from tl_loops.drawing.quantities import ITERATION, RANK
 from tl_loops.drawing.subject import subject_of
 from tl_loops.layout.model import Model
 from tl_loops.lens.points import LensPoint
@@ -55,7 +56,7 @@ def plot_ranks(
         raise ValueError(f"by={by!r}, expected 'depth' or 'layer'")
     ranks = _mean_ranks(result)
     points = result.points
-    y = Axis("rank (1 is the top; geometric mean)", log=True, reversed=True)
+    y = RANK
     n_iterations = len({p.iteration for p in points if p.iteration is not None}) or None
     if by == "depth":
         x = np.arange(len(points), dtype=np.float64)
@@ -142,4 +143,4 @@ def _by_layer(name: str, rank: np.ndarray, points: tuple[LensPoint, ...], y: Axi
         x = np.array([t for t, _ in members], dtype=np.float64)
         values = rank[[at for _, at in members]]
         marks.append(Line(x, values, label, colour, in_legend=named(i)))
-    return Panel(tuple(marks), Axis("iteration", whole=True), y, title=name)
+    return Panel(tuple(marks), ITERATION, y, title=name)

@@ -1,5 +1,6 @@
 """Stages of inference: the curves of a looped block over those of a feedforward model."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ from tl_loops.arguments import checked
 from tl_loops.drawing.colours import REFERENCE, iteration_colours
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, as_array, every_few
+from tl_loops.drawing.quantities import RELATIVE_DEPTH, relative_depth_limits
 from tl_loops.drawing.subject import subject_of
 from tl_loops.layout.model import Model
-from tl_loops.measurements.figure import pass_limits, pass_spans
-from tl_loops.measurements.labels import metric_label, metric_title
+from tl_loops.measurements.figure import pass_spans
+from tl_loops.measurements.labels import metric_axis, metric_title
 from tl_loops.measurements.profile import LoopProfile
 from tl_loops.metrics.stages import StageAlignment, align_stages
 
@@ -102,12 +104,12 @@ def plot_stages(
     notes = []
     if alignment is not None and len(curves):
         notes.append(f"Last iteration{_numbers(alignment, len(curves) - 1)}.")
-    limits = pass_limits(depth) if len(depth) else None
-    label = "value" if metric is None else metric_label(metric)
+    x = replace(RELATIVE_DEPTH, limits=relative_depth_limits(len(depth)))
+    y = Axis("value") if metric is None else metric_axis(metric)
     figure = Figure(
         title or f"{'Stages' if metric is None else metric_title(metric)}: iterations over {name}",
         subject.line(complete=title is None),
-        (Panel(tuple(marks), Axis("relative depth (%)", limits=limits), Axis(label)),),
+        (Panel(tuple(marks), x, y),),
         legend="curve",
         footnotes=tuple(notes),
     )

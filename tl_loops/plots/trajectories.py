@@ -8,8 +8,10 @@ from torch import Tensor
 
 from tl_loops.arguments import checked
 from tl_loops.drawing.colours import DISTINCT
+from tl_loops.drawing.depth import iteration_values
 from tl_loops.drawing.draw import draw
-from tl_loops.drawing.figure import Axis, Figure, Line, Panel, as_array
+from tl_loops.drawing.figure import Figure, Line, Panel, as_array
+from tl_loops.drawing.quantities import AMPLITUDE, COSINE, FREQUENCY, ITERATION, named
 from tl_loops.drawing.subject import subject_of
 from tl_loops.layout.model import Model
 from tl_loops.metrics.trajectories import (
@@ -29,7 +31,7 @@ _TYPICAL = {
 
 @checked
 def plot_trajectories(
-    source: TrajectoryClassification | Float[Tensor, "iteration *tokens d_model"],
+    source: TrajectoryClassification | Float[Tensor, "iteration *tokens d_model"] | Any,
     *,
     examples: int = 1,
     model: Model | str | None = None,
@@ -46,8 +48,9 @@ def plot_trajectories(
     the fastest slider, the unknown path that falls back the most.
 
     Args:
-        source: From :func:`tl_loops.metrics.classify_trajectory`, or states
-            [iteration, ..., d_model], which are classified with its defaults.
+        source: From :func:`tl_loops.metrics.classify_trajectory`; or an activation cache with
+            ``state_out``, or states [iteration, ..., d_model], which are classified with its
+            defaults.
         examples: Tokens of each class, at most.
         model: Model or its name.
         prompts: Their number or text.
@@ -60,11 +63,12 @@ def plot_trajectories(
         stand under the title.
 
     Raises:
-        ValueError: ``examples`` is below 1.
+        ValueError: ``examples`` is below 1, or the cache lacks the states.
         ImportError: The library is missing.
     """
     if examples < 1:
         raise ValueError(f"examples={examples}, expected at least 1")
+    given, source = source, iteration_values(source, "state_out")
     found = source if isinstance(source, TrajectoryClassification) else classify_trajectory(source)
     similarity = as_array(found.similarity)
     n_iterations = similarity.shape[0]
@@ -74,8 +78,7 @@ def plot_trajectories(
 
     panels: list[Panel] = []
     t = np.arange(n_iterations, dtype=np.float64)
-    x, y = Axis("iteration", whole=True), Axis("cosine to the last state")
-    frequency = Axis("frequency (cycles per iteration)")
+    x, y = ITERATION, named(COSINE, "cosine to the last state")
     for kind, colour in zip(TRAJECTORY_LABELS, DISTINCT, strict=False):
         members = np.flatnonzero(labels == kind)
         if not len(members) or n_iterations < 2:
@@ -93,9 +96,7 @@ def plot_trajectories(
             spectra.append(Line(places, amplitude, name, colour, symbol=None, in_legend=False))
         shown = paths[0].name if len(paths) == 1 else f"{len(paths)} tokens"
         panels.append(Panel(tuple(paths), x, y, title=f"{words}: {shown}"))
-        panels.append(
-            Panel(tuple(spectra), frequency, Axis("amplitude"), title=f"{words}: spectrum")
-        )
+        panels.append(Panel(tuple(spectra), FREQUENCY, AMPLITUDE, title=f"{words}: spectrum"))
     if not panels:
         note = "Nothing to draw: there is no token."
         if labels.size and n_iterations < 2:
@@ -106,7 +107,7 @@ def plot_trajectories(
         for kind in TRAJECTORY_LABELS
         if labels.size
     )
-    subject = subject_of(model=model, prompts=prompts)
+    subject = subject_of(given, model=model, prompts=prompts)
     if subject.n_iterations != n_iterations:  # a long trajectory of a model that is set to fewer
         name = model if isinstance(model, str) or model is None else model.cfg.model_name
         subject = subject_of(model=name, prompts=prompts, n_iterations=n_iterations)

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from html import escape
 
 import torch
+from torch import Tensor
 
 from tl_loops import plots
+from tl_loops.drawing.subject import shown_text
 from tl_loops.layout.model import Model
 from tl_loops.lens import coda_lens
 from tl_loops.lens.exit_curve import exit_curve
@@ -14,8 +16,8 @@ from tl_loops.report.section import (
     answer_token,
     by_length,
     html_figure,
+    page_figure,
     percent,
-    plotly_figure,
     shortened,
 )
 from tl_loops.tasks.prompts import PromptText
@@ -36,71 +38,93 @@ def readout_section(model: Model, prompts: Sequence[PromptText], progress: bool)
         progress=progress,
     )
     T = model.cfg.n_iterations
-    if has_answers:
-        values = curve.accuracy
-        finding = (
-            f"Read out after one iteration the model answers {percent(values[0])} of "
-            f"{len(prompts)} prompts correctly, after {T} {percent(values[-1])}; the most, "
-            f"{percent(values.max())}, after {int(values.argmax()) + 1}."
+    what = curve.accuracy if has_answers else curve.loss
+    best = int(what.argmax() if has_answers else what.argmin()) + 1
+    told = percent if has_answers else _nats
+    subject = f"Of {len(prompts)} prompts the model answers" if has_answers else "The loss is"
+    right = " correctly" if has_answers else " per token"
+    finding = f"{subject} {told(what[-1])}{right} after {_iterations(T)}"
+    if T > 1:
+        finding += f", {told(what[0])} after 1, and at best {told(what[best - 1])} after {best}"
+    paragraphs = [f"{finding}."]
+    if T > 1:
+        prediction = "answer" if has_answers else "prediction of the next token"
+        paragraphs.append(
+            f"The {prediction} changes {curve.flips:.1f} times along the loop on average."
         )
-    else:
-        values = curve.loss
-        finding = (
-            f"The next-token loss goes from {values[0]:.3f} nats after one iteration to "
-            f"{values[-1]:.3f} after {T}; the least, {values.min():.3f}, is reached after "
-            f"{int(values.argmin()) + 1}."
+    if T > 1 and has_answers:
+        paragraphs.append(
+            "Leaving each prompt at its best iteration instead of the last would add "
+            f"{percent(curve.oracle_headroom)} accuracy; overthinking is the share of answers that "
+            "were right and are wrong at the end."
         )
-    paragraphs = [
-        finding,
-        f"An answer changes {curve.flips:.1f} times along the loop on average. Leaving each "
-        "prompt at its best iteration instead of the last would add "
-        f"{percent(curve.oracle_headroom)} accuracy; overthinking is the share of answers that "
-        "were right and are wrong at the end.",
-    ]
-    figure = plots.plot_exit_curves(curve, model=model)
+    figure = page_figure(plots.plot_exit_curves, curve, model=model)
     title = "Accuracy per iteration" if has_answers else "Loss per iteration"
-    return Section("readout", title, paragraphs, [plotly_figure(figure)], finding=finding)
+    return Section("readout", title, paragraphs, [figure], finding=f"{finding}.")
 
 
 def answers_section(model: Model, prompts: Sequence[PromptText]) -> Section:
     """The answer that the coda lens reads from the state after each iteration."""
     T = model.cfg.n_iterations
-    heads = "".join(f"<th>{t}</th>" for t in range(T))
     rows, settled = [], []
     for prompt in prompts:
         lens = coda_lens(model, prompt.text, positions="last", top_k=1)
-        tokens = model.to_str_tokens(lens.predictions.flatten())
-        saturation = int(lens.saturation_iteration().flatten()[0])
-        settled.append(saturation)
-        cells = "".join(
-            f'<td class="{"right" if token.strip() == prompt.answer else "other"}" '
-            f'title="iteration {t}: p = {float(p):.3f}">{escape(token)}</td>'
-            for t, (token, p) in enumerate(
-                zip(tokens, lens.top_probabilities.flatten(), strict=True)
-            )
-        )
+        tokens = [str(token) for token in model.to_str_tokens(lens.predictions.flatten())]
+        settled.append(int(lens.saturation_iteration().flatten()[0]))
+        answer = f" <span>answer: {escape(prompt.answer)}</span>" if prompt.answer else ""
         rows.append(
-            f'<tr><td class="prompt">{escape(shortened(prompt.text))}</td>{cells}'
-            f"<td>{escape(prompt.answer or '')}</td></tr>"
+            f'<li><p class="prompt">{escape(shortened(prompt.text))}{answer}</p>'
+            f'<ol class="runs">{_runs(tokens, lens.top_probabilities.flatten(), prompt.answer)}'
+            "</ol></li>"
         )
-    table = (
-        '<div class="scroll"><table class="plain"><thead><tr><th>prompt</th>'
-        f"{heads}<th>answer</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
-    when = (
-        f"iteration {settled[0]} on"
-        if min(settled) == max(settled)
-        else f"iteration {min(settled)} to {max(settled)} on, depending on the prompt"
-    )
-    finding = f"On the {len(prompts)} prompts shown the answer stays the same from {when}."
     text = (
-        "Each column decodes the state that leaves an iteration through all that the model does "
-        "after the loop (coda lens): it is what the model would answer if it stopped there. "
-        f"{finding} Green answers are right."
+        "What the model would answer if it stopped after an iteration: its state decoded through "
+        "all that the model does after the loop (coda lens). Each box names the iterations that "
+        "give the same answer."
     )
-    title = f"Answer after each iteration ({model.cfg.model_name}, coda lens, last position)"
-    figures = [html_figure(title, table), _ranks(model, prompts)]
-    return Section("answers", "The answer after each iteration", [text], figures, finding=finding)
+    if any(prompt.answer for prompt in prompts):
+        text += " Green answers are right."
+    finding = ""
+    if T > 1:
+        first, last = min(settled), max(settled)
+        when = f"iteration {first}" if first == last else f"iteration {first} to {last}"
+        depends = "" if first == last else ", depending on the prompt"
+        finding = (
+            f"The answer to the {len(prompts)} prompts shown stays the same from {when} "
+            f"on{depends}."
+        )
+    figures = [
+        html_figure("Answer after each iteration", f'<ul class="answers">{"".join(rows)}</ul>')
+    ]
+    if T > 1:
+        figures.append(_ranks(model, prompts))
+    return Section(
+        "answers", "The answer after each iteration", [text, finding] if finding else [text],
+        figures, finding=finding,
+    )  # fmt: skip
+
+
+def _runs(tokens: Sequence[str], probabilities: Tensor, answer: str | None) -> str:
+    """Boxes with an answer each and the iterations in a row that give it."""
+    starts = [t for t in range(len(tokens)) if t == 0 or tokens[t] != tokens[t - 1]]
+    boxes = []
+    for first, after in zip(starts, [*starts[1:], len(tokens)], strict=True):
+        when = f"{first}" if after - first == 1 else f"{first} to {after - 1}"
+        p = ", ".join(f"{float(x):.3f}" for x in probabilities[[first, after - 1]].unique())
+        right = ' class="right"' if answer is not None and tokens[first].strip() == answer else ""
+        boxes.append(
+            f'<li{right} title="iteration {when}: p = {p}"><small>{when}</small> '
+            f"{escape(shown_text(tokens[first]).strip()) or '␣'}</li>"
+        )
+    return "".join(boxes)
+
+
+def _iterations(n: int) -> str:
+    return f"{n} iteration{'s' if n != 1 else ''}"
+
+
+def _nats(loss: Tensor) -> str:
+    return f"{float(loss):.3f} nats"
 
 
 def _ranks(model: Model, prompts: Sequence[PromptText]) -> str:
@@ -111,4 +135,4 @@ def _ranks(model: Model, prompts: Sequence[PromptText]) -> str:
     if torch.equal(predictions[0], predictions[-1]):
         del track["first answer"]
     result = coda_lens(model, tokens, positions="last", top_k=1, track=track)
-    return plotly_figure(plots.plot_ranks(result, model=model, prompts=len(tokens)))
+    return page_figure(plots.plot_ranks, result, model=model, prompts=len(tokens))

@@ -1,17 +1,17 @@
 """Attention patterns: all of them on one page, and the core's in detail."""
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from tl_loops import plots
 from tl_loops.cache.cache import LoopedActivationCache
 from tl_loops.layout.model import Model
-from tl_loops.report.section import Section, as_text, html_figure, plotly_figure
+from tl_loops.report.section import Section, as_text, html_figure, page_figure
 
 _ATTENTION_BYTES = 1_200_000
 _BYTES_A_WEIGHT = 6
 _FLOORPLAN_WEIGHTS = 160_000
+_MOST_VIEWS = 4
 
 
 def floorplan_section(model: Model, cache: LoopedActivationCache, prompt: str) -> Section:
@@ -22,7 +22,7 @@ def floorplan_section(model: Model, cache: LoopedActivationCache, prompt: str) -
     heads = "all" if n_tiles * min(n_pos, 24) ** 2 <= _FLOORPLAN_WEIGHTS else "mean"
     n_tiles = n_tiles if heads == "all" else layout.n_layers
     tile = min(n_pos, max(2, int((_FLOORPLAN_WEIGHTS / n_tiles) ** 0.5)))
-    figure = plots.plot_floorplan(cache, heads=heads, tile=tile, prompts=prompt)
+    figure = page_figure(plots.plot_floorplan, cache, heads=heads, tile=tile, prompts=prompt)
     text = (
         "Each square is one attention pattern, queries from top to bottom and keys from left to "
         "right; a column is an unrolled block"
@@ -33,37 +33,33 @@ def floorplan_section(model: Model, cache: LoopedActivationCache, prompt: str) -
             else ""
         )
     )
-    return Section("floorplan", "The looped floorplan", [text], [plotly_figure(figure)])
+    return Section("floorplan", "The looped floorplan", [text], [figure])
 
 
 def attention_section(
     model: Model, tokens: Int[Tensor, "1 pos"], cache: LoopedActivationCache
 ) -> Section:
     """Attention patterns of the core, drawn by circuitsvis, one view per iteration."""
-    words, cfg, layout = model.to_str_tokens(tokens[0]), model.cfg, model.layout
+    words, cfg = model.to_str_tokens(tokens[0]), model.cfg
     weights = cfg.n_core * cfg.n_heads * len(words) ** 2
     room = max(1, _ATTENTION_BYTES // _BYTES_A_WEIGHT)
-    n_views = min(cfg.n_iterations, max(2, room // weights))
+    n_views = min(cfg.n_iterations, max(2, min(_MOST_VIEWS, room // weights)))
     chosen = sorted(
         {round(i * (cfg.n_iterations - 1) / max(1, n_views - 1)) for i in range(n_views)}
     )
     n_heads = max(1, min(cfg.n_heads, room // (len(chosen) * cfg.n_core * len(words) ** 2)))
-    figures = []
-    for t in chosen:
-        patterns = [cache["pattern", layout.index(iteration=t, layer=x)] for x in range(cfg.n_core)]
-        shown = torch.cat([p[0, :n_heads] for p in patterns])
-        names = [f"r{t}.L{x}H{h}" for x in range(cfg.n_core) for h in range(n_heads)]
-        view = plots.attention_view(words, shown, names).element()
-        figures.append(html_figure(f"Iteration {t} ({cfg.model_name}, prompt 0)", view))
+    view = plots.attention_heads(cache, words, iterations=chosen, heads=range(n_heads), width=500)
     left_out = []
     if len(chosen) < cfg.n_iterations:
         left_out.append(f"iterations {', '.join(map(str, chosen))} of {cfg.n_iterations}")
     if n_heads < cfg.n_heads:
-        left_out.append(f"the first {n_heads} of {cfg.n_heads} heads a layer")
+        left_out.append(f"the first {n_heads} of {cfg.n_heads} heads per layer")
     text = [
-        f"The prompt is “{as_text(model, tokens)}”. Names read r(iteration).L(layer)H(head). Click "
+        f"The prompt is “{as_text(model, tokens)}”. r3.0H2 is iteration 3, layer 0, head 2. Click "
         "a head to enlarge it; point at a token to see where it looks."
     ]
     if left_out:
         text.append("To keep the page small it shows " + " and ".join(left_out) + ".")
-    return Section("attention", "Attention patterns", text, figures)
+    return Section(
+        "attention", "Attention patterns", text, [html_figure("Attention heads", view.element())]
+    )

@@ -7,7 +7,7 @@ from tl_loops.cache.cache import LoopedActivationCache
 from tl_loops.layout.model import Model
 from tl_loops.measurements.profile import LoopProfile
 from tl_loops.metrics import TRAJECTORY_LABELS, classify_trajectory, prediction_suppression_neurons
-from tl_loops.report.section import Section, columns, percent, plotly_figure
+from tl_loops.report.section import Section, columns, page_figure, percent
 
 ATTENTION = ("sink_rate", "mixing_score", "colsum_concentration")
 RESIDUAL = ("residual_entropy", "residual_norm")
@@ -33,28 +33,30 @@ def stages_section(profile: LoopProfile) -> Section:
     layout = profile.layout
     metrics = (*ATTENTION, "residual_entropy")
     if layout is not None and layout.segments is not None:
-        figures = [plotly_figure(plots.plot_profile(profile, m, by="unrolled")) for m in metrics]
+        figures = [page_figure(plots.plot_profile, profile, m, by="unrolled") for m in metrics]
         text = (
             "Definitions of arXiv 2604.11791: means over heads, then over prompts, each prompt at "
             "its own length. This model has several loops, so the curves run along all blocks."
         )
         return Section("attention-metrics", "Attention and entropy by block", [text], figures)
+    moves = profile.provenance.n_iterations != 1
     notes = []
     for metric, words in _WORDS.items():
         core = profile.by_iteration(metric)
         first, last = float(core[0].nanmean()), float(core[-1].nanmean())
-        notes.append(f"{words} {first:.3f} → {last:.3f}")
-    finding = f"From the first iteration to the last: {', '.join(notes)} (means over core layers)."
+        notes.append(f"{words} {first:.3f} → {last:.3f}" if moves else f"{words} {last:.3f}")
+    when = "From the first iteration to the last" if moves else "In the one iteration"
+    finding = f"{when}: {', '.join(notes)} (means over core layers)."
     text = (
         "Definitions of arXiv 2604.11791: means over heads, then over prompts, each prompt at its "
-        "own length. On the left one curve an iteration over the relative depth of a pass; on the "
-        "right one curve a core layer over the iterations. Curves that lie on top of each other "
-        "on the left mean that the iterations repeat each other."
+        "own length. Each metric has one curve per iteration over the relative depth of a pass; "
+        "curves that lie on top of each other mean that the iterations repeat each other."
+        + (" A second figure has one curve per core layer over the iterations." if moves else "")
     )
     figures = [
-        plotly_figure(plots.plot_profile(profile, metric, by=by))
+        page_figure(plots.plot_profile, profile, metric, by=by)
         for metric in metrics
-        for by in ("iteration", "layer")
+        for by in (("iteration", "layer") if moves else ("iteration",))
     ]
     return Section(
         "attention-metrics",
@@ -80,26 +82,25 @@ def dynamics_section(
             f"in the last; the last two iterations have a cosine of {cosine:.3f}."
         )
         paragraphs.append(finding)
-    states = cache.stack_activation("state_out")
-    found = classify_trajectory(states[:, 0])
-    shares = ", ".join(
-        f"{label.replace('_', ' ')} {percent(found.fraction(label))}" for label in TRAJECTORY_LABELS
-    )
-    paragraphs.append(
-        f"Trajectories of the tokens of one prompt, by the classes of arXiv 2604.11791: {shares}."
-    )
-    # With one iteration nothing was measured, and the figure says so.
-    steps = (
-        plots.plot_fixed_points(profile)
-        if T > 1
-        else plots.plot_fixed_points(states[:, 0], model=model, prompts=prompt)
-    )
     figures = [
-        plotly_figure(steps),
-        plotly_figure(plots.plot_pca(cache, prompts=prompt)),
-        plotly_figure(plots.plot_trajectories(states[:, 0], model=model, prompts=prompt)),
-        plotly_figure(plots.plot_residual_norms(profile)),
+        page_figure(plots.plot_pca, cache, prompts=prompt),
+        page_figure(plots.plot_residual_norms, profile),
     ]
+    if T == 1:
+        paragraphs.append("With one iteration there is no step whose size could be measured.")
+    else:
+        states = cache.stack_activation("state_out")[:, 0]
+        found = classify_trajectory(states)
+        shares = ", ".join(
+            f"{label.replace('_', ' ')} {percent(found.fraction(label))}"
+            for label in TRAJECTORY_LABELS
+        )
+        paragraphs.append(
+            "Trajectories of the tokens of one prompt, by the classes of arXiv 2604.11791: "
+            f"{shares}."
+        )
+        figures.insert(0, page_figure(plots.plot_fixed_points, profile))
+        figures.insert(2, page_figure(plots.plot_trajectories, found, model=model, prompts=prompt))
     return Section(
         "dynamics", "Fixed points and trajectories", paragraphs, figures, finding=finding
     )
@@ -108,7 +109,7 @@ def dynamics_section(
 def pairs_section(cache: LoopedActivationCache, prompt: str) -> Section:
     """Likeness of all pairs of unrolled blocks."""
     figures = [
-        plotly_figure(plots.plot_pairs(cache, what, prompts=prompt))
+        page_figure(plots.plot_pairs, cache, what, prompts=prompt)
         for what in ("cosine", "attention")
     ]
     text = (
@@ -130,8 +131,8 @@ def neurons_section(model: Model) -> Section | None:
         "weights alone (arXiv 2604.11791, App. E.1). They belong to physical layers, so each "
         f"iteration has the same. At most {percent(predicting)} of a layer's neurons predict."
     )
-    figure = plots.plot_neurons(neurons, model=model)
-    return Section("neurons", "Prediction and suppression neurons", [text], [plotly_figure(figure)])
+    figure = page_figure(plots.plot_neurons, neurons, model=model)
+    return Section("neurons", "Prediction and suppression neurons", [text], [figure])
 
 
 def exits_section(model: Model, profile: LoopProfile) -> Section | None:
@@ -140,7 +141,5 @@ def exits_section(model: Model, profile: LoopProfile) -> Section | None:
         return None
     expected = float(torch.as_tensor(profile.mean("expected_exit_iteration")).nanmean())
     finding = f"The halting gate would leave the loop after iteration {expected:.2f} on average."
-    figure = plots.plot_exits(profile, model=model)
-    return Section(
-        "exits", "When the model would stop", [finding], [plotly_figure(figure)], finding=finding
-    )
+    figure = page_figure(plots.plot_exits, profile, model=model)
+    return Section("exits", "When the model would stop", [finding], [figure], finding=finding)

@@ -12,6 +12,7 @@ import torch
 from jinja2 import Environment
 
 from tl_loops import tasks
+from tl_loops.drawing.subject import given_name
 from tl_loops.drawing.views import circuitsvis_script
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.model import Model
@@ -27,7 +28,7 @@ from tl_loops.report.measurements import (
     stages_section,
 )
 from tl_loops.report.patching import patching_section
-from tl_loops.report.section import Section, last_tokens, shortened
+from tl_loops.report.section import Section, last_tokens, shortened, times
 from tl_loops.tasks.prompts import SAMPLE, PromptText, from_task
 from tl_loops.version import __version__
 from tl_loops.writing import write_whole
@@ -100,8 +101,9 @@ def report_html(
         ValueError: The model has no tokenizer, there are no prompts, or the page would pass 6 MB.
     """
     if model.tokenizer is None:
+        name = given_name(model.cfg.model_name) or "the model"
         raise ValueError(
-            f"{model.cfg.model_name} has no tokenizer, so a report cannot read prompts: call "
+            f"{name} has no tokenizer, so a report cannot read prompts: call "
             "model.set_tokenizer(...), or put the tokenizer's files beside the checkpoint"
         )
     if prompts is None:
@@ -198,9 +200,10 @@ def _model_section(model: Model, n_prompts: int, what: str) -> Section:
         "model",
         "The model",
         [
-            f"A looped transformer of {cfg.n_params:,} parameters whose {cfg.n_core} core layers "
-            f"run {cfg.n_iterations} times, unrolled to {cfg.n_layers} blocks; looked at on "
-            f"{n_prompts} prompts ({what}).",
+            f"A looped transformer of {cfg.n_params:,} parameters whose {cfg.n_core} core "
+            f"layer{'s run' if cfg.n_core != 1 else ' runs'} {times(cfg.n_iterations)}, unrolled "
+            f"to {cfg.n_layers} blocks; looked at on {n_prompts} "
+            f"prompt{'s' if n_prompts != 1 else ''} ({what}).",
             "Data flow of one forward pass:",
         ],
         code=cfg.describe(),
@@ -214,7 +217,7 @@ def _render(model: Model, sections: Sequence[Section]) -> str:
         source
     )
     return template.render(
-        title=f"{model.cfg.model_name} {model.cfg.notation}",
+        title=f"{given_name(model.cfg.model_name) or 'Looped transformer'} {model.cfg.notation}",
         subtitle=sections[0].paragraphs[0],
         sections=sections,
         summary=[section for section in sections if section.finding],

@@ -7,13 +7,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_loops import plots
+from tl_loops.drawing.subject import shown_text
 from tl_loops.layout.model import Model
 from tl_loops.patching.activation import activation_patch
-from tl_loops.report.section import Section, as_text, last_tokens, plotly_figure
+from tl_loops.report.section import Section, as_text, last_tokens, page_figure
 from tl_loops.runs.grid import axis_labels
 from tl_loops.tasks.prompts import PromptText
 
 _WORTH_NAMING = 0.1
+_NOWHERE = "no position"
 
 
 def patching_section(model: Model, prompts: Sequence[PromptText], progress: bool) -> Section:
@@ -43,8 +45,11 @@ def patching_section(model: Model, prompts: Sequence[PromptText], progress: bool
         progress=progress,
     )  # fmt: skip
     labels = axis_labels(model, axes, corrupted)
-    effect, positions, note = _where_it_matters(effect, labels[2])
-    figure = plots.plot_patching(
+    kept, note = _where_it_matters(effect)
+    effect, positions = effect[:, :, kept], [labels[2][i] for i in kept]
+    words = [f"position {i} ({_quoted(word)})" for i, word in enumerate(_texts(model, corrupted))]
+    figure = page_figure(
+        plots.plot_patching,
         effect,
         axes,
         labels=[*labels[:2], positions],
@@ -55,7 +60,7 @@ def patching_section(model: Model, prompts: Sequence[PromptText], progress: bool
         limits=(-1.0, 1.0),
         title="Residual stream before each core layer, patched from the clean run",
     )
-    path = _path_in_words(effect[:, 0], positions)
+    path = _path_in_words(effect[:, 0], [words[i] for i in kept])
     text = [
         f"The clean prompt “{as_text(model, clean)}” is answered {_word(model, right)}, the "
         f"corrupted one ({change}) {_word(model, wrong)}. Each cell runs the corrupted prompt with "
@@ -63,11 +68,20 @@ def patching_section(model: Model, prompts: Sequence[PromptText], progress: bool
         "clean run, and gives the share of the logit difference that this restores.",
         path + note,
     ]
-    return Section("patching", title, text, [plotly_figure(figure)], finding=path)
+    return Section("patching", title, text, [figure], finding=path)
 
 
 def _word(model: Model, token: int) -> str:
-    return repr(model.to_single_str_token(token))
+    return _quoted(model.to_single_str_token(token))
+
+
+def _texts(model: Model, tokens: Tensor) -> list[str]:
+    return [str(word) for word in model.to_str_tokens(tokens[0])]
+
+
+def _quoted(word: str) -> str:
+    """A token in prose; white space that would be lost is shown by a sign."""
+    return f"“{shown_text(word).strip() or word.replace(' ', '␣')}”"
 
 
 def _pair(
@@ -82,8 +96,8 @@ def _pair(
             if wrong == right:
                 continue
             at = (corrupted != clean)[0].nonzero().flatten().tolist()
-            words = model.to_str_tokens(corrupted[0])
-            change = ", ".join(f"position {p} is {words[p]!r}" for p in at)
+            words = _texts(model, corrupted)
+            change = ", ".join(f"position {p} is {_quoted(words[p])}" for p in at)
             return clean, corrupted, right, wrong, change
     return None
 
@@ -112,7 +126,7 @@ def _path_in_words(effect: Float[Tensor, "iteration pos"], positions: Sequence[s
     for t, row in enumerate(effect):
         share, place = float(row.max()), positions[int(row.argmax())]
         if share < _WORTH_NAMING:
-            place = "no position"
+            place = _NOWHERE
         if runs and runs[-1][2] == place:
             runs[-1][1], runs[-1][3] = t, max(runs[-1][3], share)
         else:
@@ -120,22 +134,23 @@ def _path_in_words(effect: Float[Tensor, "iteration pos"], positions: Sequence[s
     told = []
     for first, last, place, share in runs:
         when = f"iteration {first}" if first == last else f"iterations {first} to {last}"
-        much = f" (up to {share:.2f})" if place != "no position" else ""
+        much = f", up to {share:.2f}" if place != _NOWHERE else ""
         told.append(f"in {when} {place}{much}")
-    return "The position that restores the most before layer 0: " + "; ".join(told) + "."
+    return "Before layer 0, what restores the most is " + "; ".join(told) + "."
 
 
 def _where_it_matters(
-    effect: Float[Tensor, "iteration layer pos"], positions: Sequence[str], most: int = 48
-) -> tuple[Tensor, list[str], str]:
+    effect: Float[Tensor, "iteration layer pos"], most: int = 48
+) -> tuple[list[int], str]:
     """The positions with the largest effect, in order, when there are too many to show."""
-    if len(positions) <= most:
-        return effect, list(positions), ""
+    n_pos = effect.shape[-1]
+    if n_pos <= most:
+        return list(range(n_pos)), ""
     strength = effect.abs().amax(dim=(0, 1))
     kept = sorted(int(i) for i in strength.topk(most).indices)
-    left = float(strength[[i for i in range(len(positions)) if i not in kept]].max())
+    left = float(strength[[i for i in range(n_pos) if i not in kept]].max())
     note = (
-        f" Of {len(positions)} positions the {most} with the largest effects are shown; "
+        f" Of {n_pos} positions the {most} with the largest effects are shown; "
         f"no other exceeds {left:.3f} in magnitude."
     )
-    return effect[:, :, kept], [positions[i] for i in kept], note
+    return kept, note

@@ -1,12 +1,10 @@
 """Sections of the report: what they say, their figures, and what they need of the prompts."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -44,61 +42,9 @@ def html_figure(title: str, body: str) -> str:
     return f"<figure><figcaption>{escape(title)}</figcaption>{body}</figure>"
 
 
-def plotly_figure(figure: Any) -> str:
-    """A plotly figure as data, which the page's script draws in the page's colours.
-
-    Numbers are stored in float32. Heading and subtitle become the caption.
-    """
-    content = figure.to_plotly_json()
-    layout = content["layout"]
-    layout.pop("template", None)
-    heading = layout.pop("title", {}).get("text", "")
-    n_lines = 1 + heading.count("<br>")
-    height = int(layout.pop("height"))
-    layout.pop("width", None)
-    margin = layout["margin"]
-    freed = min(margin["t"] - 14, 26 + 20 * n_lines)
-    margin["t"] -= freed
-    height -= freed
-    # Text inside of a script element must not end it.
-    data = json.dumps(_compact(content), separators=(",", ":")).replace("<", "\\u003c")
-    return (
-        f'<figure class="plot"><figcaption>{_caption(heading)}</figcaption><div class="scroll">'
-        f'<div class="plotly" style="height:{height}px;min-width:{_least_width(content)}px">'
-        "<noscript>This figure needs scripts, which this page holds itself.</noscript></div></div>"
-        f'<script type="application/json">{data}</script></figure>'
-    )
-
-
-def _least_width(content: Any) -> int:
-    """Pixels below which panels would overlap; a narrower page scrolls the figure."""
-    axes = [axis for name, axis in content["layout"].items() if name.startswith("xaxis")]
-    n_columns = len({tuple(axis.get("domain", (0,)))[:1] for axis in axes})
-    wide = any(trace.get("type") == "heatmap" for trace in content["data"])
-    return max(300 * n_columns + 80, 640 if wide else 0)
-
-
-def _caption(heading: str) -> str:
-    """The heading's lines: the bold ones first, then what the figure shows."""
-    lines = [line for line in heading.split("<br>") if line]
-    bold = [line[3:-4] for line in lines if line.startswith("<b>")]
-    small = [line[line.index(">") + 1 : -7] for line in lines if line.startswith("<span")]
-    return f"{' '.join(bold)}<small>{' '.join(small)}</small>"
-
-
-def _compact(value: Any) -> Any:
-    """Plain data: arrays as lists of numbers with five digits, undefined ones as null."""
-    if isinstance(value, dict):
-        return {key: _compact(entry) for key, entry in value.items() if entry is not None}
-    if isinstance(value, np.ndarray):
-        return _compact(value.tolist())
-    if isinstance(value, (list, tuple)):
-        return [_compact(entry) for entry in value]
-    if isinstance(value, (float, np.floating)):
-        return float(f"{value:.5g}") if np.isfinite(value) else None
-    if isinstance(value, np.generic):
-        return value.item()
-    return value
+def page_figure(plot: Callable[..., Any], *data: Any, **options: Any) -> str:
+    """What a function of ``tl_loops.plots`` draws, for the page's script."""
+    return plot(*data, backend="page", **options).element()
 
 
 def columns(figures: Sequence[str]) -> str:
@@ -142,6 +88,11 @@ def by_length(
         (torch.stack([t for t, _ in group]), torch.tensor([a for _, a in group]))
         for group in sorted(groups.values(), key=len, reverse=True)
     ]
+
+
+def times(n: int) -> str:
+    """How often, in words that fit one as well."""
+    return "once" if n == 1 else f"{n} times"
 
 
 def percent(share: Float[Tensor, ""] | float) -> str:

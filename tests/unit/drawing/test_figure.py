@@ -18,6 +18,7 @@ from tl_loops.drawing.colours import (
     layer_colours,
 )
 from tl_loops.drawing.depth import block_groups, block_ticks, phase_spans
+from tl_loops.drawing.explained import explained
 from tl_loops.drawing.figure import (
     Axis,
     ColourScale,
@@ -26,7 +27,6 @@ from tl_loops.drawing.figure import (
     Line,
     Panel,
     every_few,
-    explained,
 )
 from tl_loops.drawing.subject import shown_text, subject_of
 from tl_loops.layout.layout import LoopLayout
@@ -146,7 +146,8 @@ def test_the_line_under_a_title_says_what_is_known():
     assert named.line(complete=True) == "mine · 1 iteration · 3 prompts"
     model = tiny_model("retrofitted")
     line = subject_of(model=model, prompts="a\nb").line(complete=True)
-    assert line == f"{model.cfg.model_name} (1, 2⊗3, 1)_I · 3 iterations · “a↵b”"
+    assert model.cfg.model_name == "custom"  # what TransformerLens calls one without a name
+    assert line == "model not named (1, 2⊗3, 1)_I · 3 iterations · “a↵b”"
 
 
 def test_prompts_are_told_by_text_or_number():

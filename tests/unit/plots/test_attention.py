@@ -51,8 +51,10 @@ def test_heads_stand_side_by_side_by_iteration(cache, model):
     torch.testing.assert_close(torch.tensor(last["attention"]), expected, atol=6e-4, rtol=0)
     html = view.element()
     assert "iteration 0" in html and "iteration 2" in html
-    assert html.count("height:420px;width:380px") == 2
-    assert model.cfg.model_name in html and "3 iterations" in html
+    assert html.count('style="width:380px"') == 2
+    assert "(1, 2⊗3, 1)_I" in html and "3 iterations" in html
+    low = attention_heads(cache, WORDS, iterations=0, height=200).element()
+    assert "height:200px;width:380px" in low
 
 
 def test_every_head_is_shown_unless_some_are_chosen(cache, model):
@@ -75,6 +77,7 @@ def test_plain_patterns_need_a_layout(cache, model):
     patterns = torch.stack([cache["pattern", i][0] for i in range(model.cfg.n_layers)])
     same = attention_patterns(patterns, WORDS, layout=model.layout)
     assert drawn(same) == drawn(attention_patterns(cache, WORDS))
+    assert drawn(attention_patterns(patterns, WORDS, model=model)) == drawn(same)
     with pytest.raises(ValueError, match=r"layout=model\.layout"):
         attention_heads(patterns, WORDS)
     with pytest.raises(ValueError, match="with 8 blocks"):

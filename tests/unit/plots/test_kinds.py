@@ -7,6 +7,7 @@ import torch
 from tests.models import tiny_model, tiny_tokens
 from tests.unit.plots.reading import BACKENDS, colours, curves, heights, matrices, words
 from tl_loops import exit_curve, lens, metrics, plots
+from tl_loops.drawing.colours import LAYERS
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.metrics.neurons import NeuronClasses, NeuronStatistics, PredictionSuppression
 from tl_loops.plots.trajectories import oscillations
@@ -437,7 +438,8 @@ def test_the_top_rank_is_on_top(model, backend):
     tracks = lens.track_entities(model, tiny_tokens(), {"a": 3})
     figure = plots.plot_ranks(tracks, backend=backend)
     if backend == "plotly":
-        assert figure.layout.yaxis.autorange == "reversed" and figure.layout.yaxis.type == "log"
+        bottom, top = figure.layout.yaxis.range
+        assert bottom > top and figure.layout.yaxis.type == "log"
     else:
         axes = figure.get_axes()[0]
         assert axes.yaxis.get_inverted() and axes.get_yscale() == "log"
@@ -495,7 +497,7 @@ def test_any_curves(model, backend):
     x, y = curves(figure)["two"]
     np.testing.assert_array_equal(x, [0, 5, 10])
     np.testing.assert_array_equal(y, values["two"])
-    assert colours(figure)["one"] == "#2438c8"
+    assert colours(figure)["one"] == LAYERS[0]
     depth = {"a": torch.rand(model.cfg.n_layers)}
     figure = plots.plot_curves(depth, "mine", x="blocks", model=model, backend=backend)
     assert "prelude" in words(figure) and "r2.1" in words(figure)
@@ -515,3 +517,37 @@ def test_any_matrix(backend):
     assert "c1" in words(figure)
     with pytest.raises(ValueError, match="2 rows and 1 columns"):
         plots.plot_matrix(values, ["r0", "r1"], ["c0"], "mine")
+
+
+# --- a cache or a tensor -------------------------------------------------------------------------
+
+
+def test_a_cache_and_its_tensors_give_the_same_curves(model, cache):
+    about = {"model": model, "prompts": 2, "backend": "plotly"}
+    layers = cache.stack_activation("resid_post", by_iteration=True)
+    ends = cache.stack_activation("state_out")
+    blocks = torch.stack([cache["resid_post", i] for i in range(model.cfg.n_layers)])
+    patterns = torch.stack([cache["pattern", i][0] for i in range(model.cfg.n_layers)])
+    cosines = metrics.pairwise_cosine(blocks).mean(-1)
+    for function, values in (
+        (plots.plot_fixed_points, layers),
+        (plots.plot_trajectories, ends),
+        (plots.plot_residual_norms, blocks),
+        (plots.plot_pca, blocks[:, 0, -1]),
+        (plots.plot_floorplan, patterns),
+        (plots.plot_pairs, cosines),
+    ):
+        of_cache, of_tensor = function(cache, **about), function(values, **about)
+        drawn, again = (curves(f) or dict(enumerate(matrices(f))) for f in (of_cache, of_tensor))
+        assert drawn.keys() == again.keys() and drawn
+        for name in drawn:
+            np.testing.assert_allclose(drawn[name], again[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_cache_that_has_no_iterations_or_lacks_them_is_told():
+    model = tiny_model("retrofitted")
+    _, cache = model.run_with_cache(tiny_tokens(), names_filter=lambda name: "pattern" in name)
+    with pytest.raises(ValueError, match="must keep 'resid_post' of every iteration"):
+        plots.plot_fixed_points(cache)
+    with pytest.raises(ValueError, match="must keep 'state_out' of every iteration"):
+        plots.plot_trajectories(cache)

@@ -18,32 +18,48 @@
     text: figure.querySelector("script").textContent,
   }));
 
-  // A layout in light or dark: greys of the figure become those of the page.
-  const themed = (text) => {
+  // The layout for the widest of the widths that there is room for; the narrowest is complete, the
+  // others hold what differs from it.
+  const laidOut = (layouts, room) => {
+    const [narrowest, ...wider] = Object.keys(layouts).map(Number).sort((a, b) => a - b);
+    const chosen = wider.filter((width) => width <= room).pop();
+    return { ...layouts[narrowest], ...(chosen ? layouts[chosen] : {}) };
+  };
+
+  // In the page's colours, light or dark.
+  const themed = ({ element, text }) => {
     const [ink, soft, line] = [colour("--ink"), colour("--soft"), colour("--line")];
-    const { data, layout, frames } = JSON.parse(text);
+    const { data, layouts, dark } = JSON.parse(text);
+    const room = onPaper ? PAPER_WIDTH : element.clientWidth;
+    const layout = laidOut(layouts, room);
     Object.assign(layout, {
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { ...layout.font, color: ink, family: "system-ui, sans-serif" },
-      autosize: !onPaper,
+      modebar: { ...layout.modebar, color: soft, activecolor: ink },
+      width: room,
+      autosize: false,
     });
-    if (onPaper) layout.width = PAPER_WIDTH;
     for (const [name, axis] of Object.entries(layout)) {
-      if (!/^[xy]axis\d*$/.test(name)) continue;
-      Object.assign(axis, { gridcolor: line, linecolor: soft, zerolinecolor: line, zeroline: false });
-      axis.automargin = true;
+      if (/^[xy]axis\d*$/.test(name))
+        Object.assign(axis, { gridcolor: line, linecolor: soft, zerolinecolor: line, zeroline: false });
+      if (/^scene\d*$/.test(name))
+        for (const way of ["xaxis", "yaxis", "zaxis"])
+          Object.assign(axis[way], { gridcolor: line, zerolinecolor: line, backgroundcolor: "rgba(0,0,0,0)" });
     }
-    for (const note of layout.annotations ?? []) {
-      if (["#444", "#555", "#000"].includes(note.font?.color)) note.font.color = soft;
-    }
-    return { data, layout, frames };
+    const isDark = !onPaper && matchMedia("(prefers-color-scheme: dark)").matches;
+    if (dark && isDark) layout.coloraxis.colorscale = dark;
+    return { data, layout };
   };
-  const draw = ({ element, text }) =>
-    Plotly.react(element, {
-      ...themed(text),
-      config: { responsive: true, displaylogo: false, displayModeBar: "hover" },
+  const draw = (figure) => {
+    const drawing = themed(figure);
+    figure.width = drawing.layout.width;
+    figure.element.style.height = `${drawing.layout.height}px`;
+    return Plotly.react(figure.element, {
+      ...drawing,
+      config: { displaylogo: false, displayModeBar: "hover" },
     });
+  };
 
   for (const library of document.querySelectorAll("script.library")) {
     const script = document.createElement("script");
@@ -56,6 +72,12 @@
     await draw(figure);
   }
   const redraw = () => figures.forEach(draw);
+  let waiting;
+  addEventListener("resize", () => {
+    clearTimeout(waiting);
+    const changed = (figure) => figure.element.clientWidth !== figure.width;
+    waiting = setTimeout(() => onPaper || figures.filter(changed).forEach(draw), 100);
+  });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   const print = (starts) => {
     if (onPaper === starts) return;
