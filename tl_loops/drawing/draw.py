@@ -5,10 +5,10 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 from tl_loops.arguments import checked
-from tl_loops.drawing.sizes import size_in_pixels
 from tl_loops.drawing.explained import explained
 from tl_loops.drawing.figure import Figure
 from tl_loops.drawing.limits import with_limits
+from tl_loops.drawing.sizes import size_in_pixels
 
 Backend = Literal["plotly", "matplotlib"]
 # "page" is the report's own: data that its script draws.

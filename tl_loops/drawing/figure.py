@@ -9,9 +9,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from tl_loops.drawing.colours import MUTED
 from tl_loops.drawing.sizes import finite_limits
 from tl_loops.errors import shortened
-from tl_loops.drawing.colours import MUTED
 
 Number = float | int
 Ticks = tuple[tuple[Number, str], ...]

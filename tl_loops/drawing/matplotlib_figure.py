@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import rc_context, rcParams
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure as MatplotlibFigure
@@ -40,7 +40,7 @@ from tl_loops.drawing.fit import (
 _DPI = 100
 _NARROWEST = 480
 _SYMBOLS = {"circle": "o", "diamond": "D", "square": "s"}
-_COLOURS: dict[bool, dict[str, Any]] = {
+_COLOURS: dict[bool, Any] = {
     dark: {
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), ink),
         **dict.fromkeys(("xtick.color", "ytick.color", "axes.titlecolor"), ink),
@@ -92,7 +92,6 @@ def _rendered(
     height: float | int | None,
     dark: bool,
     options: dict[str, Any],
-
 ) -> StaticFigure:
     sizes = fit(figure, round(width))
     figure = replace(figure, columns=sizes.columns)
@@ -145,7 +144,9 @@ def _header(figure: Figure, width: float | int) -> tuple[list[str], list[str]]:
     return title, small
 
 
-def _write_header(drawn: MatplotlibFigure, lines: tuple[list[str], list[str]], height: float | int) -> None:
+def _write_header(
+    drawn: MatplotlibFigure, lines: tuple[list[str], list[str]], height: float | int
+) -> None:
     y = 8.0
     for texts, step, size, weight in zip(
         lines, (19, 15), (_FONT["title"], _FONT["subtitle"]), ("bold", "normal"), strict=True
@@ -159,7 +160,7 @@ def _write_header(drawn: MatplotlibFigure, lines: tuple[list[str], list[str]], h
                 va="top",
                 fontsize=size,
                 fontweight=weight,
-                **({} if weight == "bold" else {"color": MUTED}),
+                color=rcParams["text.color"] if weight == "bold" else MUTED,
             )
             y += step
 

@@ -97,9 +97,9 @@ class CircuitsView:
     element_id: str = field(default_factory=lambda: f"circuits-{uuid4().hex[:12]}")
 
     def __post_init__(self) -> None:
-        size_in_pixels("height", self.height)
-        if self.width is not None:
-            size_in_pixels("width", self.width)
+        for name, size in (("height", self.height), ("width", self.width)):
+            if size is not None:
+                size_in_pixels(name, size)
 
     def element(self) -> str:
         """HTML of the view, for a page that holds :func:`circuitsvis_script` once."""
