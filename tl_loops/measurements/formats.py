@@ -20,6 +20,7 @@ import torch
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.measurements.from_run import Parts, profile_parts
 from tl_loops.measurements.provenance import Provenance
+from tl_loops.measurements.seal import SEAL, check_seal, check_unsealed, seal
 from tl_loops.measurements.table import COLUMNS, Row, table_rows
 from tl_loops.runs.batch_file import SavedRun
 from tl_loops.runs.merge import read_shard_file
@@ -29,16 +30,31 @@ from tl_loops.writing import write_whole
 if TYPE_CHECKING:  # a profile saves itself by this
     from tl_loops.measurements.profile import LoopProfile
 
+Decoded = tuple[Row, list[Row], dict[str, Any], Row | None]
+"""Header, rows, options of each metric, and the seal; files from before seals have none."""
+
 ENDINGS = (".parquet", ".csv", ".json")
 """The endings of a profile's file."""
 SHARD = ".shard"
 """The ending of a shard's file."""
-_FORMAT = "tl_loops profile 1"
+_FORMAT = "tl_loops profile 2"
+_UNSEALED_FORMAT = "tl_loops profile 1"
 _SIZES = ("n_prelude", "n_core", "n_coda")
 _SHARED = "(shared)"
 """After the names of stacks: they are the same layers. No stack can be called so."""
 
-_TEXT = ("metric", "phase", "model", "weights", "notation", "tl_loops", "bos", "options", "stacks")
+_TEXT = (
+    "metric",
+    "phase",
+    "model",
+    "weights",
+    "notation",
+    "tl_loops",
+    "bos",
+    "options",
+    "stacks",
+    "checksum",
+)
 _REAL = ("relative_depth", "mean", "std", "m2")
 _MODEL = (
     "model",
@@ -70,7 +86,8 @@ def save_profile(profile: "LoopProfile", path: str | os.PathLike[str]) -> None:
         profile.shard.save(path)
         return
     encode, _ = _codec(path)
-    write_whole(path, encode(_header(profile), _rows(profile), profile.provenance.options))
+    header, rows, options = _header(profile), _rows(profile), profile.provenance.options
+    write_whole(path, encode(header, rows, options, seal(header, rows, options, _plain)))
 
 
 def load_profile(path: str | os.PathLike[str]) -> tuple[Parts, SavedRun | None]:
@@ -134,7 +151,17 @@ def _rows(profile: "LoopProfile") -> list[Row]:
     return [{**row, "m2": m2[row["metric"]][row["block"]]} for row in table_rows(profile)]
 
 
-def _profile(header: Row, rows: list[Row], options: dict[str, Any]) -> Parts:
+def _plain(column: str, value: Any) -> Any:
+    """A value as text, a float, an integer or ``None``."""
+    if value is None or value == "":  # CSV does not tell one from the other
+        return None
+    kind = str if column in _TEXT else float if column in _REAL else int
+    return kind(value)
+
+
+def _profile(header: Row, rows: list[Row], options: dict[str, Any], sealed: Row | None) -> Parts:
+    if sealed is not None:
+        check_seal(sealed, seal(header, rows, options, _plain))
     n_layers = int(header["n_layers"])
     layout = None
     if header["n_core"] is not None:
@@ -142,7 +169,11 @@ def _profile(header: Row, rows: list[Row], options: dict[str, Any]) -> Parts:
         stacks = tuple(word for word in words if word != _SHARED) or None
         sizes = {name: int(header[name]) for name in (*_SIZES, "n_iterations")}
         layout = LoopLayout(**sizes, stacks=stacks, shared_stacks=_SHARED in words)
+    if sealed is None:
+        check_unsealed(rows, layout, n_layers)
     moments = {name: Moments.empty(n_layers) for name in options}
+    if len({(row["metric"], int(row["block"])) for row in rows}) != len(rows):
+        raise ValueError("a block of a metric has two rows")
     for row in rows:
         one, block = moments[row["metric"]], int(row["block"])
         one.count[block], one.undefined[block] = int(row["count"]), int(row["undefined"])
@@ -157,25 +188,30 @@ def _profile(header: Row, rows: list[Row], options: dict[str, Any]) -> Parts:
 # JSON.
 
 
-def _to_json(header: Row, rows: list[Row], options: dict[str, Any]) -> bytes:
-    content = {"format": _FORMAT, **header, "options": options, "rows": rows}
+def _to_json(header: Row, rows: list[Row], options: dict[str, Any], sealed: Row) -> bytes:
+    content = {"format": _FORMAT, **header, **sealed, "options": options, "rows": rows}
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode()
 
 
-def _from_json(content: bytes) -> tuple[Row, list[Row], dict[str, Any]]:
+def _from_json(content: bytes) -> Decoded:
     whole = json.loads(content)
-    if not isinstance(whole, dict) or whole.get("format") != _FORMAT:
+    if not isinstance(whole, dict) or whole.get("format") not in (_FORMAT, _UNSEALED_FORMAT):
         raise ValueError(f"its format is not {_FORMAT!r}")
+    sealed = None
+    if whole["format"] == _FORMAT:
+        sealed = {name: whole[name] for name in SEAL}
     header = {name: whole[name] for name in _MODEL if name != _NEW}
-    return {**header, _NEW: whole.get(_NEW)}, whole["rows"], whole["options"]
+    return {**header, _NEW: whole.get(_NEW)}, whole["rows"], whole["options"], sealed
 
 
 # Tables.
 
 
-def _table(header: Row, rows: list[Row], options: dict[str, Any]) -> pandas.DataFrame:
+def _table(header: Row, rows: list[Row], options: dict[str, Any], sealed: Row) -> pandas.DataFrame:
     written = {metric: json.dumps(value, sort_keys=True) for metric, value in options.items()}
-    table = pandas.DataFrame([{**row, "options": written[row["metric"]], **header} for row in rows])
+    table = pandas.DataFrame(
+        [{**row, "options": written[row["metric"]], **header, **sealed} for row in rows]
+    )
     return table.astype({name: _kind(name) for name in table})
 
 
@@ -183,7 +219,7 @@ def _kind(column: str) -> str:
     return "string" if column in _TEXT else "float64" if column in _REAL else "Int64"
 
 
-def _untable(table: pandas.DataFrame) -> tuple[Row, list[Row], dict[str, Any]]:
+def _untable(table: pandas.DataFrame) -> Decoded:
     if table.empty:
         raise ValueError("it has no row")
     if _NEW not in table:
@@ -191,32 +227,34 @@ def _untable(table: pandas.DataFrame) -> tuple[Row, list[Row], dict[str, Any]]:
     missing = [name for name in (*COLUMNS, "m2", "options", *_MODEL) if name not in table]
     if missing:
         raise ValueError(f"it lacks the column(s) {', '.join(missing)}")
-    n_profiles = len(table[list(_MODEL)].drop_duplicates())
+    whole = [*_MODEL, *(name for name in SEAL if name in table)]
+    n_profiles = len(table[whole].drop_duplicates())
     if n_profiles > 1:
         raise ValueError(f"its rows come from {n_profiles} profiles, expected one")
     rows = table.astype(object).where(table.notna(), None).to_dict("records")
     header = {name: rows[0][name] for name in _MODEL}
-    return header, rows, {row["metric"]: json.loads(row["options"]) for row in rows}
+    sealed = {name: rows[0][name] for name in SEAL} if whole[len(_MODEL) :] else None
+    return header, rows, {row["metric"]: json.loads(row["options"]) for row in rows}, sealed
 
 
-def _to_csv(header: Row, rows: list[Row], options: dict[str, Any]) -> bytes:
-    table = _table(header, rows, options)
+def _to_csv(header: Row, rows: list[Row], options: dict[str, Any], sealed: Row) -> bytes:
+    table = _table(header, rows, options, sealed)
     return table.to_csv(index=False, lineterminator="\n").encode()
 
 
-def _from_csv(content: bytes) -> tuple[Row, list[Row], dict[str, Any]]:
+def _from_csv(content: bytes) -> Decoded:
     # As text first: every float reads back exactly, and a model may be called "NA".
     text = io.BytesIO(content)
     table = pandas.read_csv(text, dtype="string", keep_default_na=False, na_values=[""])
     return _untable(table.astype({name: _kind(name) for name in table}))
 
 
-def _to_parquet(header: Row, rows: list[Row], options: dict[str, Any]) -> bytes:
+def _to_parquet(header: Row, rows: list[Row], options: dict[str, Any], sealed: Row) -> bytes:
     _require_pyarrow()
-    return _table(header, rows, options).to_parquet(None, index=False, engine="pyarrow")
+    return _table(header, rows, options, sealed).to_parquet(None, index=False, engine="pyarrow")
 
 
-def _from_parquet(content: bytes) -> tuple[Row, list[Row], dict[str, Any]]:
+def _from_parquet(content: bytes) -> Decoded:
     _require_pyarrow()
     return _untable(pandas.read_parquet(io.BytesIO(content), engine="pyarrow"))
 
