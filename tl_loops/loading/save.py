@@ -227,4 +227,5 @@ def write_safetensors(
 
 def _row_major(tensor: Tensor) -> memoryview:
     flat = tensor.detach().to("cpu").contiguous().view(-1)
+    flat = flat.as_strided(flat.shape, (1,))  # a single number may have any stride
     return flat.view(torch.uint8).numpy().data

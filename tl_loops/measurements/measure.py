@@ -25,7 +25,8 @@ from tl_loops.runs.batches import (
     equal_batches,
     token_prompts,
 )
-from tl_loops.runs.identity import identity_of, model_fingerprint, prompts_fingerprint
+from tl_loops.runs.fingerprint import PendingFingerprint
+from tl_loops.runs.identity import identity_of, prompts_fingerprint
 from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
 from tl_loops.runs.running_moments import batch_moments
 from tl_loops.runs.shards import Shards
@@ -101,12 +102,12 @@ def measure(
         chosen = _plan(model, metrics, min(lengths))
         plan = StreamPlan.make(chosen, layout, cfg.n_layers, cfg.attention_dir == "causal")
         members = equal_batches(lengths, lengths, batch_size)
+        weights = PendingFingerprint(model)
         device = next(model.parameters()).device
         blocks = {metric.name: metric.blocks for metric in chosen}
         options = {metric.name: metric.options for metric in chosen}
         fixed: dict[str, Any] = {
             "model": cfg.model_name,
-            "weights": model_fingerprint(model),
             "notation": None if layout is None else cfg.notation,
             "n_iterations": None if layout is None else layout.n_iterations,
             "tl_loops": __version__,
@@ -123,16 +124,14 @@ def measure(
             prompts = prompts_fingerprint(tokens)
             return identity_of(model, prompts=prompts, metrics=options, batch_size=batch_size)
 
+        about = {}
+        if not split.is_plain:
+            about = about_run(layout, cfg.n_layers, blocks, {**fixed, "weights": weights()})
         added = empty_sums(blocks)
-        run = Run(
-            KIND,
-            [len(batch) for batch in members],
-            identify,
-            about_run(layout, cfg.n_layers, blocks, fixed),
-        )
+        run = Run(KIND, [len(batch) for batch in members], identify, about)
         part = run_in_batches(run, compute, added.add, split, progress)
         n_prompts, n_tokens = added.counts
-        what = Provenance(**fixed, n_prompts=n_prompts, n_tokens=n_tokens)
+        what = Provenance.pending(weights, **fixed, n_prompts=n_prompts, n_tokens=n_tokens)
         return LoopProfile(scattered(added, blocks, cfg.n_layers), layout, what, part)
 
 

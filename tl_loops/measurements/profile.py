@@ -1,6 +1,7 @@
 """Depth profiles: mean, deviation and count of each metric at each unrolled block."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -211,6 +212,12 @@ class LoopProfile:
         sums = ("n_prompts", "n_tokens")
         for field in fields(Provenance):
             mine, theirs = (getattr(p.provenance, field.name) for p in (self, other))
+            if field.name == "weights" and mine is None and theirs is None:
+                raise ValueError(
+                    f"nothing tells whether these profiles of {self.provenance.model} are of the "
+                    "same weights, which changed or were deleted before they were asked for: merge "
+                    "or save profiles while their model is as it was measured"
+                )
             if field.name not in sums and mine != theirs:
                 raise ValueError(
                     f"these profiles are not of one kind: {field.name} is {mine!r} and {theirs!r}"
@@ -268,6 +275,12 @@ class LoopProfile:
             FileNotFoundError: The directory does not exist.
             ImportError: pyarrow, which Parquet needs, is missing.
         """
+        if self.provenance.weights is None:
+            warnings.warn(
+                f"{path} does not say which weights {self.provenance.model} had: they changed or "
+                "were deleted between measuring and saving",
+                stacklevel=2,
+            )
         save_profile(self, path)
 
     @classmethod

@@ -1,6 +1,6 @@
 """What a profile was measured on."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,9 @@ class Provenance:
 
     Attributes:
         model: ``cfg.model_name``.
-        weights: Fingerprint of weights and architecture.
+        weights: Fingerprint of weights and architecture. It is computed when it is first read,
+            compared or saved; ``None`` where the model's weights had changed by then, or a model
+            of more than 256 MiB had been deleted.
         notation: ``(p, k⊗t, c)`` as in arXiv 2604.11791; ``None`` for a feedforward model.
         n_iterations: ``None`` for a feedforward model.
         n_prompts: Number of prompts.
@@ -23,7 +25,7 @@ class Provenance:
     """
 
     model: str
-    weights: str
+    weights: str | None
     notation: str | None
     n_iterations: int | None
     n_prompts: int
@@ -31,3 +33,25 @@ class Provenance:
     tl_loops: str
     options: Mapping[str, Mapping[str, Any]]
     bos: str | None = None
+
+    @classmethod
+    def pending(cls, weights: Callable[[], str | None], **fields: Any) -> "Provenance":
+        """One whose weights are asked for when they are first read.
+
+        Args:
+            weights: Gives their fingerprint.
+            **fields: All other attributes.
+        """
+        made = cls(weights=None, **fields)
+        made.__dict__["_pending"] = weights
+        return made
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "weights":
+            pending = self.__dict__.pop("_pending", None)
+            if pending is not None:
+                self.__dict__["weights"] = pending()
+        return super().__getattribute__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "weights": self.weights, "_pending": None}

@@ -1,7 +1,6 @@
 """What a run is a run of: model, inputs and settings, as fingerprints that files can hold."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from tl_loops.errors import CheckpointError
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import layout_of
-from tl_loops.upstream.config_fields import CHANGES_NO_NUMBER
+from tl_loops.runs.fingerprint import content_bytes, model_fingerprint
 from tl_loops.version import __version__
 
 _FLAGS = (
@@ -82,28 +81,12 @@ def check_identifiable(model: Model) -> None:
         )
 
 
-def model_fingerprint(model: Model) -> str:
-    """Hash of a model's architecture and of every weight; the iterations are not part of it.
-
-    Two models with one fingerprint give the same numbers on the same device. Reads all weights
-    once (about a second a gigabyte).
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    cfg = {name: v for name, v in model.cfg.to_dict().items() if name not in CHANGES_NO_NUMBER}
-    digest.update(json.dumps(cfg, sort_keys=True, default=str).encode())
-    # Shared weights come once. Without their names: those of a coda count the iterations.
-    for parameter in model.parameters():
-        digest.update(f"{parameter.dtype} {list(parameter.shape)}".encode())
-        digest.update(_content(parameter))
-    return digest.hexdigest()
-
-
 def prompts_fingerprint(prompts: Sequence[Int[Tensor, "_"]]) -> str:
     """Hash of the prompts' tokens in their order."""
     digest = hashlib.blake2b(digest_size=16)
     for tokens in prompts:
         digest.update(f"{tokens.shape[0]}:".encode())
-        digest.update(_content(tokens))
+        digest.update(content_bytes(tokens))
     return digest.hexdigest()
 
 
@@ -116,10 +99,5 @@ def tensors_fingerprint(tensors: Mapping[str, Tensor | None] | Iterable[Tensor |
             digest.update(f"{name} None".encode())
             continue
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(_content(tensor))
+        digest.update(content_bytes(tensor))
     return digest.hexdigest()
-
-
-def _content(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data

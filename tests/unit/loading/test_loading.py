@@ -822,6 +822,13 @@ def test_native_mixed_types_are_aligned(tmp_path):
     assert_same(load_file(tmp_path / "c" / "model.safetensors"), tensors)
 
 
+def test_native_tensors_of_any_strides(tmp_path):
+    cfg, tensors = load(FIXTURES / "ouro")
+    spread = {key: torch.stack((tensor, tensor + 1), -1)[..., 0] for key, tensor in tensors.items()}
+    save_checkpoint(tmp_path / "c", cfg, spread)
+    assert_same(load_file(tmp_path / "c" / "model.safetensors"), tensors)
+
+
 def test_saving_checks_the_tensors_first(tmp_path):
     cfg, tensors = load(FIXTURES / "ouro")
     del tensors["ln_final.w"]
