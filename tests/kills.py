@@ -13,7 +13,7 @@ N_MOMENTS = int(os.environ.get("KILL_EXAMPLES", "20"))
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate"}
 
 
-def _fork(action):
+def forked(action):
     """A process that runs an action and ends with 0, or with 1 where it raises."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -30,7 +30,7 @@ def _fork(action):
     return child
 
 
-def _was_killed(child):
+def was_killed(child):
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         assert os.WTERMSIG(status) == signal.SIGKILL
@@ -58,15 +58,15 @@ def killed_before_event(number, directory, action):
         sys.addaudithook(hook)
         action()
 
-    return _was_killed(_fork(counted))
+    return was_killed(forked(counted))
 
 
 def killed_after(seconds, action):
     """Run an action in a process that is killed after a time; whether it came so far."""
-    child = _fork(action)
+    child = forked(action)
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
-    return _was_killed(child)
+    return was_killed(child)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from errno import ENOSPC
 from importlib import import_module
 
 from tl_loops.cli.arguments import parser
@@ -55,11 +56,15 @@ def _run(arguments: Sequence[str] | None, saved: Saved, interrupts: Interrupts) 
         _write_nowhere()
         return 0
     except USER_ERRORS as error:
-        print(f"tl-loops {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        said = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.errno == ENOSPC and error.filename is None:
+            said += ": 'standard output'"  # every file that this package writes is named
+            _write_nowhere()
+        print(f"tl-loops {options.command}: {said}", file=sys.stderr)
         return 2
 
 
 def _write_nowhere() -> None:
-    """Who reads has gone: what is left to write would be complained of when the process ends."""
+    """What nobody can read or store would be written again when the process ends."""
     with suppress(OSError, ValueError):  # no real stream, as in a test
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -31,7 +31,7 @@ from tl_loops.report.patching import patching_section
 from tl_loops.report.section import Section, last_tokens, shortened, times
 from tl_loops.tasks.prompts import SAMPLE, PromptText, from_task
 from tl_loops.version import __version__
-from tl_loops.writing import write_whole
+from tl_loops.writing import check_writable, write_whole
 
 MOST_BYTES = 6_000_000
 """A page is never larger than this."""
@@ -144,6 +144,7 @@ def write_report(
         ValueError: As :func:`report_html`.
         OSError: The file cannot be written.
     """
+    check_writable(out)  # before the work
     page = report_html(model, prompts, n_iterations=n_iterations, progress=progress)
     write_whole(out, page.encode("utf-8"))
     return Path(out).resolve()
