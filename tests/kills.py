@@ -5,7 +5,6 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import contextmanager
 
 N_MOMENTS = int(os.environ.get("KILL_EXAMPLES", "20"))
 """How many random moments a test tries; ``make fuzz`` sets more."""
@@ -69,10 +68,9 @@ def killed_after(seconds, action):
     return was_killed(child)
 
 
-@contextmanager
-def interrupted_after(seconds, kind=KeyboardInterrupt):
-    """Raise an interrupt in the block once a time is over; it may end before."""
-    over = False
+def interrupted_after(seconds, action, kind=KeyboardInterrupt):
+    """Run an action, and raise an interrupt in it after a time; whether it came so far."""
+    over = came = False
 
     def stop(number, frame):
         if not over:
@@ -80,11 +78,13 @@ def interrupted_after(seconds, kind=KeyboardInterrupt):
 
     before = signal.signal(signal.SIGALRM, stop)
     try:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        yield
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
+        action()
+        over = True
     except kind:
-        pass
+        came = True
     finally:
         over = True
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+    return came

@@ -21,10 +21,19 @@ _UNSEALED = "0" * 32
 def _sealed(tensors: Mapping[str, Tensor], header: dict[str, str]) -> bytes:
     """A safetensors file whose header holds a checksum of every byte, its own taken as zeros."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content = save(plain, {**header, "checksum": _UNSEALED})
+    content = _in_order(save(plain, {**header, "checksum": _UNSEALED}))
     seal = _CHECKSUM + hashlib.blake2b(content, digest_size=16).hexdigest().encode()
     # Inside a value the quotes would be escaped, so that this is the entry itself.
     return content.replace(_CHECKSUM + _UNSEALED.encode(), seal, 1)
+
+
+def _in_order(content: bytes) -> bytes:
+    """The same file with its header sorted: safetensors writes it in an order of chance."""
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:begin]), sort_keys=True, separators=(",", ":"))
+    encoded = header.encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded + content[begin:]
 
 
 def _unsealed(content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
