@@ -3,6 +3,7 @@
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tl_loops.lens.tuned import TunedLens
 from tl_loops.loading.open import is_looped_name
 from tl_loops.model.looped import LoopedTransformer
 from tl_loops.report import write_report
+from tl_loops.runs.batch_file import read_file
 
 MOST = 2000
 """Bytes that a file may have on the disk that is full; every file that is tried is larger."""
@@ -39,7 +41,6 @@ WRITERS = {
     "profile.parquet": lambda path, n: profile(samples(2, seed=int(n))).save(path),
     "lens.safetensors": lambda path, n: lens(n).save(path),
     "model": save_model,
-    "run.ckpt": lambda path, n: quiet(tiny_model("ouro"), prompts(), FAST_METRICS, checkpoint=path),
 }
 
 
@@ -72,7 +73,35 @@ def test_a_full_disk_keeps_the_old_file_and_names_it(tmp_path, name, there):
         if there:
             assert (LoopedTransformer.from_pretrained_no_processing(path).W_E == 1).all()
     write(path, 2.0)
-    assert (content(tmp_path) != before) or name == "run.ckpt"
+    assert content(tmp_path) != before
+
+
+@pytest.mark.parametrize("n_batches", [None, 0, 2])
+def test_a_measurement_on_a_full_disk_keeps_its_batches_and_goes_on(tmp_path, n_batches):
+    model, path = tiny_model("ouro"), tmp_path / "run.ckpt"
+
+    def run():
+        quiet(model, prompts(), FAST_METRICS, batch_size=1, checkpoint=path)
+
+    run()
+    whole, found = path.read_bytes(), read_file(path)
+    assert found is not None and len(found.batches) > 2
+    kept = {number: found.batches[number] for number in list(found.batches)[: n_batches or 0]}
+    before = b"" if n_batches is None else replace(found, batches=kept).encoded()
+    path.unlink()
+
+    def on_a_full_disk():
+        most = len(before) + 50  # a part of what is written next
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        with pytest.raises(OSError, match=r"cannot write: File too large.*run\.ckpt"):
+            run()
+
+    if before:
+        path.write_bytes(before)
+    assert not was_killed(forked(on_a_full_disk))
+    assert content(tmp_path) == ({path.relative_to(tmp_path): before} if before else {})
+    run()
+    assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize("write", ["measure", "report", "save"])

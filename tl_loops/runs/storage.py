@@ -1,8 +1,7 @@
-"""Files that survive a kill: artefacts and progress, there whole or not at all."""
+"""Files of artefacts that survive a kill: there whole or not at all."""
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from tl_loops.errors import CheckpointError
-from tl_loops.writing import check_regular, write_whole
+from tl_loops.writing import write_whole
 
 _CHECKSUM = b'"checksum":"'
 _UNSEALED = "0" * 32
@@ -88,83 +86,3 @@ def load_artefact(
         return tensors, json.loads(header["metadata"])
     except (KeyError, ValueError):
         raise ValueError(f"{path} cannot be read: its metadata is damaged") from None
-
-
-def save_progress(
-    path: str | os.PathLike[str],
-    kind: str,
-    identity: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    n_done: int,
-) -> None:
-    """Write how far a run has come; a kill at any moment leaves this state or the one before.
-
-    Args:
-        path: Of the file.
-        kind: What is run, such as ``"measurement"``.
-        identity: What decides the result of the run, in JSON's types.
-        tensors: What the run holds.
-        n_done: How much of it is done.
-
-    Raises:
-        FileNotFoundError: The directory does not exist.
-    """
-    header = {
-        "kind": f"tl_loops {kind}",
-        "identity": json.dumps(identity),
-        "n_done": str(n_done),
-    }
-    write_whole(path, _sealed(tensors, header))
-
-
-def load_progress(
-    path: str | os.PathLike[str], kind: str, identity: Mapping[str, Any], n_all: int
-) -> tuple[dict[str, Tensor], int] | None:
-    """How far a run has come.
-
-    Args:
-        path: Of the file.
-        kind: As given to :func:`save_progress`.
-        identity: Of the run that wants to go on.
-        n_all: How much there is to do in all.
-
-    Returns:
-        The tensors and how much is done; ``None`` if there is no file.
-
-    Raises:
-        CheckpointError: The file is damaged, is of another kind, or belongs to another run; the
-            message says in what it differs.
-    """
-    if not check_regular(path).exists():
-        return None
-    try:
-        tensors, header = _unsealed(Path(path).read_bytes())
-    except (ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is no readable checkpoint of a {kind} ({error}); delete it or give another "
-            "path"
-        ) from error
-    if header.get("kind") != f"tl_loops {kind}":
-        raise CheckpointError(f"{path} is no checkpoint of a {kind}; give another path")
-    try:
-        theirs, n_done = json.loads(header["identity"]), int(header["n_done"])
-        whole = "checksum" in header and isinstance(theirs, dict) and 0 <= n_done <= n_all
-    except (KeyError, ValueError):
-        whole = False
-    if not whole:
-        given = header.get("n_done")
-        raise CheckpointError(
-            f"{path} is no whole checkpoint of a {kind} (n_done is {given!r}, expected 0 to "
-            f"{n_all}, with the identity of the run and a checksum); delete it or give another path"
-        )
-    for field, value in json.loads(json.dumps(identity)).items():
-        if theirs.get(field) != value:
-            raise CheckpointError(
-                f"{path} belongs to another run: {field} is {_short(theirs.get(field))} there and "
-                f"{_short(value)} here; delete it or give another path"
-            )
-    return tensors, n_done
-
-
-def _short(value: Any) -> str:
-    return ", ".join(value) if isinstance(value, dict) else repr(value)

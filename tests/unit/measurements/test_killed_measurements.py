@@ -11,7 +11,7 @@ import pytest
 from tests.kills import N_MOMENTS, forked, killed_after, was_killed
 from tests.models import tiny_model
 from tests.unit.measurements.test_measure import FAST_METRICS, prompts, quiet
-from tl_loops.runs.storage import _unsealed
+from tl_loops.runs.batch_file import decoded
 from tl_loops.writing import FileInUseError
 
 LENGTHS = (4, 5, 5, 6, 7, 7, 8, 9)
@@ -69,7 +69,7 @@ def test_two_processes_with_one_checkpoint(tmp_path, monkeypatch, then):
     child = forked(first)
     assert os.read(half_way[0], 1) == b"."
     before = path.read_bytes()
-    assert _unsealed(before)[1]["n_done"] == "3"
+    assert [*decoded(before, "run.ckpt").batches] == [0, 1, 2]
     with pytest.raises(FileInUseError, match=r"run\.ckpt is in use by another run; wait for it"):
         measured(model, path)
     assert path.read_bytes() == before
