@@ -1,13 +1,20 @@
 """The command line: what it writes, and the one line it says to bad input."""
 
+import csv
+import io
 import json
 import subprocess
 import sys
 
 import pytest
 
+from tl_loops import LoopedTransformer
 from tl_loops.cli import main
+from tl_loops.cli.measure import summary
 from tl_loops.loading.catalogue import catalogue
+from tl_loops.measurements.measure import measure
+from tl_loops.measurements.registry import MEASUREMENTS
+from tl_loops.tasks import fact_chain_prompts
 
 
 def run(capsys, *arguments):
@@ -16,7 +23,8 @@ def run(capsys, *arguments):
     return code, captured.out, captured.err
 
 
-def test_models_lists_every_name_with_notation_parameters_and_source(capsys):
+def test_models_lists_every_name_with_notation_parameters_and_source(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
     code, out, _ = run(capsys, "models")
     assert code == 0
     for entry in catalogue():
@@ -53,8 +61,64 @@ def test_measure_prints_a_table_without_a_file(capsys, tmp_path):
         "--n-iterations", "1", "--quiet",
     )  # fmt: skip
     assert code == 0
-    assert "relative_depth" in out
+    assert "first iteration" in out and out.count("sink_rate") == 1
+    code, out, _ = run(
+        capsys, "measure", "tl-loops-tiny", "--prompts", str(prompts), "--metrics", "sink_rate",
+        "--n-iterations", "1", "--quiet", "--rows",
+    )  # fmt: skip
+    assert code == 0 and "relative_depth" in out
     assert out.count("sink_rate") == 4
+
+
+def test_measure_writes_csv_to_standard_output(capsys):
+    code, out, err = run(
+        capsys, "measure", "tl-loops-tiny", "--metrics", "sink_rate", "--n-iterations", "2",
+        "--device", "cpu", "--limit", "1", "--out", "-",
+    )  # fmt: skip
+    assert code == 0 and err == ""  # a stream that is no terminal gets no progress bar
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert len(rows) == 6 and {row["metric"] for row in rows} == {"sink_rate"}
+
+
+def test_the_summary_has_the_means_of_the_first_and_the_last_iteration():
+    model = LoopedTransformer.from_pretrained_no_processing("tl-loops-tiny", n_iterations=3)
+    texts = [prompt.text for prompt in fact_chain_prompts(2)]
+    profile = measure(model, texts, metrics=("mixing_score",), progress=False)
+    heads, (row,), numbers = summary(profile)
+    assert heads == ("metric", *numbers) and row[0] == "mixing_score"
+    by_iteration = profile.by_iteration("mixing_score")
+    expected = [profile.mean("mixing_score"), by_iteration[0], by_iteration[-1]]
+    for text, values in zip(row[1:], expected, strict=True):
+        assert float(text) == pytest.approx(float(values.mean()), rel=1e-3)
+
+
+def test_check_and_lists_as_json(capsys):
+    code, out, _ = run(capsys, "check", "tl-loops-tiny", "--json", "--n-iterations", "2")
+    told = json.loads(out)
+    assert code == 0 and told["passed"] and {f["status"] for f in told["findings"]} >= {"ok"}
+    code, out, _ = run(capsys, "models", "--json")
+    assert [row["name"] for row in json.loads(out)] == [entry.name for entry in catalogue()]
+    code, out, _ = run(capsys, "metrics", "--json")
+    assert {row["name"] for row in json.loads(out)} == set(MEASUREMENTS)
+
+
+def test_tables_fit_the_terminal(capsys, monkeypatch):
+    for width in (80, 120):
+        monkeypatch.setenv("COLUMNS", str(width))
+        for command in ("models", "metrics"):
+            code, out, _ = run(capsys, command)
+            assert code == 0 and max(map(len, out.splitlines())) <= width
+    assert "…" not in out
+    code, out, _ = run(capsys, "models")
+    assert all(f"{entry.config().n_params:,}" in out for entry in catalogue())
+
+
+def test_float16_and_a_device_load(capsys):
+    code, out, _ = run(
+        capsys, "measure", "tl-loops-tiny", "--metrics", "sink_rate", "--n-iterations", "2",
+        "--dtype", "float16", "--device", "cpu", "--limit", "1",
+    )  # fmt: skip
+    assert code == 0 and "sink_rate" in out
 
 
 @pytest.mark.parametrize(
@@ -65,6 +129,9 @@ def test_measure_prints_a_table_without_a_file(capsys, tmp_path):
         (["report", "--n-iterations", "0"], "--n-iterations must be at least 1, got 0"),
         (["report", "--out", "/no/such/place/report.html"], "/no/such/place does not exist"),
         (["measure", "tl-loops-tiny", "--metrics", "sink_rat"], "sink_rate"),
+        (["measure", "tl-loops-tiny", "--rows", "--out", "-"], "--rows prints"),
+        (["check", "tl-loops-tiny", "--device", "cud"], "--device cud: there is no such device"),
+        (["report", "--device", "xpu:7"], "--device xpu:7: there is no such device"),
         (["measure", "tl-loops-tiny", "--out", "profile.xls"], r"\.parquet"),
     ],
 )

@@ -45,7 +45,12 @@ def _measure(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--metrics", nargs="+", metavar="METRIC", help="which metrics: see tl-loops metrics"
     )
-    command.add_argument("--out", help="file to write: .parquet, .csv or .json; else a table")
+    command.add_argument(
+        "--out",
+        help="file to write: .parquet, .csv or .json; - writes CSV to standard output; without it "
+        "a summary is printed",
+    )
+    command.add_argument("--rows", action="store_true", help="print a row per block, no summary")
     command.add_argument(
         "--batch-size", type=int, default=8, help="prompts of equal length in one pass"
     )
@@ -81,15 +86,23 @@ def _merge(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="as JSON, for another program")
+
+
 def _report(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--out", default="report.html", help="default: report.html")
+    command.add_argument(
+        "--out", default="report.html", help="default: report.html; - for standard output"
+    )
 
 
 def _prompts(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--prompts", metavar="FILE", help="text (one per line) or JSON lines; else a sample"
     )
-    command.add_argument("--quiet", action="store_true", help="no progress bars")
+    command.add_argument(
+        "--quiet", action="store_true", help="no progress bars, which only a terminal gets"
+    )
 
 
 def _loading(command: argparse.ArgumentParser) -> None:
@@ -97,17 +110,20 @@ def _loading(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype",
         default="float32",
-        choices=("float32", "bfloat16", "float64"),
+        choices=("float32", "bfloat16", "float16", "float64"),
         help="of the weights",
+    )
+    command.add_argument(
+        "--device", help="cpu, cuda, cuda:1, mps, ...; by default the best there is"
     )
 
 
 Options = Callable[[argparse.ArgumentParser], None]
 
 COMMANDS: dict[str, tuple[str, tuple[Options, ...]]] = {
-    "models": ("list the models that load by name", ()),
-    "metrics": ("list the metrics that measure knows by name", ()),
-    "check": ("try what a checkpoint's model promises", (_directory, _loading)),
+    "models": ("list the models that load by name", (_json,)),
+    "metrics": ("list the metrics that measure knows by name", (_json,)),
+    "check": ("try what a checkpoint's model promises", (_directory, _json, _loading)),
     "measure": ("measure prompts into a profile", (_any_model, _measure, _prompts, _loading)),
     "merge": ("merge the shards of a run", (_merge,)),
     "report": (

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from tl_loops.cli.output import STANDARD_OUTPUT
 from tl_loops.model.looped import LoopedTransformer
 from tl_loops.tasks.data_sets import read_column, read_tokens
 from tl_loops.tasks.prompts import PromptText, read_prompts
@@ -13,6 +14,8 @@ from tl_loops.writing import check_writable
 
 def check_place(out: str) -> None:
     """Raise on a place that cannot be written before anything is computed."""
+    if out == STANDARD_OUTPUT:
+        return
     path = Path(out)
     if path.is_dir():
         raise ValueError(f"--out {out} is a directory; give a file")
@@ -52,13 +55,35 @@ def load(options: argparse.Namespace, device: torch.device | None = None) -> Loo
 
     Args:
         options: Of the command.
-        device: Where to; ``None``: TransformerLens's choice.
+        device: Where to, if ``--device`` does not say; ``None``: TransformerLens's choice.
+
+    Raises:
+        ValueError: There is no such device, or no model has that number of iterations.
     """
     check_iterations(options)
+    device = device_of(options) or device
     place = {} if device is None else {"device": device}
     return LoopedTransformer.from_pretrained_no_processing(
         options.model, n_iterations=options.n_iterations, dtype=options.dtype, **place
     )
+
+
+def device_of(options: argparse.Namespace) -> torch.device | None:
+    """What ``--device`` names; ``None``: nothing.
+
+    Raises:
+        ValueError: PyTorch knows no device of that name, or there is none here.
+    """
+    if options.device is None:
+        return None
+    try:
+        device = torch.device(options.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"--device {options.device}: there is no such device here; give cpu, or leave it out"
+        ) from error
+    return device
 
 
 def check_iterations(options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_loops.cli.inputs import check_place, load, read_any
+from tl_loops.cli.output import STANDARD_OUTPUT, print_table, shows_progress, write_out
 from tl_loops.measurements.formats import check_file_ending
 from tl_loops.measurements.measure import measure
 from tl_loops.measurements.profile import LoopProfile
@@ -39,7 +40,9 @@ def run(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     """Raise, before anything is computed, for places that cannot be written."""
-    if options.out is not None:
+    if options.out is not None and options.rows:
+        raise ValueError("--rows prints the rows, and --out writes them: give one of the two")
+    if options.out not in (None, STANDARD_OUTPUT):
         check_file_ending(options.out)
         check_place(options.out)
     if options.checkpoint is not None:
@@ -51,7 +54,8 @@ def _measured(options: argparse.Namespace, shard: Shard, together: bool = False)
     prompts = read_any(options)
     model = load(options, rank_device() if together else None)
     if prompts is None:
-        prompts = [prompt.text for prompt in default_prompts(model).evaluated]
+        sample = default_prompts(model).evaluated
+        prompts = [prompt.text for prompt in sample][: options.limit]
     arguments: dict[str, Any] = (
         {} if options.metrics is None else {"metrics": tuple(options.metrics)}
     )
@@ -64,14 +68,39 @@ def _measured(options: argparse.Namespace, shard: Shard, together: bool = False)
         batch_size=options.batch_size,
         checkpoint=checkpoint,
         shard="distributed" if together else shard,
-        progress=not options.quiet and (shard.index == 0 or not together),
+        progress=shows_progress(options) and (shard.index == 0 or not together),
         **arguments,
     )
 
 
 def _write(options: argparse.Namespace, profile: LoopProfile) -> None:
-    if options.out is None:
+    if options.out == STANDARD_OUTPUT:
+        write_out(profile.to_frame().to_csv(index=False).encode("utf-8"))
+    elif options.rows:
         print(profile.to_frame().to_string(index=False))
+    elif options.out is None:
+        print_table(*summary(profile))
     else:
         profile.save(options.out)
         print(Path(options.out).resolve())
+
+
+def summary(profile: LoopProfile) -> tuple[tuple[str, ...], list[tuple[str, ...]], tuple[str, ...]]:
+    """A profile as a table with a row per metric: its mean, and how iterations begin and end.
+
+    Returns:
+        Heads, rows, and the heads of numbers. The mean is over all blocks that have a value; those
+        of the first and the last iteration are over their blocks.
+    """
+    frame = profile.to_frame()
+    layout, ends = profile.layout, {}
+    if layout is not None:
+        ends = {"first iteration": 0, "last iteration": layout.n_iterations - 1}
+    heads = ("mean", *ends)
+    rows = []
+    for metric, of_metric in frame.groupby("metric", sort=False):
+        means = [of_metric["mean"].mean()]
+        for t in ends.values():
+            means.append(of_metric["mean"][of_metric["iteration"] == t].mean())
+        rows.append((str(metric), *(f"{mean:.4g}" for mean in means)))
+    return ("metric", *heads), rows, heads

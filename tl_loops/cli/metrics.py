@@ -1,14 +1,15 @@
 """``tl-loops metrics``."""
 
-from typing import Any
+import argparse
 
+from tl_loops.cli.output import print_json, print_table
 from tl_loops.measurements.registry import MEASUREMENTS
 
 
-def run(options: Any) -> None:
+def run(options: argparse.Namespace) -> None:
     """List the metrics that can be measured by name, with unit and meaning."""
-    rows = [("metric", "unit", "what it is")]
-    rows += [(name, m.unit, m.summary) for name, m in sorted(MEASUREMENTS.items())]
-    widths = [max(len(row[i]) for row in rows) for i in range(2)]
-    for name, unit, summary in rows:
-        print(f"{name:<{widths[0]}}  {unit:<{widths[1]}}  {summary}")
+    found = sorted(MEASUREMENTS.items())
+    if options.json:
+        print_json([{"name": name, "unit": m.unit, "summary": m.summary} for name, m in found])
+        return
+    print_table(("metric", "unit", "what it is"), [(n, m.unit, m.summary) for n, m in found])

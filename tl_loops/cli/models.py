@@ -1,16 +1,26 @@
 """``tl-loops models``."""
 
-from typing import Any
+import argparse
 
+from tl_loops.cli.output import print_json, print_table
 from tl_loops.loading.catalogue import catalogue
 
 
-def run(options: Any) -> None:
+def run(options: argparse.Namespace) -> None:
     """List the names that load, with notation, parameters and source."""
-    rows = [("name", "notation", "parameters", "source")]
-    for entry in catalogue():
-        cfg = entry.config()
-        rows.append((entry.name, cfg.notation, f"{cfg.n_params:,}", entry.source))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    for name, notation, parameters, source in rows:
-        print(f"{name:<{widths[0]}}  {notation:<{widths[1]}}  {parameters:>{widths[2]}}  {source}")
+    found = [(entry, entry.config()) for entry in catalogue()]
+    if options.json:
+        print_json(
+            [
+                {
+                    "name": entry.name,
+                    "notation": cfg.notation,
+                    "n_params": cfg.n_params,
+                    "source": entry.source,
+                }
+                for entry, cfg in found
+            ]
+        )
+        return
+    rows = [(entry.name, cfg.notation, f"{cfg.n_params:,}", entry.source) for entry, cfg in found]
+    print_table(("name", "notation", "parameters", "source"), rows, numbers=("parameters",))

@@ -3,7 +3,8 @@
 import argparse
 
 from tl_loops.cli.inputs import check_place, load, read
-from tl_loops.report import write_report
+from tl_loops.cli.output import STANDARD_OUTPUT, shows_progress, write_out
+from tl_loops.report import report_html, write_report
 
 
 def run(options: argparse.Namespace) -> None:
@@ -11,4 +12,8 @@ def run(options: argparse.Namespace) -> None:
     check_place(options.out)
     prompts = read(options)
     model = load(options)
-    print(write_report(model, options.out, prompts, progress=not options.quiet))
+    progress = shows_progress(options)
+    if options.out == STANDARD_OUTPUT:
+        write_out(report_html(model, prompts, progress=progress).encode("utf-8"))
+        return
+    print(write_report(model, options.out, prompts, progress=progress))

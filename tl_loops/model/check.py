@@ -86,6 +86,7 @@ def check(
     name_or_directory: str | Path,
     n_iterations: int | None = None,
     dtype: str | torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
 ) -> CheckReport:
     """Load a checkpoint and try what every looped model promises.
 
@@ -96,6 +97,7 @@ def check(
         name_or_directory: A checkpoint directory, or a name that loads.
         n_iterations: Passes through the core; ``None``: what the checkpoint says.
         dtype: Type of the weights in memory.
+        device: Where to; ``None``: TransformerLens's choice.
 
     Raises:
         CheckpointError: The checkpoint cannot be loaded exactly; the message names file, key,
@@ -105,7 +107,11 @@ def check(
     source = loading.resolve(name_or_directory)
     family = loading.family_of(source)
     model = LoopedTransformer.from_pretrained_no_processing(
-        name_or_directory, n_iterations=n_iterations, dtype=dtype, allow_non_finite=True
+        name_or_directory,
+        n_iterations=n_iterations,
+        dtype=dtype,
+        allow_non_finite=True,
+        **({} if device is None else {"device": device}),
     )
     n_tensors = len(source.headers.tensors)
     stored = Finding("stored tensors", "ok", f"{n_tensors} tensors, names and shapes as expected")

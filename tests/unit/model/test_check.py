@@ -96,7 +96,7 @@ def test_a_weight_that_stops_others_is_found():
         model.blocks[1].attn.W_O.zero_()
     found = next(f for f in check_model(model) if f.name == "gradients")
     assert found.status == "failed"
-    assert "core.0.attn.W_Q" in found.detail and "is a weight behind it zero?" in found.detail
+    assert "core.0.attn.W_Q" in found.detail and "is a weight after it zero?" in found.detail
 
 
 def test_overflow_is_located():
