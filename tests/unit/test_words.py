@@ -24,6 +24,7 @@ BANNED = {
 """Each with what to write instead."""
 
 ALLOWED = {
+    "left behind": "what stays on a disk",
     "behind the bridge": "the original stands there: a place, and no order",
     "behind each": "the function that a measurement calls",
     "behind an ``@``": "a place in a text",

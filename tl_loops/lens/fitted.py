@@ -27,7 +27,7 @@ def check_sizes(kind: str, fitted: dict[str, int], cfg: Any) -> None:
 
 
 def check_width(resid: Tensor, d_model: int) -> None:
-    """Refuse a residual of another width than the lens was fitted on.
+    """Raise on a residual of another width than the lens was fitted on.
 
     Raises:
         ValueError: It is.

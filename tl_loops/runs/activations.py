@@ -245,7 +245,7 @@ def cached_names(cache: Mapping[str, Tensor] | Any) -> set[str]:
 def check_held(
     cache: Mapping[str, Tensor] | Any, model: Model, names: Sequence[str], what: str = "the clean"
 ) -> None:
-    """Refuse a cache that lacks an activation, or holds one of another shape.
+    """Raise on a cache that lacks an activation, or holds one of another shape.
 
     Args:
         cache: Of a run with any number of iterations.
@@ -269,7 +269,7 @@ def check_held(
 
 
 def _check_axes(cache: Mapping[str, Tensor] | Any, model: Model, name: str) -> None:
-    """Refuse an entry that has not the axes of its hook point, or another width."""
+    """Raise on an entry that has not the axes of its hook point, or another width."""
     value, spec = cache[name], spec_of(name)
     if not isinstance(value, Tensor):
         raise ValueError(f"the cache must hold tensors, got {type(value).__name__} as {name!r}")
