@@ -88,3 +88,62 @@ def interrupted_after(seconds, action, kind=KeyboardInterrupt):
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     return came
+
+
+RISKY = tuple(
+    os.sep + name
+    for name in (
+        "contextlib.py",
+        "_contextlib.py",
+        "grad_mode.py",
+        "hooks.py",
+        "hook_points.py",
+        "HookedRootModule.py",
+        "temporary_hooks.py",
+        "interrupts.py",
+        "iterations.py",
+        "cells.py",
+    )
+)
+"""Files that change a model for a while, and change it back."""
+
+
+def interrupted_at(number, action, spared=()):
+    """Run an action, and interrupt it at the n-th line that it runs in a file of ``RISKY``.
+
+    Always the same line, and always in the code that an interrupt could catch half-way.
+
+    Args:
+        number: Of the line; ``None``: run all of it.
+        action: What is run.
+        spared: Functions that are not interrupted themselves; what they call is.
+
+    Returns:
+        ``None`` where it was interrupted, else the number of lines.
+    """
+    seen = 0
+
+    def line(frame, event, argument):
+        nonlocal seen
+        if event in ("line", "call"):
+            if seen == number:
+                sys.settrace(before)
+                raise KeyboardInterrupt
+            seen += 1
+        return line
+
+    def called(frame, event, argument):
+        code = frame.f_code
+        if not code.co_filename.endswith(RISKY) or code.co_name in spared:
+            return None
+        return line(frame, event, argument)
+
+    before = sys.gettrace()
+    sys.settrace(called)
+    try:
+        action()
+    except KeyboardInterrupt:
+        return None
+    finally:
+        sys.settrace(before)
+    return seen

@@ -29,11 +29,13 @@ from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
 from tl_loops.runs.inputs import run_inputs
 from tl_loops.runs.scoring import identify_runs, logits_shape
 from tl_loops.runs.shards import Shards
+from tl_loops.upstream import left_as_it_was
 
 _EMBED = "hook_embed"
 
 
 @checked
+@left_as_it_was
 def attribution_patch(
     model: Model,
     corrupted_tokens: Any,

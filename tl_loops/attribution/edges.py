@@ -33,6 +33,7 @@ from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
 from tl_loops.runs.inputs import run_inputs
 from tl_loops.runs.scoring import identify_runs, logits_shape
 from tl_loops.runs.shards import Shards
+from tl_loops.upstream import left_as_it_was
 
 Kind = Literal["embed", "attn", "head", "query", "key", "value", "mlp", "logits"]
 _EMBED = "hook_embed"
@@ -106,6 +107,7 @@ class EdgeAttribution:
 
 
 @checked
+@left_as_it_was
 def edge_attribution(
     model: Model,
     corrupted_tokens: Any,

@@ -34,6 +34,7 @@ from tl_loops.runs.merge import merge_runs
 from tl_loops.runs.moments import Moments
 from tl_loops.runs.running_moments import RunningMoments, batch_moments
 from tl_loops.runs.shards import Shards
+from tl_loops.upstream import left_as_it_was
 
 if TYPE_CHECKING:
     import pandas
@@ -157,6 +158,7 @@ def _curve(
 
 
 @checked
+@left_as_it_was
 @torch.no_grad()
 def exit_curve(
     model: Model,

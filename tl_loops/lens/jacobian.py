@@ -22,6 +22,7 @@ from tl_loops.metrics.precision import full_precision
 from tl_loops.runs.batches import token_prompts
 from tl_loops.runs.inputs import LensInputs
 from tl_loops.runs.storage import load_artefact, save_artefact
+from tl_loops.upstream import left_as_it_was
 
 Target = Literal["final", "penultimate", "loop_ends"]
 
@@ -129,6 +130,7 @@ class JacobianLens:
 
 
 @checked
+@left_as_it_was
 def fit_jacobian_lens(
     model: Model,
     prompts: Iterable[str | Tensor],

@@ -24,11 +24,13 @@ from tl_loops.metrics.readout import (
     token_rank,
 )
 from tl_loops.runs.inputs import LensInput, LensInputs, Positions, lens_inputs
+from tl_loops.upstream import left_as_it_was
 
 _POINTWISE = ("predictions", "top_tokens", "top_probabilities", "entropy")
 
 
 @checked
+@left_as_it_was
 def read_lens(
     model: Model,
     input: LensInput,
@@ -102,6 +104,7 @@ def read_lens(
 
 
 @checked
+@left_as_it_was
 def logit_lens(model: Model, input: LensInput, **options: Any) -> LensResult:
     """Final norm and unembedding applied to the residual after each block.
 
@@ -127,6 +130,7 @@ def logit_lens(model: Model, input: LensInput, **options: Any) -> LensResult:
 
 
 @checked
+@left_as_it_was
 def coda_lens(model: Model, input: LensInput, **options: Any) -> LensResult:
     """The state of each iteration through all that the model does after the loop.
 
@@ -152,6 +156,7 @@ def coda_lens(model: Model, input: LensInput, **options: Any) -> LensResult:
 
 
 @checked
+@left_as_it_was
 def exit_lens(model: Model, input: LensInput, **options: Any) -> LensResult:
     """The exit of every iteration: ``model(tokens, exit_at=t)`` for all t, in one pass.
 

@@ -24,6 +24,7 @@ from tl_loops.metrics.readout import kl_divergence
 from tl_loops.runs.batches import token_prompts
 from tl_loops.runs.inputs import LensInputs, lens_inputs
 from tl_loops.runs.storage import load_artefact, save_artefact
+from tl_loops.upstream import left_as_it_was
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +107,7 @@ class TunedLens:
 
 
 @checked
+@left_as_it_was
 def train_tuned_lens(
     model: Model,
     prompts: Iterable[str | Tensor],

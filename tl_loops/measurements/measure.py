@@ -30,12 +30,14 @@ from tl_loops.runs.identity import identity_of, prompts_fingerprint
 from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
 from tl_loops.runs.running_moments import batch_moments
 from tl_loops.runs.shards import Shards
+from tl_loops.upstream import left_as_it_was
 from tl_loops.version import __version__
 
 Metrics = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
 
 
 @checked
+@left_as_it_was
 def measure(
     model: Model,
     prompts: Iterable[Any],

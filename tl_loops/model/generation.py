@@ -23,6 +23,7 @@ from tl_loops.upstream import (
     KeyValueCache,
     LocallyOverridenDefaults,
     check_length,
+    left_as_it_was,
     sample_logits,
 )
 
@@ -30,6 +31,7 @@ _EVERY_STEP = ("exit_at", "exit_threshold", "weighted_exit", "kv_sharing", "pref
 """Arguments of the forward pass that generation passes on."""
 
 
+@left_as_it_was
 @torch.no_grad()
 def generate(
     self: Any,

@@ -1,8 +1,8 @@
 """Hook names by coordinate, wherever TransformerLens takes a hook name."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, SupportsIndex
 
 from torch import Tensor
@@ -12,9 +12,9 @@ from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import did_you_mean
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.names import spec_of
-from tl_loops.model.iterations import at_iterations, iterations, set_iterations
+from tl_loops.model.iterations import IterationsContext, at_iterations, set_iterations
 from tl_loops.model.start import real_tokens
-from tl_loops.upstream import HookPoint, Slice, TransformerBase
+from tl_loops.upstream import HookPoint, Slice, TemporaryHooks, TransformerBase, left_as_it_was
 
 HookName = str | Callable[[str], bool]
 Hooks = list[tuple[HookName, Callable]]
@@ -61,7 +61,7 @@ class CoordinateHooks(TransformerBase):
             ConfigError: ``n_iterations`` is not an integer of at least 1.
             LoopedSemanticsError: The model has several loops.
         """
-        return iterations(self, n_iterations)
+        return IterationsContext(self, n_iterations)
 
     def hook_name(self, name: str) -> str:
         """The canonical name of a hook point.
@@ -140,14 +140,13 @@ class CoordinateHooks(TransformerBase):
         """Add a hook; as in TransformerLens, with aliases."""
         super().add_hook(self._canonical(name), hook, *args, **kwargs)
 
-    @contextmanager
     def hooks(
         self,
         fwd_hooks: Hooks | None = None,
         bwd_hooks: Hooks | None = None,
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
-    ) -> Iterator["CoordinateHooks"]:
+    ) -> AbstractContextManager[Any]:
         """Add hooks for a block of code; as in TransformerLens, with aliases.
 
         Raises:
@@ -155,9 +154,9 @@ class CoordinateHooks(TransformerBase):
         """
         forward = self._canonical_hooks(fwd_hooks or [])
         backward = self._canonical_hooks(bwd_hooks or [])
-        with super().hooks(forward, backward, reset_hooks_end, clear_contexts):
-            yield self
+        return TemporaryHooks(self, forward, backward, reset_hooks_end, clear_contexts)
 
+    @left_as_it_was
     def run_with_hooks(
         self, *args: Any, n_iterations: SupportsIndex | None = None, **kwargs: Any
     ) -> Any:
@@ -221,6 +220,7 @@ class CoordinateHooks(TransformerBase):
             return False
         return True
 
+    @left_as_it_was
     def run_with_cache(
         self,
         *args: Any,

@@ -7,8 +7,6 @@ is made first, and what was there comes back if anything stops the change.
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
@@ -16,9 +14,7 @@ from torch import nn
 
 from tl_loops.config.checks import whole_iterations
 from tl_loops.nn.unrolling import tied_copy, unroll
-from tl_loops.upstream import HookPoint, copy_hooks
-
-_CONTEXTS = "_iteration_contexts"
+from tl_loops.upstream import CONTEXTS, HookPoint, copy_hooks
 
 
 @dataclass
@@ -73,38 +69,50 @@ def set_iterations(model: Any, n_iterations: SupportsIndex) -> None:
         raise
 
 
-@contextmanager
-def iterations(model: Any, n_iterations: SupportsIndex) -> Iterator[Any]:
-    """Change a model in place for a block of code; see ``model.iterations``.
+class IterationsContext:
+    """A model changed in place for a block of code; see ``model.iterations``.
 
-    Contexts may end in any order: each takes back its own change alone.
+    Contexts may end in any order: each takes back its own change alone. An object in place of a
+    generator, which after an interrupt would end when its memory is freed.
+
+    Args:
+        model: The model.
+        n_iterations: Its number of iterations in the block.
     """
-    contexts: list[_State] = vars(model).setdefault(_CONTEXTS, [])
-    before = _State(model.cfg.n_iterations, model.blocks, model.iter)
-    contexts.append(before)
-    try:
-        set_iterations(model, n_iterations)
-        yield model
-    finally:
+
+    def __init__(self, model: Any, n_iterations: SupportsIndex):
+        self.model, self.n_iterations = model, n_iterations
+        self.contexts: list[IterationsContext] = vars(model).setdefault(CONTEXTS, [])
+
+    def __enter__(self) -> Any:
+        model = self.model
+        self.before = _State(model.cfg.n_iterations, model.blocks, model.iter)
         try:
-            _leave(model, contexts, before)
+            self.contexts.append(self)
+            set_iterations(model, self.n_iterations)
         except BaseException:
-            _leave(model, contexts, before)
+            self.__exit__()
+            raise
+        return model
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self.leave()
+        except BaseException:
+            self.leave()
             raise
 
-
-def _leave(model: Any, contexts: list[_State], before: _State) -> None:
-    """End a context: the last one restores the model, another hands its state to the next."""
-    at = next((i for i, state in enumerate(contexts) if state is before), None)
-    if at is None:
-        return
-    if at == len(contexts) - 1:
-        _assign(model, before)
-        contexts.pop()
-        return
-    later = contexts[at + 1]
-    later.n_iterations, later.blocks, later.iter = before.n_iterations, before.blocks, before.iter
-    del contexts[at]
+    def leave(self) -> None:
+        """The last context restores the model, another hands its state to the next."""
+        at = next((i for i, context in enumerate(self.contexts) if context is self), None)
+        if at is None:
+            return
+        if at == len(self.contexts) - 1:
+            _assign(self.model, self.before)
+            self.contexts.pop()
+            return
+        self.contexts[at + 1].before = self.before
+        del self.contexts[at]
 
 
 def _unrolled(model: Any, cfg: Any, coda: list[nn.Module]) -> _State:

@@ -13,6 +13,7 @@ from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
 from tl_loops.mechanisms.kv_sharing import KVSharing
 from tl_loops.nn.kv_cache import SharedKeyValueCache
+from tl_loops.upstream import left_as_it_was
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class KVSharingEffect:
 
 
 @checked
+@left_as_it_was
 @torch.no_grad()
 def kv_sharing_effect(
     model: Model,

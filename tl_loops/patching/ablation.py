@@ -24,9 +24,11 @@ from tl_loops.runs.inputs import real_positions, run_inputs
 from tl_loops.runs.rerun import BaseRun
 from tl_loops.runs.scoring import Metric, identify_cells, logits_score, logits_shape, start_run
 from tl_loops.runs.shards import Shards
+from tl_loops.upstream import left_as_it_was
 
 
 @checked
+@left_as_it_was
 def ablate(
     model: Model,
     tokens: Any,
@@ -183,6 +185,7 @@ class MassiveSite:
 
 
 @checked
+@left_as_it_was
 def find_massive_sites(
     model: Model,
     tokens: Any,
@@ -231,6 +234,7 @@ def find_massive_sites(
 
 
 @checked
+@left_as_it_was
 def ablate_massive(
     model: Model,
     tokens: Any,

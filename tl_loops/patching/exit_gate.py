@@ -25,12 +25,14 @@ from tl_loops.runs.inputs import run_inputs
 from tl_loops.runs.rerun import BaseRun
 from tl_loops.runs.scoring import Metric, check_metric, identify_cells
 from tl_loops.runs.shards import Shards
+from tl_loops.upstream import left_as_it_was
 
 FORCED = 100.0
 """Halting logit of a forced decision: its sigmoid is 0 or 1 in every floating point type."""
 
 
 @checked
+@left_as_it_was
 def exit_gate_logits(
     model: Model, tokens: Any, **forward_arguments: Any
 ) -> Float[Tensor, "iteration batch pos"]:
@@ -51,6 +53,7 @@ def exit_gate_logits(
 
 
 @checked
+@left_as_it_was
 def probe_exit_gate(
     model: Model, cache: Any, activation: str = "resid_post"
 ) -> Float[Tensor, "iteration layer batch pos"]:
@@ -90,6 +93,7 @@ def probe_exit_gate(
 
 
 @checked
+@left_as_it_was
 def patch_exit_gate(
     model: Model,
     corrupted_tokens: Any,

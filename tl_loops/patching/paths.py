@@ -18,6 +18,7 @@ from tl_loops.runs.cells import Cell, Edit
 from tl_loops.runs.grid import Grid, make_grid
 from tl_loops.runs.rerun import BaseRun
 from tl_loops.runs.scoring import Metric, logits_score, start_run
+from tl_loops.upstream import left_as_it_was
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ Sites = Site | Sequence[Site]
 
 
 @checked
+@left_as_it_was
 def path_patch(
     model: Model,
     corrupted_tokens: Any,

@@ -18,9 +18,11 @@ from tl_loops.runs.cells import Cell
 from tl_loops.runs.in_batches import Split
 from tl_loops.runs.scoring import Metric, identify_cells, logits_score, logits_shape, start_run
 from tl_loops.runs.shards import Shards
+from tl_loops.upstream import left_as_it_was
 
 
 @checked
+@left_as_it_was
 def transplant_states(
     model: Model,
     corrupted_tokens: Any,

@@ -1,7 +1,6 @@
 """Cells: edited runs, what they give, and the small pieces that running them takes."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,10 +43,7 @@ class CellOutput:
     read: dict[str, Tensor] = field(default_factory=dict)
 
 
-@contextmanager
-def hooked(
-    model: Model, hooks: Sequence[tuple[str, Callable]], before_others: bool = False
-) -> Iterator[None]:
+class hooked:
     """``model.hooks`` without its visit to every hook point of the model when it ends.
 
     A run has as many stages as there are blocks, so that visit would cost more than the stages.
@@ -57,15 +53,25 @@ def hooked(
         hooks: Canonical hook names and hooks.
         before_others: Whether they act before hooks that are on the model already.
     """
-    level = model.context_level + 1
-    points = [model.hook_dict[name] for name, _ in hooks]
-    try:
-        for point, (_, hook) in zip(points, hooks, strict=True):
-            point.add_hook(hook, level=level, prepend=before_others)
-        yield
-    finally:
-        for point in points:
-            point.remove_hooks("fwd", level=level)
+
+    def __init__(
+        self, model: Model, hooks: Sequence[tuple[str, Callable]], before_others: bool = False
+    ):
+        self.model, self.hooks, self.before_others = model, hooks, before_others
+
+    def __enter__(self) -> None:
+        self.level = self.model.context_level + 1
+        self.points = [self.model.hook_dict[name] for name, _ in self.hooks]
+        try:
+            for point, (_, hook) in zip(self.points, self.hooks, strict=True):
+                point.add_hook(hook, level=self.level, prepend=self.before_others)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        for point in self.points:
+            point.remove_hooks("fwd", level=self.level)
 
 
 def show_to(show: Callable[[Tensor], None], value: Tensor, hook: Any) -> None:

@@ -41,14 +41,17 @@ from tl_loops.upstream.inputs import (
     model_input,
     number_of_ids,
 )
+from tl_loops.upstream.interrupts import CONTEXTS, left_as_it_was
 from tl_loops.upstream.made_caches import install_made_caches, uninstall_made_caches
 from tl_loops.upstream.refusal import refuse_where_wrong
 from tl_loops.upstream.root import can_restart, complete_norm, init_root
+from tl_loops.upstream.temporary_hooks import TemporaryHooks
 from tl_loops.upstream.text import TextMethods
 from tl_loops.upstream.tokenizers import as_given, remember, set_tokenizer
 from tl_loops.upstream.version import HAS_HOOKED_TRANSFORMER, warn_if_untried
 
 __all__ = [
+    "CONTEXTS",
     "HAS_HOOKED_TRANSFORMER",
     "POST_NORM_ARCHITECTURES",
     "SOFTCAP_DISABLED",
@@ -82,6 +85,7 @@ __all__ = [
     "install_guards",
     "install_made_caches",
     "is_bridge",
+    "left_as_it_was",
     "lm_cross_entropy_loss",
     "attention_needs",
     "model_input",
@@ -90,6 +94,7 @@ __all__ = [
     "sample_logits",
     "set_tokenizer",
     "as_given",
+    "TemporaryHooks",
     "TextMethods",
     "remember",
     "uninstall_from_pretrained",

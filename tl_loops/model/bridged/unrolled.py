@@ -20,7 +20,12 @@ from tl_loops.model.iterations import at_iterations
 from tl_loops.model.looped import LoopedTransformer
 from tl_loops.model.start import read_tokens
 from tl_loops.model.weights import Weights
-from tl_loops.upstream import USE_DEFAULT_VALUE, HookPoint, LocallyOverridenDefaults
+from tl_loops.upstream import (
+    USE_DEFAULT_VALUE,
+    HookPoint,
+    LocallyOverridenDefaults,
+    left_as_it_was,
+)
 
 _WRAPPED = re.compile(r"\._original_component\b")
 _OWN_BLOCKS = "call model.looped(), a LoopedTransformer over the same weights in memory, which can"
@@ -226,6 +231,7 @@ class UnrolledBridge(LoopedTransformer):
             arguments["attention_mask"] = mask
         return arguments
 
+    @left_as_it_was
     def _run(self, tokens: Tensor, arguments: dict[str, Any], stop: int | None) -> Any:
         """The bridge's logits, or what enters the unrolled block that a run stops before."""
         with (
