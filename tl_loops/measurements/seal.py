@@ -35,7 +35,7 @@ def seal(
 
 
 def check_seal(found: Row, expected: Row) -> None:
-    """Refuse a profile that is not the one that was sealed.
+    """Raise for a profile that is not the one that was sealed.
 
     Args:
         found: The seal that it has.
@@ -51,7 +51,7 @@ def check_seal(found: Row, expected: Row) -> None:
 
 
 def check_unsealed(rows: list[Row], layout: LoopLayout | None, n_layers: int) -> None:
-    """Refuse a profile from before there were seals, as far as it can be judged.
+    """Raise for a profile from before there were seals, as far as it can be judged.
 
     Args:
         rows: Its table.
