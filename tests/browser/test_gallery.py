@@ -8,7 +8,7 @@ from plotly.graph_objects import Figure
 
 from tests.browser.gallery import NO_FIGURES, Data, figures
 from tl_loops import LoopedTransformer, plots
-from tl_loops.report import write_report
+from tl_loops.report import ReportPrompts, default_prompts, write_report
 
 WIDTHS = (390, 768, 1440)
 SCHEMES = ("light", "dark")
@@ -29,7 +29,10 @@ def data():
 def report(tmp_path_factory):
     torch.set_num_threads(1)
     model = LoopedTransformer.from_pretrained_no_processing("tl-loops-tiny", device="cpu")
-    return write_report(model, tmp_path_factory.mktemp("report") / "report.html", progress=False)
+    out = tmp_path_factory.mktemp("report") / "report.html"
+    prompts = default_prompts(model)
+    few = ReportPrompts(prompts.shown, prompts.shown, prompts.what)
+    return write_report(model, out, few, progress=False)
 
 
 @pytest.fixture(scope="module", params=WIDTHS)

@@ -303,7 +303,7 @@ def _log_ticks(limits: tuple[Number, Number], pixels: int, apart: int) -> dict[s
         step = 10 ** math.floor(high - 1)
         while decade * (high - math.log10(10**high - step)) < apart:
             step *= 2 if f"{step:e}"[0] != "2" else 2.5
-        return settings | {"dtick": f"L{step:.10g}", "tick0": math.log10(step)}
+        return settings | {"dtick": f"L{step:.10g}", "tick0": 0}
     if decade * math.log10(2) >= apart:
         return settings | {"dtick": "D2"}
     powers = {"exponentformat": "power"} if high - low > 6 else settings

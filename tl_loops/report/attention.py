@@ -61,5 +61,8 @@ def attention_section(
     if left_out:
         text.append("To keep the page small it shows " + " and ".join(left_out) + ".")
     return Section(
-        "attention", "Attention patterns", text, [html_figure("Attention heads", view.element())]
+        "attention",
+        "Attention patterns",
+        text,
+        [html_figure("Attention heads by iteration", view.element())],
     )

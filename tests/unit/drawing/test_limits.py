@@ -79,3 +79,12 @@ def test_bars_stand_on_zero_and_matrices_have_row_0_on_top():
     assert -0.02 < low < 0 and 0.5 < high < 0.6
     heat = limited(Panel((Heat(np.ones((2, 5))),), Axis("x"), Axis("y")))
     assert heat.x.limits == (-0.5, 4.5) and heat.y.limits == (1.5, -0.5)
+
+
+@pytest.mark.parametrize(("low", "high"), [(320, 900), (1, 1.4), (0.02, 0.03)])
+def test_ticks_within_a_decade_are_round_numbers(low, high):
+    length = quantities.LENGTH
+    axis = draw(Figure("t", "s", (panel([low, high], y_axis=length),)), "plotly").layout.yaxis
+    step = float(axis.dtick.removeprefix("L"))
+    assert axis.tick0 == 0 and float(f"{step:.0e}") == step  # plotly counts from 0 in such steps
+    assert 2 <= (high - low) / step <= 20
