@@ -1,6 +1,20 @@
-"""Attribution: what patching would do, for all cells at once, from gradients through the loop."""
+"""Attribution: what patching would do, for all cells at once, and gradients through the loop."""
 
 from tl_loops.attribution.activation import attribution_patch
 from tl_loops.attribution.edges import Component, EdgeAttribution, edge_attribution
+from tl_loops.attribution.influence import StepInfluence, iteration_gradients, step_influence
+from tl_loops.attribution.iteration_gradients import IterationGradients
+from tl_loops.attribution.weight_uses import WeightUses, split_weights
 
-__all__ = ["Component", "EdgeAttribution", "attribution_patch", "edge_attribution"]
+__all__ = [
+    "Component",
+    "EdgeAttribution",
+    "IterationGradients",
+    "StepInfluence",
+    "WeightUses",
+    "attribution_patch",
+    "edge_attribution",
+    "iteration_gradients",
+    "split_weights",
+    "step_influence",
+]
