@@ -3,7 +3,7 @@
 from tl_loops.attribution.activation import attribution_patch
 from tl_loops.attribution.edges import Component, EdgeAttribution, edge_attribution
 from tl_loops.attribution.influence import StepInfluence, iteration_gradients, step_influence
-from tl_loops.attribution.iteration_gradients import IterationGradients
+from tl_loops.attribution.split_gradients import IterationGradients
 from tl_loops.attribution.weight_uses import WeightUses, split_weights
 
 __all__ = [

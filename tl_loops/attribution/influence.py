@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_loops.attribution.iteration_gradients import IterationGradients
+from tl_loops.attribution.split_gradients import IterationGradients
 from tl_loops.attribution.weight_uses import WeightUses, split_weights
 from tl_loops.layout.model import Model
 from tl_loops.metrics.padding import statistic_dtype

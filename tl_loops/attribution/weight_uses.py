@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_loops.attribution.gradients import differentiating
-from tl_loops.attribution.iteration_gradients import IterationGradients
+from tl_loops.attribution.split_gradients import IterationGradients
 from tl_loops.errors import LoopedSemanticsError, did_you_mean
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
