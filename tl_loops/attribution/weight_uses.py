@@ -7,7 +7,7 @@ is handed over from one to the next as the run comes by. Gradients with respect 
 then the plain gradient, split by iteration, from one backward pass.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -113,7 +113,7 @@ class WeightUses:
         return IterationGradients(by_iteration, outside)
 
     def _piece(
-        self, pieces: dict[tuple[str, Place], Tensor | None], name: str, at: Place, like: Tensor
+        self, pieces: Mapping[tuple[str, Place], Tensor | None], name: str, at: Place, like: Tensor
     ) -> Tensor:
         piece = pieces.get((name, at))
         return torch.zeros_like(like, requires_grad=False) if piece is None else piece.detach()

@@ -5,6 +5,7 @@ model whose state is all that goes from one iteration to the next. What is one n
 a metric that :func:`tl_loops.measure` streams.
 """
 
+from tl_loops.dynamics.alignment import KernelAlignment, kernel_alignment
 from tl_loops.dynamics.iteration_map import ModelLoopMap, loop_map, loop_maps
 from tl_loops.dynamics.jacobians import (
     IterationJacobians,
@@ -12,8 +13,13 @@ from tl_loops.dynamics.jacobians import (
     iteration_jacobians,
     run_exponents,
 )
+from tl_loops.dynamics.key_value_spectra import KeyValueSpectra, key_value_spectra
 
 __all__ = [
+    "KernelAlignment",
+    "KeyValueSpectra",
+    "kernel_alignment",
+    "key_value_spectra",
     "IterationJacobians",
     "ModelLoopMap",
     "injection_sensitivity",

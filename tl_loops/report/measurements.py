@@ -18,7 +18,8 @@ DYNAMICS = (
     "fixed_point_cosine",
 )
 EXITS = ("exit_probability", "expected_exit_iteration")
-MEASURED = (*ATTENTION, *RESIDUAL, *DYNAMICS, *EXITS)
+PATHS = ("radial_step", "tangential_step", "path_efficiency")
+MEASURED = (*ATTENTION, *RESIDUAL, *DYNAMICS, *PATHS, *EXITS)
 _WORDS = {
     "sink_rate": "sink rate",
     "mixing_score": "mixing score",

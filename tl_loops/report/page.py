@@ -19,6 +19,7 @@ from tl_loops.layout.model import Model
 from tl_loops.measurements.measure import available_metrics, measure
 from tl_loops.report.answers import answers_section, readout_section
 from tl_loops.report.attention import attention_section, floorplan_section
+from tl_loops.report.loop_map import geometry_section, gradients_section, loop_map_section
 from tl_loops.report.measurements import (
     MEASURED,
     dynamics_section,
@@ -87,7 +88,8 @@ def report_html(
     """The page as text.
 
     It shows accuracy (or loss) and the answer after each iteration, attention, entropy and
-    dynamics by iteration and layer, likeness of all pairs of blocks, neurons, an
+    dynamics by iteration and layer, Jacobians and gradients of iterations, likeness of all pairs of
+    blocks and of the states' geometry, neurons, an
     activation-patching grid over iteration, layer and position, the halting gate where there is
     one, and attention patterns. It loads nothing from anywhere when it is opened.
 
@@ -171,6 +173,11 @@ def _sections(model: Model, prompts: ReportPrompts, progress: bool) -> list[Sect
         ("dynamics", "Fixed points and trajectories"): lambda: dynamics_section(
             model, profile, cache, text
         ),
+        ("loop-map", "The loop as a map"): lambda: loop_map_section(
+            model, profile, prompts.shown[0]
+        ),
+        ("gradients", "Gradients by iteration"): lambda: gradients_section(model, prompts.shown[0]),
+        ("geometry", "Geometry between iterations"): lambda: geometry_section(model, texts),
         ("attention-metrics", "Attention and entropy"): lambda: stages_section(profile),
         ("pairs", "All pairs of blocks"): lambda: pairs_section(cache, text),
         ("exits", "When the model would stop"): lambda: exits_section(model, profile),
