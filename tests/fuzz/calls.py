@@ -64,6 +64,14 @@ ELSEWHERE = READ_BY_TOOLS | {
     "lens.LensResult.answer_flips",
     "lens.LensResult.saturation_iteration",
     "attribution.EdgeAttribution.by_iteration",
+    "attribution.IterationGradients.to_frame",
+    "attribution.IterationGradients.total",
+    # tests/unit/attribution/test_iteration_gradients.py: a block of code, and what is asked in it.
+    "attribution.IterationGradients.cosines",
+    "attribution.IterationGradients.gram",
+    "attribution.IterationGradients.norms",
+    "attribution.WeightUses.gradients",
+    "attribution.split_weights",
     "plots.CircuitsView.element",
     "plots.CircuitsView.to_html",
     "plots.circuitsvis_script",
@@ -192,6 +200,12 @@ CALLS: dict[str, Callable[[World], dict[str, Any]]] = {
     "attribution.EdgeAttribution.top": lambda w: dict(
         self=attribution.edge_attribution(**_patch(w)), k=3
     ),
+    "attribution.iteration_gradients": lambda w: dict(
+        model=w.model, input=w.tokens, metric=score
+    ),
+    "attribution.step_influence": lambda w: dict(
+        model=w.model, train=list(w.clean), queries=list(w.clean[:1])
+    ),
     "measurements.find_measurement": lambda w: dict(name="sink_rate"),
     "plots.attention_heads": lambda w: dict(source=w.cache, tokens=w.clean[0]),
     "plots.attention_patterns": lambda w: dict(source=w.cache, tokens=w.clean[0]),
@@ -254,7 +268,7 @@ _MANY = {
     odd.seeds: "seed",
     odd.integers: "batch_size window n_steps n_iterations top_k vjp_batch_size times k n_pos "
     "skip_positions max_rank n_prompt height width digits n_components examples tile "
-    "iterations_per_row vocab_size",
+    "iterations_per_row vocab_size n_queries_at_once",
     odd.indices: "iteration layer head row position a b index",
     odd.selections: "iterations layers positions pos sources targets schedule",
     odd.flags: "progress gradients together std log null partition outer animate heads split_qkv "
@@ -263,9 +277,9 @@ _MANY = {
     odd.choices: "activation method mean_over what by backend readout target kv_sharing colours "
     "name phase facet entity rival",
     odd.words: "title unit legend x_label y_label row_label column_label",
-    odd.names: "axes freeze points metrics names rows columns head_names phases",
+    odd.names: "weights axes freeze points metrics names rows columns head_names phases",
     odd.places: "where",
-    odd.prompt_lists: "prompts",
+    odd.prompt_lists: "prompts train queries",
     odd.tensors: "direction values attention effect logits matrix jacobians rank predictions resid",
     odd.sources: "source profile curve neurons result figure",
     odd.optional_objects: "alignment layout generator lens initial_state",
@@ -273,7 +287,7 @@ _MANY = {
     odd.masks: "attention_mask",
     odd.limits: "limits",
     odd.several: "senders receivers sites fwd_hooks answers labels",
-    odd.functions: "hook names_filter",
+    odd.functions: "hook names_filter loss",
     odd.paths: "checkpoint",
     odd.shards: "shard",
     odd.axis_values: "x",

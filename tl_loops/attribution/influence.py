@@ -9,11 +9,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_loops.attribution.gradients import (
+    Metric,
+    check_arguments,
+    check_differentiable,
+    run_metric,
+)
 from tl_loops.attribution.split_gradients import IterationGradients
 from tl_loops.attribution.weight_uses import WeightUses, split_weights
 from tl_loops.layout.model import Model
+from tl_loops.layout.of_model import require_layout
 from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.runs.batches import check_batch_size, token_prompts
+from tl_loops.runs.inputs import run_inputs
+from tl_loops.runs.scoring import logits_shape
 
 ExampleLoss = Callable[[Tensor, Tensor], Tensor]
 """Maps the logits [1, pos, d_vocab] and tokens [1, pos] of one example to a scalar."""
@@ -22,7 +31,7 @@ ExampleLoss = Callable[[Tensor, Tensor], Tensor]
 def iteration_gradients(
     model: Model,
     input: Any,
-    metric: Callable[[Tensor], Tensor],
+    metric: Metric,
     weights: str | Sequence[str] = "core",
     **forward_arguments: Any,
 ) -> IterationGradients:
@@ -33,20 +42,29 @@ def iteration_gradients(
 
     Args:
         model: A looped model that runs its own blocks.
-        input: Text or tokens.
-        metric: Maps the logits [batch, pos, d_vocab] to a scalar with a gradient.
+        input: Text, or tokens [batch, pos] or [pos].
+        metric: Maps the logits [batch, pos, d_vocab] to a scalar tensor with a gradient. It is
+            called once on random numbers beforehand.
         weights: As for :func:`split_weights`.
-        **forward_arguments: Of the model's forward pass.
+        **forward_arguments: ``attention_mask``, ``initial_state``, ``exit_at``,
+            ``exit_threshold`` or ``weighted_exit`` of the run.
 
     Raises:
         NoLoopError: The model has no loop.
         LoopedSemanticsError: A bridge, whose iterations have one module.
-        ValueError: A weight is not known, or the metric gives no scalar with a gradient.
+        ValueError: Prompts that cannot be fed, a weight that is not known, or a metric that cannot
+            be differentiated.
+        TypeError: An argument that the forward pass does not take.
 
     Source: the gradients of 2602.10097.
     """
+    require_layout(model)
+    check_arguments(forward_arguments)
+    fed = run_inputs(model, input, forward_arguments)
+    check_differentiable(metric, model, logits_shape(model, fed.tokens))
     with split_weights(model, weights) as uses:
-        return uses.gradients(metric(model(input, **forward_arguments)))
+        value = run_metric(model, fed.tokens, metric, [], fed.forward_arguments)
+        return uses.gradients(value)
 
 
 @dataclass(frozen=True, eq=False)

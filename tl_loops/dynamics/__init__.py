@@ -13,7 +13,7 @@ from tl_loops.dynamics.jacobians import (
     iteration_jacobians,
     run_exponents,
 )
-from tl_loops.dynamics.key_value_spectra import KeyValueSpectra, key_value_spectra
+from tl_loops.dynamics.spectra import KeyValueSpectra, key_value_spectra
 
 __all__ = [
     "KernelAlignment",

@@ -14,9 +14,10 @@ from tl_loops.metrics.paths import (
     n_lags,
     recurrence_lag,
     step_components,
+    turn,
 )
 from tl_loops.metrics.settling import last_mean
-from tl_loops.metrics.states import direction_cosine, measured_states
+from tl_loops.metrics.states import measured_states
 from tl_loops.metrics.trajectories import classify_trajectory
 
 PerPrompt = Float[Tensor, "batch"]
@@ -119,13 +120,13 @@ def path_lengths(
 
 def path_turn(
     first: Float[Tensor, "batch pos d_model"], *recent: Float[Tensor, "batch pos d_model"]
-) -> Float[Tensor, "batch pos"]:
-    """Cosine between the last two steps; NaN before the second."""
+) -> Float[Tensor, "batch pos 2"]:
+    """Cosine between the last two steps, and whether it counts; 0 before the second."""
     x = measured_states(torch.stack(recent))
     if len(recent) < 3:
-        return x.new_full(x.shape[1:-1], torch.nan)
+        return x.new_zeros(*x.shape[1:-1], 2)
     before, after = x.diff(dim=0)[-2:]
-    return direction_cosine(after, before)
+    return torch.stack(turn(before, after), dim=-1)
 
 
 def lag_distances(
@@ -152,14 +153,16 @@ def efficiency_of_path(lengths: Float[Tensor, "iteration batch pos 3"]) -> PerPr
     return efficiency(distance[-1], step).mean(-1)
 
 
-def persistence_of_path(turns: Float[Tensor, "iteration batch pos"]) -> PerPrompt:
+def persistence_of_path(turns: Float[Tensor, "iteration batch pos 2"]) -> PerPrompt:
     """Directional persistence of a prompt, from the cosines of its path."""
-    return turns.nanmean(0).mean(-1)
+    cosine, counted = turns.sum(0).unbind(-1)
+    return (cosine / counted).mean(-1)
 
 
 def lag_of_path(
     distances: Float[Tensor, "iteration batch pos lag"], min_depth: float | int
 ) -> PerPrompt:
     """Recurrence lag of a prompt, from the mean over its tokens of their recurrence curves."""
-    curves = distances[..., : n_lags(len(distances), None)].nanmean(0)
-    return recurrence_lag(curves.mean(-2).movedim(-1, 0), min_depth)
+    lags = range(1, n_lags(len(distances), None) + 1)
+    curve = torch.stack([distances[lag:, ..., lag - 1].mean((0, -1)) for lag in lags])
+    return recurrence_lag(curve, min_depth)

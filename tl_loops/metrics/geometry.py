@@ -80,11 +80,13 @@ def token_curvature(
     dtype = statistic_dtype(resid)
 
     def mean_angle(span: Tensor) -> Tensor:
-        v = unit_vectors(span.to(dtype).diff(dim=-2))
+        steps = span.to(dtype).diff(dim=-2)
+        moves, v = (steps != 0).any(-1), unit_vectors(steps)
         before, after = v[..., :-1, :], v[..., 1:, :]
+        counted = moves[..., :-1] & moves[..., 1:]
         # atan2 keeps its precision near 0 and pi, where arccos loses half of the digits.
         angle = 2 * torch.atan2((after - before).norm(dim=-1), (after + before).norm(dim=-1))
-        return angle.nanmean(-1)
+        return torch.where(counted, angle, 0.0).sum(-1) / counted.sum(-1)
 
     return map_spans(mean_angle, [resid], mask, 2, position_dims=(-2,))
 

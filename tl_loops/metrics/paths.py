@@ -97,7 +97,21 @@ def directional_persistence(
         back and forth. Steps of length 0 are left out; NaN with fewer than two others in a row.
     """
     steps = measured_states(states).diff(dim=0)
-    return direction_cosine(steps[1:], steps[:-1]).nanmean(0)
+    cosine, counted = turn(steps[:-1], steps[1:])
+    return cosine.sum(0) / counted.sum(0)
+
+
+def turn(
+    before: Float[Tensor, "*batch d_model"], after: Float[Tensor, "*batch d_model"]
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """Cosine between two steps, and whether it counts (1): not where one has no length (0).
+
+    Returns:
+        The cosine, 0 where it does not count and NaN where a step is not finite; and the weight.
+    """
+    counted = (before != 0).any(-1) & (after != 0).any(-1)
+    cosine = torch.where(counted, direction_cosine(after, before), 0.0)
+    return cosine, counted.to(cosine.dtype)
 
 
 def n_lags(n_iterations: int, max_lag: int | None) -> int:
