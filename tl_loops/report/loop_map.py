@@ -16,7 +16,7 @@ from tl_loops.dynamics import (
 from tl_loops.layout.model import Model
 from tl_loops.measurements.profile import LoopProfile
 from tl_loops.report.measurements import PATHS
-from tl_loops.report.section import Section, answer_token, columns, last_tokens, plotly_figure
+from tl_loops.report.section import Section, answer_token, columns, last_tokens, page_figure
 from tl_loops.tasks.prompts import PromptText
 
 _MOST_ITERATIONS = 3
@@ -56,7 +56,8 @@ def loop_map_section(model: Model, profile: LoopProfile, prompt: PromptText) -> 
         "spectral radius": found.spectral_radius,
         "root-mean-square stretch": torch.tensor([norm.rms_stretch for norm in found.norms]),
     }
-    figure = plots.plot_curves(
+    figure = page_figure(
+        plots.plot_curves,
         curves,
         "Jacobian of an iteration",
         x=chosen,
@@ -65,9 +66,7 @@ def loop_map_section(model: Model, profile: LoopProfile, prompt: PromptText) -> 
         model=model,
         prompts=prompt.text,
     )
-    return Section(
-        "loop-map", "The loop as a map", paragraphs, [plotly_figure(figure)], finding=finding
-    )
+    return Section("loop-map", "The loop as a map", paragraphs, [figure], finding=finding)
 
 
 def gradients_section(model: Model, prompt: PromptText) -> Section | None:
@@ -100,14 +99,16 @@ def gradients_section(model: Model, prompt: PromptText) -> Section | None:
         f"iterations' gradients have a mean cosine of {float(apart):.2f}."
     )
     figures = [
-        plots.plot_curves(
+        page_figure(
+            plots.plot_curves,
             {"norm": norms},
             "Gradient of the core's weights through each iteration",
             y_label="L2 norm",
             model=model,
             prompts=prompt.text,
         ),
-        plots.plot_matrix(
+        page_figure(
+            plots.plot_matrix,
             cosines,
             [str(t) for t in range(T)],
             [str(t) for t in range(T)],
@@ -123,7 +124,7 @@ def gradients_section(model: Model, prompt: PromptText) -> Section | None:
         "The gradient of a shared weight is a sum over its uses; here each iteration's part, from "
         "one backward pass (2602.10097)."
     )
-    made = columns([plotly_figure(figure) for figure in figures])
+    made = columns(figures)
     return Section("gradients", "Gradients by iteration", [finding, text], [made], finding=finding)
 
 
@@ -143,7 +144,8 @@ def geometry_section(model: Model, texts: Sequence[str]) -> Section | None:
         f"iterations together take {float(ranks[0]):.1f} of {most} directions a head, values "
         f"{float(ranks[1]):.1f}."
     )
-    figure = plots.plot_matrix(
+    figure = page_figure(
+        plots.plot_matrix,
         found.matrix,
         found.rows,
         found.columns,
@@ -162,6 +164,6 @@ def geometry_section(model: Model, texts: Sequence[str]) -> Section | None:
         "geometry",
         "Geometry between iterations",
         [finding, text],
-        [plotly_figure(figure)],
+        [figure],
         finding=finding,
     )
