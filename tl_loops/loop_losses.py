@@ -70,10 +70,32 @@ def ponder_loss(
     """
     prior = geometric_prior(halting.shape[0], rate).to(halting)
     prior = prior.view(-1, *[1] * (halting.ndim - 1))
-    tiny = torch.finfo(halting.dtype).tiny
+    tiny = _tiny(halting)
     ratio = halting.clamp_min(tiny).log() - prior.clamp_min(tiny).log()
     divergence = torch.where(halting > 0, halting * ratio, 0.0).sum(0)
     return ((halting * losses).sum(0) + beta * divergence).mean()
+
+
+def expected_exit_loss(
+    losses: Float[Tensor, "iteration *batch"],
+    probabilities: Float[Tensor, "iteration *batch"],
+    beta: float = 0.05,
+) -> Float[Tensor, ""]:
+    """Ouro's first objective: the expected loss minus β times the entropy of the exits.
+
+    mean over all tokens of Σ_t p_t L_t - β H(p), the evidence bound with a uniform prior; without
+    the entropy the gate falls onto one iteration.
+
+    Args:
+        losses: L_t, the loss of the output read after each iteration.
+        probabilities: p_t of leaving there, summing to 1
+            (:func:`tl_loops.metrics.exit_distribution` of the gates).
+        beta: β, in nats.
+
+    Source: Ouro (2510.25741), the objective of its first stage.
+    """
+    entropy = -torch.xlogy(probabilities, probabilities.clamp_min(_tiny(probabilities))).sum(0)
+    return ((probabilities * losses).sum(0) - beta * entropy).mean()
 
 
 def ponder_training_loss(
@@ -127,3 +149,8 @@ def routing_balance_loss(weights: Float[Tensor, "*batch depth"]) -> Float[Tensor
     flat = weights.reshape(-1, n_depths)
     chosen = F.one_hot(flat.argmax(-1), n_depths).to(flat).mean(0)
     return n_depths * (chosen * flat.mean(0)).sum()
+
+
+def _tiny(values: Tensor) -> float:
+    """The least normal number of a dtype, below which a logarithm is cut."""
+    return torch.finfo(values.dtype).tiny

@@ -10,6 +10,7 @@ from tl_loops import (
     plots,
     steering,
     tasks,
+    training,
 )
 from tl_loops.cache.cache import LoopedActivationCache
 from tl_loops.config.config import LoopedTransformerConfig
@@ -70,6 +71,7 @@ __all__ = [
     "register",
     "steering",
     "tasks",
+    "training",
     "unregister",
     "unroll",
 ]

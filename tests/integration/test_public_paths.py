@@ -17,7 +17,7 @@ NAMES = {
         LoopLayout LoopProfile LoopedActivationCache LoopedSemanticsError LoopedTransformer
         LoopedTransformerConfig UnknownModelError UnrolledBridge attribution available_metrics
         exit_curve lens loop loop_hooks measure metrics patching plots register steering tasks
-        unregister unroll
+        training unregister unroll
     """,
     "tl_loops.metrics": """
         CosineClustering EXIT_CRITERIA ExitCriterion KMeans LoopSpectrum LyapunovExponents

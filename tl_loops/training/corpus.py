@@ -1,0 +1,77 @@
+"""Contexts of a corpus of tokens: drawn for training, cut side by side for evaluation."""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+def check_corpus(corpus: Tensor, n_context: int, d_vocab: int, name: str = "corpus") -> None:
+    """Raise where a corpus gives no context, or holds what is no token of the model.
+
+    Raises:
+        ValueError: It is not a line of integers, is shorter than one context, or holds a token
+            that the vocabulary lacks.
+    """
+    if corpus.ndim != 1 or corpus.is_floating_point() or corpus.dtype == torch.bool:
+        raise ValueError(
+            f"{name} must be token ids in one line, an integer tensor [token], got "
+            f"{list(corpus.shape)} of {corpus.dtype}"
+        )
+    if corpus.shape[0] < n_context:
+        raise ValueError(
+            f"{name} has {corpus.shape[0]} tokens, fewer than one context of {n_context}: give "
+            "more text, or a smaller n_context"
+        )
+    least, most = int(corpus.min()), int(corpus.max())
+    if least < 0 or most >= d_vocab:
+        raise ValueError(
+            f"{name} holds token {least if least < 0 else most}, but the model's vocabulary has "
+            f"ids from 0 to {d_vocab - 1}"
+        )
+
+
+def draw_contexts(
+    corpus: Int[Tensor, "token"],
+    n_contexts: int,
+    n_context: int,
+    generator: torch.Generator,
+    first_token: int | None = None,
+) -> Int[Tensor, "batch pos"]:
+    """Contexts from random places, any place equally often.
+
+    Args:
+        corpus: The tokens, at least ``n_context`` of them.
+        n_contexts: How many.
+        n_context: Tokens per context.
+        generator: On the CPU.
+        first_token: Put before each context, whose last token falls away; ``None``: nothing is.
+    """
+    starts = torch.randint(corpus.shape[0] - n_context + 1, (n_contexts,), generator=generator)
+    return _after(first_token, corpus[starts[:, None] + torch.arange(n_context)].long())
+
+
+def cut_contexts(
+    corpus: Int[Tensor, "token"],
+    n_context: int,
+    most: int | None = None,
+    first_token: int | None = None,
+) -> Int[Tensor, "context pos"]:
+    """Contexts side by side, evenly spread over the corpus; a rest at the end is left out.
+
+    Args:
+        corpus: The tokens, at least ``n_context`` of them.
+        n_context: Tokens per context.
+        most: At most this many; ``None``: all.
+        first_token: As in :func:`draw_contexts`.
+    """
+    n_all = corpus.shape[0] // n_context
+    contexts = corpus[: n_all * n_context].view(n_all, n_context).long()
+    if most is not None and most < n_all:
+        contexts = contexts[torch.arange(most) * n_all // most]
+    return _after(first_token, contexts)
+
+
+def _after(first_token: int | None, contexts: Tensor) -> Tensor:
+    if first_token is None:
+        return contexts
+    return torch.cat([torch.full_like(contexts[:, :1], first_token), contexts[:, :-1]], dim=1)
