@@ -59,7 +59,7 @@ def comments(script: Path) -> str:
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = sorted((ROOT / "tl_loops").rglob("*.py"))
 TEXTS = {
-    **{path: prose for path in [*PAGES, ROOT / "tl_loops/tiny/README.md"]},
+    **{path: prose for path in [*PAGES, *sorted(ROOT.glob("tl_loops/*/README.md"))]},
     **dict.fromkeys(MODULES, strings),
     **dict.fromkeys(sorted((ROOT / "demos").glob("*.py")), comments),
 }

@@ -61,5 +61,8 @@ NATIVE = Family(
     flags={},
     derive=_derive,
     tensors=_tensors,
-    known=(KnownModel("tl-loops-tiny", packaged="tiny"),),
+    known=(
+        KnownModel("tl-loops-tiny", packaged="tiny"),
+        KnownModel("tl-loops-text", packaged="text"),
+    ),
 )

@@ -47,7 +47,7 @@ class CatalogueEntry:
 
 
 def catalogue() -> list[CatalogueEntry]:
-    """All models that load by name, the packaged one first."""
+    """All models that load by name, the packaged ones first."""
     return [CatalogueEntry(family, known) for family in FAMILIES for known in family.known]
 
 
