@@ -28,6 +28,7 @@ from tl_loops.layout.labels import part_label
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
+from tl_loops.printing import prints_short
 from tl_loops.runs.activations import check_cache, find_activation, take
 from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
 from tl_loops.runs.inputs import run_inputs
@@ -66,6 +67,7 @@ class Component:
     head: int | None = None
 
 
+@prints_short
 @dataclass(frozen=True, eq=False)
 class EdgeAttribution:
     """Estimated effect of every edge, and the components that it joins.

@@ -45,6 +45,12 @@ class LoopedActivationCache(NeuronDecomposition):
         super().__init__(cache_dict, model, has_batch_dim)
         self.layout, self.mask = model.cfg.layout, mask
 
+    def __repr__(self) -> str:
+        names = list(self.keys())
+        some = ", ".join(names if len(names) <= 4 else [*names[:2], "...", *names[-2:]])
+        held = f"{len(names)} activations of {self.layout.notation(injected=False)}: {some}"
+        return f"LoopedActivationCache of {held}; list(cache) gives all names"
+
     def __getitem__(self, key: Any) -> Tensor:
         asked = key
         if isinstance(key, tuple) and len(key) > 1 and is_index(key[1]):

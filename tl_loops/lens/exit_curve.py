@@ -20,6 +20,7 @@ from tl_loops.lens.tracked_tokens import check_known
 from tl_loops.metrics.answers import oracle_headroom, overthinking
 from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.metrics.readout import kl_divergence, predicted_tokens
+from tl_loops.printing import prints_short
 from tl_loops.runs.batch_file import SavedRun
 from tl_loops.runs.batches import (
     check_batch_size,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 _CURVES = ("loss", "accuracy", "kl_to_last", "flip_rate", "overthinking")
 
 
+@prints_short
 @dataclass(frozen=True, eq=False)
 class ExitCurve:
     """Quality of the readout at each iteration of one trajectory, over prompts.

@@ -19,6 +19,7 @@ from tl_loops.lens.fitted import check_sizes, check_width, model_sizes
 from tl_loops.lens.points import LensPoint, PointSet, select_points
 from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.metrics.precision import full_precision
+from tl_loops.printing import prints_short
 from tl_loops.runs.batches import token_prompts
 from tl_loops.runs.inputs import LensInputs
 from tl_loops.runs.storage import load_artefact, save_artefact
@@ -27,6 +28,7 @@ from tl_loops.upstream import left_as_it_was
 Target = Literal["final", "penultimate", "loop_ends"]
 
 
+@prints_short
 @dataclass(frozen=True, eq=False)
 class JacobianLens:
     """Reads ``J h`` at a target instead of ``h`` where it is.

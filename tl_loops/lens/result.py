@@ -10,8 +10,10 @@ from torch import Tensor
 from tl_loops.arguments import checked
 from tl_loops.lens.points import LensPoint
 from tl_loops.metrics.answers import answer_flips, saturation_iteration
+from tl_loops.printing import prints_short
 
 
+@prints_short
 @dataclass(frozen=True, eq=False)
 class TokenTrajectory:
     """How one tracked token (or its best spelling) fares at each point.
@@ -27,6 +29,7 @@ class TokenTrajectory:
     probability: Float[Tensor, "point batch read"]
 
 
+@prints_short
 @dataclass(frozen=True, eq=False)
 class LensResult:
     """Readouts at points of the residual stream, reduced as they were made.

@@ -15,12 +15,14 @@ from tl_loops.lens.points import LensPoint
 from tl_loops.lens.read import read_lens
 from tl_loops.lens.tracked_tokens import TrackedTokens
 from tl_loops.metrics.answers import first_of_final_run
+from tl_loops.printing import prints_short
 from tl_loops.runs.inputs import LensInput, Positions, lens_inputs
 
 NEVER = -1
 """What a point index is where the thing asked for does not happen."""
 
 
+@prints_short
 @dataclass(frozen=True, eq=False)
 class EntityTracks:
     """Ranks and probabilities of entities, each at its own position, at every point.

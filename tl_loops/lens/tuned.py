@@ -21,12 +21,14 @@ from tl_loops.lens.read import capture, vocabulary_size
 from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.metrics.precision import full_precision
 from tl_loops.metrics.readout import kl_divergence
+from tl_loops.printing import prints_short
 from tl_loops.runs.batches import token_prompts
 from tl_loops.runs.inputs import LensInputs, lens_inputs
 from tl_loops.runs.storage import load_artefact, save_artefact
 from tl_loops.upstream import left_as_it_was
 
 
+@prints_short
 @dataclass(frozen=True, eq=False)
 class TunedLens:
     """A logit lens after an affine translator ``h + A h + b`` of its own at each point.

@@ -18,6 +18,7 @@ from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.metrics.precision import full_precision
 from tl_loops.metrics.residual import unit_vectors
 from tl_loops.metrics.states import direction_cosine, measured_states, pool_tokens
+from tl_loops.printing import prints_short
 
 Aggregation = Literal["token_mean", "fro", "none"]
 
@@ -294,6 +295,7 @@ def two_scale_ratio(
     return torch.stack(drift) / torch.stack(loop)
 
 
+@prints_short
 @dataclass(frozen=True, eq=False)
 class PathIndependence:
     """Agreement of states that were reached from different initial states, averaged over pairs.

@@ -17,8 +17,10 @@ from torch import Tensor
 from tl_loops.metrics.kmeans import kmeans
 from tl_loops.metrics.precision import full_precision
 from tl_loops.metrics.states import measured_states
+from tl_loops.printing import prints_short
 
 
+@prints_short
 @dataclass(frozen=True, eq=False)
 class ReasoningGraph:
     """Statistics of the graph of one path.

@@ -28,10 +28,12 @@ from tl_loops.metrics.jacobian import (
 )
 from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.metrics.precision import full_precision
+from tl_loops.printing import prints_short
 
 _MIN_KRYLOV_DIM = 20
 
 
+@prints_short
 @dataclass(frozen=True, eq=False)
 class LoopSpectrum:
     """Leading eigenvalues of the Jacobian of a loop map.
@@ -63,6 +65,7 @@ class LoopSpectrum:
         return 2 * math.pi / self.eigenvalues.angle().abs()
 
 
+@prints_short
 @dataclass(frozen=True, eq=False)
 class LyapunovExponents:
     """Finite-time Lyapunov exponents along one trajectory.

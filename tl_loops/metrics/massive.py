@@ -8,8 +8,10 @@ from torch import Tensor
 
 from tl_loops.metrics.padding import expand_mask, map_spans, statistic_dtype
 from tl_loops.metrics.precision import full_precision
+from tl_loops.printing import prints_short
 
 
+@prints_short
 @dataclass(frozen=True)
 class MassiveActivations:
     """The massive activations of a residual stream `[..., pos, d_model]`.

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.metrics.precision import full_precision
+from tl_loops.printing import prints_short
 
 # Scores (neurons times vocabulary) held at a time, and unembedding columns converted at a time.
 _SCORES_PER_CHUNK = 2**24
 _COLUMNS_PER_BLOCK = 8192
 
 
+@prints_short
 @dataclass(frozen=True)
 class NeuronStatistics:
     """Moments of the cosines between a neuron's output direction and the unembedding columns.
@@ -39,6 +41,7 @@ class NeuronStatistics:
     kurtosis: Float[Tensor, "*layers d_mlp"]
 
 
+@prints_short
 @dataclass(frozen=True)
 class NeuronClasses:
     """Masks of three kinds of neurons; the third overlaps with the first two.
@@ -54,6 +57,7 @@ class NeuronClasses:
     partition: Bool[Tensor, "*layers d_mlp"]
 
 
+@prints_short
 @dataclass(frozen=True)
 class PredictionSuppression:
     """Prediction and suppression neurons of a model, counted per physical layer.

@@ -15,11 +15,13 @@ from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.metrics.precision import full_precision
 from tl_loops.metrics.residual import unit_vectors
 from tl_loops.metrics.states import direction_cosine, measured_states
+from tl_loops.printing import prints_short
 
 MOST_LAGS = 16
 """Lags that a recurrence curve has at most, unless another number is asked for."""
 
 
+@prints_short
 @dataclass(frozen=True, eq=False)
 class StepComponents:
     """Each step D = x_{t+1} - x_t, along the state x_t and across it.

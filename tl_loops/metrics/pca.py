@@ -9,8 +9,10 @@ from torch import Tensor
 
 from tl_loops.metrics.precision import full_precision
 from tl_loops.metrics.states import measured_states
+from tl_loops.printing import prints_short
 
 
+@prints_short
 @dataclass(frozen=True, eq=False)
 class PCATrajectory:
     """Trajectories in the basis of their principal components.

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from tl_loops.metrics.precision import full_precision
 from tl_loops.metrics.states import measured_states
+from tl_loops.printing import prints_short
 
 Probe = Literal["linear", "gated_mlp"]
 
 
+@prints_short
 @dataclass(frozen=True, eq=False)
 class StepDecodability:
     """How well a probe predicts the iteration of held-out tokens.

@@ -12,8 +12,10 @@ from tl_loops.metrics.jacobian import Differentiation, Jacobian, LoopMap, check_
 from tl_loops.metrics.loop_map import loop_spectrum
 from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.metrics.precision import full_precision
+from tl_loops.printing import prints_short
 
 
+@prints_short
 @dataclass(frozen=True, eq=False)
 class JacobianNorm:
     """The Frobenius norm of the Jacobian of a loop map.
@@ -97,6 +99,7 @@ def jacobian_norm(
     return JacobianNorm(square**0.5, square, error, n_probes, size)
 
 
+@prints_short
 @dataclass(frozen=True, eq=False)
 class FixedPointSensitivity:
     """How a fixed point moves with what is injected: dx*/de v = (I - J_x)^-1 J_e v.

@@ -15,6 +15,7 @@ from torch import Tensor
 from tl_loops.metrics.dynamics import successive_difference
 from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.metrics.precision import full_precision
+from tl_loops.printing import prints_short
 
 if TYPE_CHECKING:
     import pandas
@@ -81,6 +82,7 @@ def otsu_threshold(values: Float[Tensor, "sample"]) -> float:
     return float((x[best] + x[best + 1]) / 2)
 
 
+@prints_short
 @dataclass(frozen=True, eq=False)
 class SettlingTable:
     """Settled against correct.

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.metrics.precision import full_precision
+from tl_loops.printing import prints_short
 
 
+@prints_short
 @dataclass(frozen=True)
 class StagePermutationNull:
     """How often a profile with its layers in random order fits the reference at least as well.
@@ -37,6 +39,7 @@ class StagePermutationNull:
     n_permutations: int
 
 
+@prints_short
 @dataclass(frozen=True)
 class StageAlignment:
     """Agreement of a depth profile with a reference profile, one value a curve.

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.metrics.precision import full_precision
+from tl_loops.printing import prints_short
 
 
+@prints_short
 @dataclass(frozen=True, eq=False)
 class StepImportance:
     """The steps that the conclusion depends on.

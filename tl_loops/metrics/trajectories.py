@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tl_loops.metrics.precision import full_precision
 from tl_loops.metrics.states import direction_cosine, measured_states
+from tl_loops.printing import prints_short
 
 TRAJECTORY_LABELS = ("fixed_point", "orbit", "slider", "unknown")
 
@@ -16,6 +17,7 @@ TRAJECTORY_LABELS = ("fixed_point", "orbit", "slider", "unknown")
 _FLAT = 1e-5
 
 
+@prints_short
 @dataclass(frozen=True, eq=False)
 class TrajectoryClassification:
     """Labels of `classify_trajectory` and the scores that they were read from, one entry per token.

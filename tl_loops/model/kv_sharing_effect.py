@@ -13,9 +13,11 @@ from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
 from tl_loops.mechanisms.kv_sharing import KVSharing
 from tl_loops.nn.kv_cache import SharedKeyValueCache
+from tl_loops.printing import prints_short
 from tl_loops.upstream import left_as_it_was
 
 
+@prints_short
 @dataclass(frozen=True)
 class KVSharingEffect:
     """Predictions with sharing against predictions without, at every position.

@@ -7,7 +7,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_loops.printing import prints_short
 
+
+@prints_short
 @dataclass(frozen=True, eq=False)
 class Moments:
     """Count, mean and squared deviations of samples, one set for each entry of a shape.
