@@ -92,8 +92,9 @@ def test_an_interrupt_leaves_everything_as_it_was(tool):
     logits, numbers = model(TOKENS).detach(), use(model)
     n_moments = interrupted_at(None, lambda: use(model), spared)
     before = condition(model)
-    for k in range(N_MOMENTS):
-        moment = int((k + draw.random()) / N_MOMENTS * n_moments)
+    n_tried = N_MOMENTS // 4  # of each tool: all tools run the same code
+    for k in range(n_tried):
+        moment = int((k + draw.random()) / n_tried * n_moments)
         assert interrupted_at(moment, lambda: use(model), spared) is None, moment
         after = condition(model)
         assert [key for key in before if after[key] != before[key]] == [], moment
