@@ -203,7 +203,7 @@ def split_weights(model: Model, weights: str | Sequence[str] = "core") -> Iterat
     require_layout(model)
     if not can_restart(model):
         raise LoopedSemanticsError(
-            "the Hugging Face model behind a bridge has one module for all iterations, so its "
+            "the Hugging Face model behind the bridge has one module for all iterations, so its "
             "weights cannot be told apart by iteration: call model.looped(), a LoopedTransformer "
             "over the same weights"
         )
