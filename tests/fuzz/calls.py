@@ -285,7 +285,7 @@ _MANY = {
     odd.optional_objects: "alignment layout generator lens initial_state",
     odd.mappings: "curves entities track",
     odd.masks: "attention_mask",
-    odd.limits: "limits",
+    odd.limits: "limits bounds",
     odd.several: "senders receivers sites fwd_hooks answers labels",
     odd.functions: "hook names_filter loss",
     odd.paths: "checkpoint",
