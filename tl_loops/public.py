@@ -2,6 +2,7 @@
 
 from tl_loops import (
     attribution,
+    circuits,
     dynamics,
     lens,
     loop_hooks,
@@ -56,6 +57,7 @@ __all__ = [
     "UnrolledBridge",
     "attribution",
     "available_metrics",
+    "circuits",
     "dynamics",
     "exit_curve",
     "kv_sharing_effect",

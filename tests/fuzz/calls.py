@@ -11,6 +11,7 @@ import tl_loops
 from tests.fuzz import odd_values as odd
 from tests.fuzz.world import World
 from tl_loops import attribution, lens, loop_hooks, measurements, patching, plots, steering
+from tl_loops.circuits import Circuit, EdgeGraph
 from tl_loops.drawing.figure import Axis, Figure, Line, Panel
 from tl_loops.metrics.neurons import PredictionSuppression
 from tl_loops.patching import MassiveSite, Site
@@ -226,6 +227,7 @@ CALLS: dict[str, Callable[[World], dict[str, Any]]] = {
     "plots.plot_matrix": lambda w: dict(
         values=_values(2, 3), rows=["a", "b"], columns=["c", "d", "e"], title="matrix"
     ),
+    "plots.plot_circuit": lambda w: dict(circuit=Circuit.whole(EdgeGraph.of(w.model))),
     "plots.plot_neurons": lambda w: dict(neurons=_neurons(w)),
     "plots.plot_pairs": lambda w: dict(source=w.cache),
     "plots.plot_patching": lambda w: dict(
@@ -267,6 +269,7 @@ _MANY = {
     odd.metrics: "metric",
     odd.seeds: "seed",
     odd.integers: "batch_size window n_steps n_iterations top_k vjp_batch_size times k n_pos "
+    "most_edges "
     "skip_positions max_rank n_prompt height width digits n_components examples tile "
     "iterations_per_row vocab_size n_queries_at_once",
     odd.indices: "iteration layer head row position a b index",
@@ -281,7 +284,7 @@ _MANY = {
     odd.places: "where",
     odd.prompt_lists: "prompts train queries",
     odd.tensors: "direction values attention effect logits matrix jacobians rank predictions resid",
-    odd.sources: "source profile curve neurons result figure",
+    odd.sources: "circuit source profile curve neurons result figure",
     odd.optional_objects: "alignment layout generator lens initial_state",
     odd.mappings: "curves entities track",
     odd.masks: "attention_mask",

@@ -10,14 +10,14 @@ FLOORS = (
     "layout upstream loop_losses",
     "mechanisms cache runs drawing loop_hooks",
     "config lens patching attribution measurements dynamics",
-    "nn families plots steering training",
+    "nn families plots steering training circuits",
     "loading",
     "model report",
     "cli registration public __init__ __main__",
 )
 """The rooms of each floor, the lowest first."""
 
-ANALYSES = "runs measurements lens patching attribution dynamics plots steering training".split()
+ANALYSES = "runs measurements lens patching attribution dynamics plots steering training circuits".split()
 MODELS = "mechanisms config nn families loading model".split()
 """The two towers: neither imports the other. Both know the cache."""
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_loops.arguments import checked
+from tl_loops.attribution.components import Component, receivers_of, senders_of
 from tl_loops.attribution.gradients import (
     Hooks,
     Metric,
@@ -23,9 +24,6 @@ from tl_loops.attribution.gradients import (
     path_nodes,
     run_metric,
 )
-from tl_loops.layout.coordinate import Phase
-from tl_loops.layout.labels import part_label
-from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
 from tl_loops.printing import prints_short
@@ -36,35 +34,7 @@ from tl_loops.runs.scoring import identify_runs, logits_shape
 from tl_loops.runs.shards import Shards
 from tl_loops.upstream import left_as_it_was
 
-Kind = Literal["embed", "attn", "head", "query", "key", "value", "mlp", "logits"]
 _EMBED = "hook_embed"
-_READS: dict[Kind, str] = {"query": "q", "key": "k", "value": "v"}
-
-
-@dataclass(frozen=True)
-class Component:
-    """Something that writes to the residual stream or reads from it.
-
-    Attributes:
-        label: ``"embed"``, ``"r3.1_attn_out"``, ``"r3.1_mlp_out"``, ``"r3.L1H4"``,
-            ``"r3.L1H4.query"`` (of keys and values: the key-value head), ``"logits"``.
-        kind: What it is.
-        name: Canonical hook name; empty for the logits.
-        block: Index of the unrolled block.
-        phase: Phase of the block.
-        iteration: Iteration of a core block.
-        layer: Layer inside the phase.
-        head: Head, if it is one.
-    """
-
-    label: str
-    kind: Kind
-    name: str
-    block: int | None = None
-    phase: Phase | None = None
-    iteration: int | None = None
-    layer: int | None = None
-    head: int | None = None
 
 
 @prints_short
@@ -175,8 +145,8 @@ def edge_attribution(
     check_integrates(model, method)
     fed = run_inputs(model, corrupted_tokens, forward_arguments)
     tokens, forward_arguments = fed.tokens, fed.forward_arguments
-    senders = _senders(model, layout, heads)
-    receivers = _receivers(model, layout, heads, split_qkv)
+    senders = senders_of(model, layout, heads)
+    receivers = receivers_of(model, layout, heads, split_qkv)
     written = list(dict.fromkeys(sender.name for sender in senders))
     check_cache(clean_cache, model, written)
     clean = {name: _clean(model, clean_cache, name, fed.shape) for name in written}
@@ -299,45 +269,6 @@ def _column(
             for sender in senders
         ]
     )
-
-
-def _senders(model: Model, layout: LoopLayout, heads: bool) -> tuple[Component, ...]:
-    found = [Component("embed", "embed", _EMBED)]
-    for block in range(layout.n_layers):
-        if heads:
-            found += [_head(layout, block, h, "head", "z") for h in range(model.cfg.n_heads)]
-        else:
-            found.append(_whole(layout, block, "attn"))
-        found.append(_whole(layout, block, "mlp"))
-    return tuple(found)
-
-
-def _receivers(
-    model: Model, layout: LoopLayout, heads: bool, split_qkv: bool
-) -> tuple[Component, ...]:
-    if not split_qkv:
-        return (*_senders(model, layout, heads)[1:], Component("logits", "logits", ""))
-    found = []
-    for block in range(layout.n_layers):
-        for kind, name in _READS.items():
-            n_heads = find_activation(model, name).n_heads(model.cfg) or 0
-            found += [_head(layout, block, head, kind, name) for head in range(n_heads)]
-        found.append(_whole(layout, block, "mlp"))
-    return (*found, Component("logits", "logits", ""))
-
-
-def _whole(layout: LoopLayout, block: int, kind: Literal["attn", "mlp"]) -> Component:
-    at = layout.coordinate(block)
-    label = f"{layout.label(block)}_{kind}_out"
-    name = f"blocks.{block}.hook_{kind}_out"
-    return Component(label, kind, name, block, at.phase, at.iteration, at.layer)
-
-
-def _head(layout: LoopLayout, block: int, head: int, kind: Kind, name: str) -> Component:
-    at = layout.coordinate(block)
-    label = part_label(layout, block, "H", head) + ("" if kind == "head" else f".{kind}")
-    full = f"blocks.{block}.attn.hook_{name}"
-    return Component(label, kind, full, block, at.phase, at.iteration, at.layer, head)
 
 
 def _clean(model: Model, cache: Any, name: str, shape: tuple[int, int]) -> Tensor:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,11 +15,11 @@ from tl_loops.layout.of_model import layout_of
 from tl_loops.layout.selection import Selection
 from tl_loops.metrics.massive import massive_activations
 from tl_loops.patching.activation import patch_grid
-from tl_loops.runs.activations import check_cache, take
 from tl_loops.runs.cells import Cell, Edit
-from tl_loops.runs.grid import Grid, make_grid
+from tl_loops.runs.grid import make_grid
 from tl_loops.runs.in_batches import Split
-from tl_loops.runs.inputs import real_positions, run_inputs
+from tl_loops.runs.inputs import run_inputs
+from tl_loops.runs.removal import check_removal, removal_values
 from tl_loops.runs.rerun import BaseRun
 from tl_loops.runs.scoring import Metric, identify_cells, logits_score, logits_shape, start_run
 from tl_loops.runs.shards import Shards
@@ -59,8 +58,8 @@ def ablate(
         axes: As in :func:`tl_loops.patching.activation_patch`.
         method: ``"zero"``; ``"mean"``: the mean over the reference prompts; ``"resample"``: each
             prompt gets the activation of a reference prompt drawn at random, the same one in all
-            cells.
-        reference: Cache of the reference prompts, for ``"mean"`` and ``"resample"``.
+            cells; ``"paired"``: that of the reference prompt with its own number.
+        reference: Cache of the reference prompts; ``"zero"`` takes none.
         mean_over: Whether the mean is over prompts, or over prompts and positions (which also lets
             reference prompts have another length; not for patterns). Padding, by the cache's
             ``mask``, enters neither.
@@ -88,78 +87,15 @@ def ablate(
     split = Split(shard, checkpoint)
     run = start_run(model, tokens, metric, batch_size, forward_arguments, gradients, split)
     grid = make_grid(model, activation, axes, run.n_pos, window, where)
-    if method not in ("zero", "mean", "resample"):
-        raise ValueError(f"method must be 'zero', 'mean' or 'resample', got {method!r}")
-    if (reference is None) != (method == "zero"):
-        need = "needs none" if method == "zero" else "needs reference=, a cache of other prompts"
-        raise ValueError(f"method={method!r} {need}")
-    if reference is not None:
-        check_cache(reference, model, grid.names)
-    if method == "zero":
-        values = _zeros(model, grid, run.n_pos)
-    elif method == "mean":
-        values = _means(model, grid, reference, run.n_pos, mean_over)
-    else:
-        values = _resampled(model, grid, reference, run.shape, seed)
+    check_removal("method", method, reference)
+    values = removal_values(
+        model, grid.activation, grid.names, method, reference, run.shape, mean_over, seed
+    )
     identify = partial(
         identify_cells, run, metric, logits_shape(model, run.tokens), values, method=method
     )
     score = logits_score(metric)
     return patch_grid(run, grid, values, score, batch_size, progress, (), split, identify)
-
-
-def _zeros(model: Model, grid: Grid, n_pos: int) -> dict[str, Tensor]:
-    zero = torch.zeros((), device=next(model.parameters()).device)
-    heads = grid.activation.n_heads(model.cfg)
-    # The last axis broadcasts, whatever its width.
-    size: tuple[int, ...] = (1, n_pos, 1)
-    if grid.activation.kind == "heads":
-        size = (1, n_pos, heads or 1, 1)
-    elif grid.activation.kind == "pattern":
-        size = (1, heads or 1, n_pos, n_pos)
-    return dict.fromkeys(grid.names, zero.expand(size))
-
-
-def _means(
-    model: Model, grid: Grid, reference: Any, n_pos: int, mean_over: str
-) -> dict[str, Tensor]:
-    activation, heads = grid.activation, grid.activation.n_heads(model.cfg)
-    if mean_over not in ("batch", "batch_pos"):
-        raise ValueError(f"mean_over must be 'batch' or 'batch_pos', got {mean_over!r}")
-    if mean_over == "batch_pos" and activation.kind == "pattern":
-        raise ValueError("a mean over positions has no meaning for patterns: use mean_over='batch'")
-    values = {}
-    for name in grid.names:
-        value = reference[name]
-        length = n_pos if mean_over == "batch" else value.shape[activation.pos_dim]
-        value = take(reference, activation, name, (value.shape[0], length), heads)
-        real = real_positions(reference, value.shape[0], length).to(value.device)
-        if mean_over == "batch":
-            # Where no prompt has a token all rows are padding: their mean.
-            weights = torch.where(real.any(0), real, True)
-            shape = [1] * value.ndim
-            shape[0], shape[activation.pos_dim] = weights.shape
-            weights = weights.reshape(shape)
-            total = torch.where(weights, value.float(), 0.0).sum(0, keepdim=True)
-            values[name] = total / weights.sum(0, keepdim=True)
-        else:
-            mean = value.float()[real].mean(0)[None, None]
-            values[name] = mean.expand(1, n_pos, *mean.shape[2:])
-    return values
-
-
-def _resampled(
-    model: Model, grid: Grid, reference: Any, shape: tuple[int, int], seed: int
-) -> dict[str, Tensor]:
-    heads, (batch, n_pos) = grid.activation.n_heads(model.cfg), shape
-    n_reference = reference[grid.names[0]].shape[0]
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(n_reference, (batch,), generator=generator)
-    values = {}
-    for name in grid.names:
-        value = take(reference, grid.activation, name, (n_reference, n_pos), heads)
-        values[name] = value[drawn.to(value.device)]
-    return values
 
 
 @dataclass(frozen=True)

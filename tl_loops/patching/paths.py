@@ -14,7 +14,7 @@ from tl_loops.layout.model import Model
 from tl_loops.layout.selection import Selection
 from tl_loops.patching.activation import replace
 from tl_loops.runs.activations import Activation, check_cache, find_activation, take
-from tl_loops.runs.cells import Cell, Edit
+from tl_loops.runs.cells import Cell, Edit, Score
 from tl_loops.runs.grid import Grid, make_grid
 from tl_loops.runs.rerun import BaseRun
 from tl_loops.runs.scoring import Metric, logits_score, start_run
@@ -57,6 +57,7 @@ class Site:
 
 
 Sites = Site | Sequence[Site]
+Receiver = Sites | str
 
 
 @checked
@@ -67,7 +68,7 @@ def path_patch(
     clean_cache: Any,
     metric: Metric,
     senders: Sequence[Sites],
-    receivers: Sequence[Sites],
+    receivers: Sequence[Receiver],
     *,
     freeze: Sequence[str] = ("attn_out", "mlp_out"),
     batch_size: int | None = None,
@@ -91,7 +92,8 @@ def path_patch(
         metric: Maps the logits [batch, pos, d_vocab] of one cell to a scalar.
         senders: Sites; a list in place of a site is patched together.
         receivers: Sites that read the residual stream, such as ``Site("resid_pre", 3, 0)``,
-            ``Site("q", 3, 0, head=1)`` or ``Site("injected", 2)``; a list likewise.
+            ``Site("q", 3, 0, head=1)`` or ``Site("injected", 2)``; a list likewise. Or
+            ``"logits"``: the direct effect, which is the metric of run (1).
         freeze: Outputs that are held fixed; ``("attn_out",)`` lets the MLPs pass effects on.
         batch_size: Cells in one forward pass; ``None``: chosen.
         progress: Show a progress bar.
@@ -108,6 +110,9 @@ def path_patch(
     Source: 2304.05969 (definition, with MLPs fixed); 2211.00593, section 3.1 (with MLPs run).
     """
     run = start_run(model, corrupted_tokens, metric, batch_size, forward_arguments, gradients)
+    for sites in receivers:
+        if isinstance(sites, str) and sites != "logits":
+            raise ValueError(f"a receiver is a Site, a list of them, or 'logits', got {sites!r}")
     if not len(senders) or not len(receivers):
         raise ValueError("path patching needs at least one sender and one receiver")
     frozen = [find_activation(model, name) for name in freeze]
@@ -119,7 +124,11 @@ def path_patch(
             )
     n_pos = run.n_pos
     sending = [[site.grid(model, n_pos) for site in _group(sites)] for sites in senders]
-    receiving = [[site.grid(model, n_pos) for site in _group(sites)] for sites in receivers]
+    receiving = [
+        [] if isinstance(sites, str) else [site.grid(model, n_pos) for site in _group(sites)]
+        for sites in receivers
+    ]
+    direct = [column for column, sites in enumerate(receivers) if isinstance(sites, str)]
     check_cache(clean_cache, model, [n for grids in sending for grid in grids for n in grid.names])
     clean = [
         [_clean_edits(model, grid, clean_cache, run.shape) for grid in grids] for grids in sending
@@ -147,14 +156,19 @@ def path_patch(
             first_pos = min(grid.regions[0].first_pos for grid in sending[k])
             cells.append(Cell(edits, first_pos))
             reached.append((got, first_pos))
-        run.score(cells, lambda output: 0.0, batch_size, keep_graph=True)
+        score: Score = logits_score(metric) if direct else lambda output: 0.0
+        told = run.score(cells, score, batch_size, keep_graph=True)
         cells = [
             _receiver_cell(grids, got, first_pos, n_pos)
             for got, first_pos in reached
             for grids in receiving
         ]
         scores = run.score(cells, logits_score(metric), batch_size, progress, "path patch")
-        rows.append(scores.reshape(len(reached), len(receivers)))
+        scores = scores.reshape(len(reached), len(receivers))
+        if direct:
+            column = torch.tensor(direct, device=scores.device)
+            scores = scores.index_copy(1, column, told[:, None].expand(-1, len(direct)))
+        rows.append(scores)
     return torch.cat(rows)
 
 

@@ -10,6 +10,7 @@ from tl_loops.drawing.draw import draw
 from tl_loops.drawing.views import CircuitsView, circuitsvis_script
 from tl_loops.measurements.figure import plot_profile
 from tl_loops.plots.attention import attention_heads, attention_patterns, attention_view
+from tl_loops.plots.circuit import plot_circuit
 from tl_loops.plots.curves import plot_curves
 from tl_loops.plots.exits import plot_exit_curves, plot_exits
 from tl_loops.plots.fixed_points import plot_fixed_points
@@ -32,6 +33,7 @@ __all__ = [
     "circuitsvis_script",
     "colored_tokens",
     "draw",
+    "plot_circuit",
     "plot_curves",
     "plot_exit_curves",
     "plot_exits",

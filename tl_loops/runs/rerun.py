@@ -176,6 +176,21 @@ class BaseRun:
             entries.append(KeyValueCacheEntry(empty, empty))
         return KeyValueCache(entries, torch.ones_like(self.tokens[:, :0]))
 
+    def repeated(
+        self, n: int, hooks: Sequence[tuple[str, Callable]], prompts: slice = slice(None)
+    ) -> Float[Tensor, "rows pos d_vocab"]:
+        """Some prompts n times along the batch axis, in one whole run with hooks on all rows.
+
+        Returns:
+            The logits; those of prompt k of N are at rows k, N + k, 2 N + k, ...
+        """
+        arguments = dict(self.exit_arguments)
+        for name, value in (("attention_mask", self.mask), ("initial_state", self.initial_state)):
+            if value is not None:
+                arguments[name] = self._rows(value[prompts], n)
+        with torch.set_grad_enabled(self.gradients), hooked(self.model, hooks):
+            return self.model(self._rows(self.tokens[prompts], n), **arguments)
+
     # Cells.
 
     def score(
@@ -377,4 +392,4 @@ class BaseRun:
         if n_cells == 1:
             return value
         repeated = value.unsqueeze(0).expand(n_cells, *value.shape)
-        return repeated.reshape(n_cells * self.batch, *value.shape[1:])
+        return repeated.reshape(n_cells * value.shape[0], *value.shape[1:])
