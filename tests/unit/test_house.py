@@ -17,7 +17,8 @@ FLOORS = (
 )
 """The rooms of each floor, the lowest first."""
 
-ANALYSES = "runs measurements lens patching attribution dynamics plots steering training circuits".split()
+ANALYSES = "runs measurements lens patching attribution dynamics plots steering training".split()
+ANALYSES += ["circuits"]
 MODELS = "mechanisms config nn families loading model".split()
 """The two towers: neither imports the other. Both know the cache."""
 
