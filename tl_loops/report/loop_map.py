@@ -36,7 +36,7 @@ def loop_map_section(model: Model, profile: LoopProfile, prompt: PromptText) -> 
     radius = f", at a spectral radius of {last.spectral_radius:.2f} for the last token's state"
     verdict = "grow" if exponent > 0 else "shrink"
     finding = (
-        f"Small changes {verdict} along the loop: the largest exponent is {exponent:.2f} nats an "
+        f"Small changes {verdict} along the loop: the largest exponent is {exponent:.2f} nats per "
         f"iteration{radius if last.converged else ''}."
     )
     paragraphs = [
