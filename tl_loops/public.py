@@ -34,6 +34,7 @@ from tl_loops.model.kv_sharing_effect import KVSharingEffect, kv_sharing_effect
 from tl_loops.model.looped import LoopedTransformer
 from tl_loops.model.repeated.loop import loop
 from tl_loops.registration import register, unregister
+from tl_loops.runs.map_prompts import map_prompts
 from tl_loops.runs.merge import merge_shards
 from tl_loops.upstream import HookedTransformer
 
@@ -64,6 +65,7 @@ __all__ = [
     "lens",
     "loop",
     "loop_hooks",
+    "map_prompts",
     "measure",
     "merge_shards",
     "metrics",

@@ -26,8 +26,8 @@ from tl_loops.layout.selection import Selection
 from tl_loops.runs.activations import Activation, check_cache, take
 from tl_loops.runs.grid import Grid, Region, make_grid
 from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
-from tl_loops.runs.inputs import run_inputs
-from tl_loops.runs.scoring import identify_runs, logits_shape
+from tl_loops.runs.inputs import Positions, run_inputs
+from tl_loops.runs.scoring import identify_runs, logits_shape, read_at
 from tl_loops.runs.shards import Shards
 from tl_loops.upstream import left_as_it_was
 
@@ -48,6 +48,7 @@ def attribution_patch(
     n_steps: int = 8,
     window: int = 1,
     where: Mapping[str, Selection] | None = None,
+    logits_at: Positions = "all",
     checkpoint: str | os.PathLike[str] | None = None,
     shard: Shards = None,
     **forward_arguments: Any,
@@ -79,6 +80,7 @@ def attribution_patch(
         n_steps: Number of points on the path.
         window: Cell t covers iterations (or blocks) t to t + window - 1.
         where: Values to which an axis, named or not, is restricted.
+        logits_at: As for ``activation_patch``.
         checkpoint: A file to which every pass along the path is added once it is done; the same
             call goes on from it, to the same bits.
         shard: ``(k, n)``, ``"auto"`` or ``"distributed"``: which passes are run here, as for
@@ -115,10 +117,12 @@ def attribution_patch(
     clean = {
         name: take(clean_cache, grid.activation, name, fed.shape, heads) for name in grid.names
     }
-    check_differentiable(metric, model, logits_shape(model, tokens))
+    read = read_at(logits_at, fed)
+    shape = logits_shape(model, tokens, read)
+    check_differentiable(metric, model, shape)
 
     def gradients(names: Sequence[str], before: Any = ()) -> tuple[dict, dict]:
-        return metric_gradients(model, tokens, metric, names, forward_arguments, before)
+        return metric_gradients(model, tokens, metric, names, forward_arguments, read, before)
 
     corrupted, at_corrupted = gradients(grid.names)
     delta = {n: difference(clean[n].to(corrupted[n]), corrupted[n]) for n in grid.names}
@@ -151,8 +155,7 @@ def attribution_patch(
     def identify() -> dict[str, Any]:
         what = {"method": method, "n_steps": n_steps, "regions": repr(grid.regions)}
         put_in = {**clean, **({} if embed is None else {_EMBED: embed})}
-        shape = logits_shape(model, tokens)
-        return identify_runs(model, fed, metric, shape, put_in, axes=grid.axes, **what)
+        return identify_runs(model, fed, metric, put_in, shape, read, axes=grid.axes, **what)
 
     run = Run(f"attribute {activation}", [1] * len(passes), identify, unit="pass")
     if run_in_batches(run, compute, add, split) is not None:

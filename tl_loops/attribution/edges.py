@@ -29,8 +29,9 @@ from tl_loops.layout.of_model import require_layout
 from tl_loops.printing import prints_short
 from tl_loops.runs.activations import check_cache, find_activation, take
 from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
-from tl_loops.runs.inputs import run_inputs
-from tl_loops.runs.scoring import identify_runs, logits_shape
+from tl_loops.runs.inputs import Positions, run_inputs
+from tl_loops.runs.read_positions import ReadPositions
+from tl_loops.runs.scoring import identify_runs, logits_shape, read_at
 from tl_loops.runs.shards import Shards
 from tl_loops.upstream import left_as_it_was
 
@@ -91,6 +92,7 @@ def edge_attribution(
     method: Literal["gradient", "integrated_inputs"] = "gradient",
     n_steps: int = 8,
     progress: bool = True,
+    logits_at: Positions = "all",
     checkpoint: str | os.PathLike[str] | None = None,
     shard: Shards = None,
     **forward_arguments: Any,
@@ -115,6 +117,7 @@ def edge_attribution(
             embedding moves from the corrupted to the clean prompt.
         n_steps: Number of points on that path.
         progress: Whether to show a progress bar.
+        logits_at: As in :func:`tl_loops.patching.activation_patch`.
         checkpoint: A file to which the edges of every receiver are added once they are done; the
             same call goes on from it, to the same bits.
         shard: As in :func:`tl_loops.attribution.attribution_patch`.
@@ -150,10 +153,12 @@ def edge_attribution(
     written = list(dict.fromkeys(sender.name for sender in senders))
     check_cache(clean_cache, model, written)
     clean = {name: _clean(model, clean_cache, name, fed.shape) for name in written}
-    check_differentiable(metric, model, logits_shape(model, tokens))
+    where = read_at(logits_at, fed)
+    shape = logits_shape(model, tokens, where)
+    check_differentiable(metric, model, shape)
 
     read = list(dict.fromkeys(receiver.name for receiver in receivers if receiver.name))
-    corrupted, _ = metric_gradients(model, tokens, metric, written, forward_arguments)
+    corrupted, _ = metric_gradients(model, tokens, metric, written, forward_arguments, where)
     delta = {name: clean[name].to(corrupted[name]) - corrupted[name] for name in written}
     columns = [torch.full((len(senders),), torch.nan)] * len(receivers)
     graphs: dict[int, _Graph] = {}  # of the present point of the path alone
@@ -166,8 +171,10 @@ def edge_attribution(
             graphs.clear()
             before: Hooks = [(_EMBED, moved(clean[_EMBED], alpha))]
             given = (model, tokens, metric)
-            _, gradients = metric_gradients(*given, read, forward_arguments, before)
-            graphs[node] = _Graph(*given, read, written, gradients, forward_arguments, before)
+            _, gradients = metric_gradients(*given, read, forward_arguments, where, before)
+            graphs[node] = _Graph(
+                *given, read, written, gradients, forward_arguments, where, before
+            )
         pulled = graphs[node].pull_back(receivers[receiver])
         return {"scores": weight * _column(senders, pulled, delta)}
 
@@ -178,7 +185,7 @@ def edge_attribution(
 
     def identify() -> dict[str, Any]:
         what = {"method": method, "n_steps": n_steps, "heads": heads, "split_qkv": split_qkv}
-        return identify_runs(model, fed, metric, logits_shape(model, tokens), clean, **what)
+        return identify_runs(model, fed, metric, clean, shape, where, **what)
 
     run = Run("edges", [1] * len(pairs), identify, unit="receiver")
     if run_in_batches(run, compute, take, split, progress) is not None:
@@ -201,6 +208,7 @@ class _Graph:
         written: Sequence[str],
         gradients: Mapping[str, Tensor],
         arguments: Mapping[str, Any],
+        where: ReadPositions,
         before: Hooks,
     ):
         self.gradients = gradients
@@ -218,7 +226,7 @@ class _Graph:
         hooks: Hooks = [*before, *((name, cut) for name in written)]
         hooks += [(name, watch) for name in read if name not in written]
         with differentiating():
-            self.value = run_metric(model, tokens, metric, hooks, arguments)
+            self.value = run_metric(model, tokens, metric, hooks, arguments, where)
 
     def pull_back(self, receiver: Component) -> dict[str, Tensor | None]:
         """What a receiver's gradient is at each sender's output, by hook name."""

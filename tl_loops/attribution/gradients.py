@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.model import Model
 from tl_loops.runs.inputs import FORWARD_ARGUMENTS
+from tl_loops.runs.read_positions import ReadPositions
 
 Metric = Callable[[Tensor], Any]
 Method = Literal["gradient", "integrated_inputs", "integrated_activation"]
@@ -156,10 +158,12 @@ def run_metric(
     metric: Metric,
     hooks: Hooks,
     arguments: Mapping[str, Any],
+    where: ReadPositions,
 ) -> Float[Tensor, ""]:
     """The metric of one run with hooks; gradients are recorded where they are enabled."""
     given = {name: recordable(value) for name, value in arguments.items()}
-    return metric(model.run_with_hooks(recordable(tokens), fwd_hooks=hooks, **given)).reshape(())
+    call = partial(model.run_with_hooks, recordable(tokens), fwd_hooks=hooks, **given)
+    return metric(where.run(model, call)).reshape(())
 
 
 def metric_gradients(
@@ -168,6 +172,7 @@ def metric_gradients(
     metric: Metric,
     names: Iterable[str],
     arguments: Mapping[str, Any],
+    where: ReadPositions,
     before: Sequence[tuple[str, Callable]] = (),
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Activations of one run and the metric's gradient by each, through all later iterations.
@@ -178,6 +183,7 @@ def metric_gradients(
         metric: Of the logits.
         names: Canonical hook names.
         arguments: Of the forward pass.
+        where: Where the metric reads logits.
         before: Hooks that act before activations are kept.
 
     Returns:
@@ -188,7 +194,7 @@ def metric_gradients(
     kept: dict[str, Tensor] = {}
     hooks: Hooks = [*before, *((name, keep(kept)) for name in names)]
     with differentiating():
-        value = run_metric(model, tokens, metric, hooks, arguments)
+        value = run_metric(model, tokens, metric, hooks, arguments, where)
         gradients = torch.autograd.grad(value, [kept[name] for name in names], allow_unused=True)
     return (
         {name: kept[name].detach() for name in names},

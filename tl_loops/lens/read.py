@@ -1,5 +1,6 @@
 """Run a lens: one pass of the model, readouts reduced one point at a time."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -23,7 +24,11 @@ from tl_loops.metrics.readout import (
     token_probability,
     token_rank,
 )
+from tl_loops.runs.identity import identity_of, tensors_fingerprint
+from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
 from tl_loops.runs.inputs import LensInput, LensInputs, Positions, lens_inputs
+from tl_loops.runs.read_positions import logits_only_at
+from tl_loops.runs.shards import Shards
 from tl_loops.upstream import left_as_it_was
 
 _POINTWISE = ("predictions", "top_tokens", "top_probabilities", "entropy")
@@ -45,6 +50,8 @@ def read_lens(
     initial_state: Tensor | None = None,
     n_iterations: int | None = None,
     batch_size: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    shard: Shards = None,
 ) -> LensResult:
     """Read the residual stream of one run through a lens.
 
@@ -72,6 +79,12 @@ def read_lens(
         initial_state: [batch, pos, d_model], the state before iteration 0.
         n_iterations: Number of iterations for this run.
         batch_size: Prompts in one pass; ``None``: all.
+        checkpoint: A file to which every batch is added once it is done. The same call goes on from
+            it, to the same bits. Not with ``keep_logits``.
+        shard: ``(k, n)``, ``"auto"`` or ``"distributed"``: which batches are read here, as for
+            :func:`tl_loops.measure`. With ``(k, n)`` the result is about the prompts of that shard;
+            :func:`tl_loops.merge_shards` puts the checkpoints of all shards together, from which
+            the same call without ``shard`` gives the result for all prompts.
 
     Returns:
         The readouts in the order of the points.
@@ -80,8 +93,12 @@ def read_lens(
         ValueError: A point, a position, a token or a shape that does not fit.
         HookNameError: A point that the model does not have.
         LoopedSemanticsError: This lens has no meaning on this model.
+        CheckpointError: The checkpoint is damaged or of another run, or the run can be neither
+            resumed nor cut into shards.
     """
     require_layout(model)
+    split = Split(shard, checkpoint)
+    split.check(model, gradients=keep_logits)
     with with_iterations(model, n_iterations):
         chosen = select_points(model, lens.points if points is None else points)
         lens.check(model, chosen)
@@ -94,13 +111,41 @@ def read_lens(
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         size = batch if batch_size is None else batch_size
-        parts = []
+        batches = [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
+        parts: dict[int, Batch] = {}
+
+        def compute(number: int) -> Batch:
+            rows = batches[number]
+            ids = {name: value[rows] for name, value in tracked.items()}
+            return _read(model, inputs.rows(rows), lens, chosen, ids, top_k, keep_logits)
+
+        def identify() -> dict[str, Any]:
+            given = (inputs.tokens, inputs.attention_mask, inputs.positions, inputs.initial_state)
+            tensors = {n: t for n, t in vars(lens).items() if isinstance(t, Tensor)}
+            return identity_of(
+                model,
+                prompts=tensors_fingerprint(given),
+                lens=[lens.name, tensors_fingerprint(tensors)],
+                points=[point.alias for point in chosen],
+                track=tensors_fingerprint(tracked),
+                top_k=top_k,
+                batch_size=size,
+            )
+
+        run = Run(f"{lens.name} lens", [rows.stop - rows.start for rows in batches], identify)
         with nullcontext() if keep_logits else torch.no_grad():
-            for start in range(0, batch, size):
-                rows = slice(start, start + size)
-                ids = {name: value[rows] for name, value in tracked.items()}
-                parts.append(_read(model, inputs.rows(rows), lens, chosen, ids, top_k, keep_logits))
-    return _result(lens, chosen, inputs, tracked, parts)
+            run_in_batches(run, compute, parts.__setitem__, split)
+        if len(parts) < len(batches):
+            mine = [row for k in parts for row in range(batch)[batches[k]]]
+            rows = torch.tensor(mine, dtype=torch.long, device=inputs.tokens.device)
+            if not mine:
+                raise ValueError(
+                    f"shard {split.shard} has no prompt: there are {len(batches)} batch(es) of "
+                    f"{size}; give a smaller batch_size"
+                )
+            inputs = inputs.rows(rows)
+            tracked = {name: value[rows] for name, value in tracked.items()}
+    return _result(lens, chosen, inputs, tracked, list(parts.values()))
 
 
 @checked
@@ -203,8 +248,9 @@ def capture(
         return keep
 
     hooks = [(point.name, keeper(not whole(point))) for point in points]
-    logits = model.run_with_hooks(inputs.tokens, fwd_hooks=hooks, **inputs.forward_arguments)
-    return residuals, inputs.select(logits)
+    with logits_only_at(model, inputs.positions):
+        logits = model.run_with_hooks(inputs.tokens, fwd_hooks=hooks, **inputs.forward_arguments)
+    return residuals, logits
 
 
 def _checked_top_k(model: Model, top_k: int) -> int:
@@ -287,9 +333,10 @@ def _result(
     points: tuple[LensPoint, ...],
     inputs: LensInputs,
     tracked: dict[str, Tensor],
-    parts: list[dict[str, Tensor]],
+    parts: Sequence[Batch],
 ) -> LensResult:
-    joined = {key: torch.cat([part[key] for part in parts], dim=1) for key in parts[0]}
+    device = inputs.tokens.device
+    joined = {key: torch.cat([p[key].to(device) for p in parts], dim=1) for key in parts[0]}
     mask, positions = inputs.attention_mask, inputs.positions
     real = torch.ones_like(positions, dtype=torch.bool)
     if mask is not None:

@@ -1,7 +1,9 @@
 """Tuned lens: an affine translator for each point, trained to give the model's own output."""
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +20,22 @@ from tl_loops.lens.decode import LogitLens
 from tl_loops.lens.fitted import check_sizes, check_width, model_sizes
 from tl_loops.lens.points import LensPoint, PointSet, select_points
 from tl_loops.lens.read import capture, vocabulary_size
+from tl_loops.lens.training_state import TrainingState
 from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.metrics.precision import full_precision
 from tl_loops.metrics.readout import kl_divergence
 from tl_loops.printing import prints_short
 from tl_loops.runs.batches import token_prompts
+from tl_loops.runs.identity import (
+    check_identifiable,
+    identity_of,
+    prompts_fingerprint,
+    tensors_fingerprint,
+)
 from tl_loops.runs.inputs import LensInputs, lens_inputs
 from tl_loops.runs.storage import load_artefact, save_artefact
 from tl_loops.upstream import left_as_it_was
+from tl_loops.writing import in_use
 
 
 @prints_short
@@ -121,6 +131,8 @@ def train_tuned_lens(
     generator: torch.Generator | None = None,
     n_iterations: int | None = None,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 20,
 ) -> TunedLens:
     """Train one translator per point to minimise KL(model's output || lens) at every position.
 
@@ -137,6 +149,9 @@ def train_tuned_lens(
         generator: Source of the draws; ``None``: one with seed 0.
         n_iterations: Number of iterations of the model, whose last gives the target.
         progress: Whether to show a progress bar.
+        checkpoint: A file with the state of the training (three times the size of the lens). The
+            same call, with a generator in the same state, goes on from it to the same bits.
+        checkpoint_every: After how many steps it is written.
 
     Returns:
         The lens, with the loss of each step.
@@ -146,6 +161,8 @@ def train_tuned_lens(
         TypeError: ``prompts`` is no list of strings or tensors.
         HookNameError: A point that the model does not have.
         FloatingPointError: The loss is not finite.
+        CheckpointError: The checkpoint is damaged or of another run, or the run cannot be resumed.
+        FileInUseError: Another process or thread trains with the same checkpoint.
 
     Source: 2303.08112, section 3.
     """
@@ -154,39 +171,63 @@ def train_tuned_lens(
         ("n_steps", n_steps),
         ("batch_size", batch_size),
         ("learning_rate", learning_rate),
+        ("checkpoint_every", checkpoint_every),
     ):
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
     if generator is None:
         generator = torch.Generator().manual_seed(0)
     tokens = token_prompts(model, prompts)
-    with with_iterations(model, n_iterations), torch.inference_mode(False), torch.enable_grad():
+    if checkpoint is not None:
+        check_identifiable(model)
+    held = nullcontext() if checkpoint is None else in_use(checkpoint)
+    training = torch.inference_mode(False), torch.enable_grad()
+    with held, with_iterations(model, n_iterations), training[0], training[1]:
         chosen = select_points(model, points)
         d_model, device = model.cfg.d_model, model.embed.W_E.device
         kind = {"dtype": statistic_dtype(model.embed.W_E), "device": device}
         weights = [torch.zeros(d_model, d_model, **kind) for _ in chosen]
         biases = [torch.zeros(d_model, **kind) for _ in chosen]
-        parameters = [tensor.requires_grad_() for tensor in (*weights, *biases)]
-        optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / n_steps)
-        losses = torch.zeros(n_steps, len(chosen))
-        for step in trange(n_steps, desc="tuned lens", disable=not progress):
+        state = TrainingState(
+            [tensor.requires_grad_() for tensor in (*weights, *biases)],
+            learning_rate,
+            torch.zeros(n_steps, len(chosen)),
+            generator,
+        )
+        if checkpoint is not None:
+            identity = identity_of(
+                model,
+                prompts=prompts_fingerprint(tokens),
+                points=[point.alias for point in chosen],
+                n_steps=n_steps,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+                generator=tensors_fingerprint([generator.get_state()]),
+            )
+            state.go_on(checkpoint, identity)
+        for step in trange(
+            state.n_done, n_steps, initial=state.n_done, total=n_steps, desc="tuned lens",
+            disable=not progress,
+        ):  # fmt: skip
             drawn = torch.randint(len(tokens), (batch_size,), generator=generator).tolist()
-            optimizer.zero_grad()
+            state.optimizer.zero_grad()
             batch = [tokens[index] for index in drawn]
-            losses[step] = _accumulate(model, chosen, batch, weights, biases)
-            if not bool(losses[step].isfinite().all()):
+            losses = _accumulate(model, chosen, batch, weights, biases)
+            if not bool(losses.isfinite().all()):
                 raise FloatingPointError(
                     f"the loss at step {step} is not finite; try a smaller learning_rate than "
                     f"{learning_rate}"
                 )
-            optimizer.step()
-            decay.step()
+            state.step(losses)
+            if checkpoint is not None and (
+                step + 1 == n_steps or not (step + 1) % checkpoint_every
+            ):
+                state.save(checkpoint, identity)
         return TunedLens(
             tuple(point.alias for point in chosen),
             torch.stack(weights).detach(),
             torch.stack(biases).detach(),
-            losses,
+            state.losses,
             model_sizes(model.cfg),
         )
 

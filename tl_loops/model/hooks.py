@@ -3,8 +3,10 @@
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import Any, SupportsIndex
 
+import torch
 from torch import Tensor
 
 from tl_loops.cache.cache import LoopedActivationCache
@@ -18,6 +20,9 @@ from tl_loops.upstream import HookPoint, Slice, TemporaryHooks, TransformerBase,
 
 HookName = str | Callable[[str], bool]
 Hooks = list[tuple[HookName, Callable]]
+
+_KEPT_IN: ContextVar[torch.dtype | None] = ContextVar("dtype of a cache", default=None)
+"""What the present ``run_with_cache`` keeps activations in: TransformerLens makes the hooks."""
 
 
 class HookNameError(KeyError, ValueError):
@@ -187,13 +192,13 @@ class CoordinateHooks(TransformerBase):
         position axis of each, whatever its other axes are. With ``remove_batch_dim`` the hooks
         raise a ValueError in a run of several prompts.
         """
-        positions = Slice.unwrap(pos_slice)
+        positions, dtype = Slice.unwrap(pos_slice), _KEPT_IN.get()
         cache, forward, backward = super().get_caching_hooks(
             self._canonical_filter(names_filter), incl_bwd, device, remove_batch_dim, cache
         )
 
         def of_firing(hooks: list[tuple[str, Callable]]) -> list[tuple[str, Callable]]:
-            cut = [(n, _at_positions(n, h, positions)) for n, h in hooks if self._fires(n)]
+            cut = [(n, _kept(n, h, positions, dtype)) for n, h in hooks if self._fires(n)]
             return [(n, _of_one_prompt(h)) for n, h in cut] if remove_batch_dim else cut
 
         return cache, of_firing(forward), of_firing(backward)
@@ -227,9 +232,22 @@ class CoordinateHooks(TransformerBase):
         return_cache_object: bool = True,
         remove_batch_dim: bool = False,
         n_iterations: SupportsIndex | None = None,
+        dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
         """Run and cache activations; as in TransformerLens, with aliases.
+
+        A cache of chosen names holds their numbers and nothing else: parts (``pos_slice``) are
+        copied out of what they are parts of.
+
+        Args:
+            *args: Of the forward pass.
+            return_cache_object: Whether the cache is an object rather than a dictionary.
+            remove_batch_dim: Whether to leave out the batch axis, which then must be 1.
+            n_iterations: Number of iterations for this run.
+            dtype: Floating point activations are kept in it; ``None``: as they are.
+            **kwargs: TransformerLens's, such as ``names_filter``, ``device`` (where the cache is
+                kept) and ``pos_slice``, and those of the forward pass.
 
         Returns:
             The model's output, and a :class:`tl_loops.cache.cache.LoopedActivationCache` (or, with
@@ -237,15 +255,22 @@ class CoordinateHooks(TransformerBase):
 
         Raises:
             HookNameError: ``names_filter`` names no hook point.
-            ValueError: ``remove_batch_dim`` with several prompts.
+            ValueError: ``remove_batch_dim`` with several prompts; ``dtype`` is not of floating point
+                numbers.
         """
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype must be of floating point numbers, got {dtype}")
         model = at_iterations(self, n_iterations)
         if remove_batch_dim:
             _check_one_prompt("the input", _n_prompts(args[0] if args else kwargs.get("input")))
         parent: Any = super(CoordinateHooks, model)
-        output, cache = parent.run_with_cache(
-            *args, return_cache_object=False, remove_batch_dim=remove_batch_dim, **kwargs
-        )
+        chosen = _KEPT_IN.set(dtype)
+        try:
+            output, cache = parent.run_with_cache(
+                *args, return_cache_object=False, remove_batch_dim=remove_batch_dim, **kwargs
+            )
+        finally:
+            _KEPT_IN.reset(chosen)
         if return_cache_object:
             mask = self._mask_of_run(args, kwargs)
             mask = mask[0] if mask is not None and remove_batch_dim else mask
@@ -271,15 +296,24 @@ class CoordinateHooks(TransformerBase):
         return mask if mask is None else positions.apply(mask, dim=1)
 
 
-def _at_positions(name: str, save: Callable, positions: Slice) -> Callable:
-    """A caching hook that is shown some positions only."""
+def _kept(name: str, save: Callable, positions: Slice, dtype: torch.dtype | None) -> Callable:
+    """A caching hook that is shown what is kept, in memory of its own if it is only a part."""
     spec = spec_of(name)
     dim = 1 if spec is None else spec.pos_dim
-    if positions.mode == "identity" or dim is None:
+    if positions.mode == "identity":
+        dim = None
+    if dim is None and dtype is None:
         return save
 
     def save_part(value: Any, hook: Any) -> None:
-        save(positions.apply(value, dim=dim), hook)
+        part = value = value.detach()
+        if dim is not None:
+            part = positions.apply(value, dim=dim)
+        if dtype is not None and part.is_floating_point():
+            part = part.to(dtype)
+        if dim is not None and part.untyped_storage().nbytes() > part.numel() * part.element_size():
+            part = part.clone()  # a view would keep the whole activation
+        save(part, hook)
 
     return save_part
 

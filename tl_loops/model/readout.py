@@ -21,14 +21,14 @@ def enter_coda(
 
 def unembed(
     model: Any, x: Float[Tensor, "batch pos d_model"]
-) -> Float[Tensor, "batch pos d_vocab"]:
-    """Logits of what leaves the final norm."""
+) -> Float[Tensor, "batch read d_vocab"]:
+    """Logits of what leaves the final norm, at all positions unless a run reads only some."""
     return apply_softcap(model.unembed(x), model.cfg.output_logits_soft_cap)
 
 
 def state_logits(
     model: Any, state: Float[Tensor, "batch pos d_model"]
-) -> Float[Tensor, "batch pos d_vocab"]:
+) -> Float[Tensor, "batch read d_vocab"]:
     """Logits of a state that leaves an iteration, of a model without a coda.
 
     Raises:

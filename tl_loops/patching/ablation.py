@@ -18,10 +18,10 @@ from tl_loops.patching.activation import patch_grid
 from tl_loops.runs.cells import Cell, Edit
 from tl_loops.runs.grid import make_grid
 from tl_loops.runs.in_batches import Split
-from tl_loops.runs.inputs import run_inputs
+from tl_loops.runs.inputs import Positions, run_inputs
 from tl_loops.runs.removal import check_removal, removal_values
 from tl_loops.runs.rerun import BaseRun
-from tl_loops.runs.scoring import Metric, identify_cells, logits_score, logits_shape, start_run
+from tl_loops.runs.scoring import Metric, identify_cells, logits_score, start_run
 from tl_loops.runs.shards import Shards
 from tl_loops.upstream import left_as_it_was
 
@@ -44,6 +44,7 @@ def ablate(
     window: int = 1,
     where: Mapping[str, Selection] | None = None,
     gradients: bool = False,
+    logits_at: Positions = "all",
     checkpoint: str | os.PathLike[str] | None = None,
     shard: Shards = None,
     **forward_arguments: Any,
@@ -69,6 +70,7 @@ def ablate(
         window: As in :func:`tl_loops.patching.activation_patch`.
         where: As in :func:`tl_loops.patching.activation_patch`.
         gradients: As in :func:`tl_loops.patching.activation_patch`.
+        logits_at: As in :func:`tl_loops.patching.activation_patch`.
         checkpoint: As in :func:`tl_loops.patching.activation_patch`.
         shard: As in :func:`tl_loops.patching.activation_patch`.
         **forward_arguments: As in :func:`tl_loops.patching.activation_patch`.
@@ -85,15 +87,15 @@ def ablate(
     Source: zero and mean ablation as in 2211.00593, section 2; resampling as in causal scrubbing.
     """
     split = Split(shard, checkpoint)
-    run = start_run(model, tokens, metric, batch_size, forward_arguments, gradients, split)
+    run = start_run(
+        model, tokens, metric, batch_size, forward_arguments, gradients, split, logits_at
+    )
     grid = make_grid(model, activation, axes, run.n_pos, window, where)
     check_removal("method", method, reference)
     values = removal_values(
         model, grid.activation, grid.names, method, reference, run.shape, mean_over, seed
     )
-    identify = partial(
-        identify_cells, run, metric, logits_shape(model, run.tokens), values, method=method
-    )
+    identify = partial(identify_cells, run, metric, values, method=method)
     score = logits_score(metric)
     return patch_grid(run, grid, values, score, batch_size, progress, (), split, identify)
 

@@ -15,8 +15,9 @@ from tl_loops.runs.activations import Activation, check_cache, take
 from tl_loops.runs.cells import Cell, Edit, Score
 from tl_loops.runs.grid import Grid, Region, make_grid
 from tl_loops.runs.in_batches import PLAIN, Split
+from tl_loops.runs.inputs import Positions
 from tl_loops.runs.rerun import BaseRun
-from tl_loops.runs.scoring import Metric, identify_cells, logits_score, logits_shape, start_run
+from tl_loops.runs.scoring import Metric, identify_cells, logits_score, start_run
 from tl_loops.runs.shards import Shards
 from tl_loops.upstream import left_as_it_was
 
@@ -36,6 +37,7 @@ def activation_patch(
     window: int = 1,
     where: Mapping[str, Selection] | None = None,
     gradients: bool = False,
+    logits_at: Positions = "all",
     checkpoint: str | os.PathLike[str] | None = None,
     shard: Shards = None,
     **forward_arguments: Any,
@@ -52,7 +54,7 @@ def activation_patch(
         corrupted_tokens: [batch, pos], or text.
         clean_cache: The clean run's cache (or a dictionary by canonical hook name), with as many
             positions and as many prompts, or one prompt for all.
-        metric: Maps the logits [batch, pos, d_vocab] of one cell to a scalar, as in
+        metric: Maps the logits [batch, read, d_vocab] of one cell to a scalar, as in
             ``transformer_lens.patching``. It is called once on random numbers beforehand.
         activation: ``"resid_pre"``, ``"resid_mid"``, ``"resid_post"``, ``"attn_out"``,
             ``"mlp_out"``, ``"z"``, ``"q"``, ``"k"``, ``"v"``, ``"pattern"``; ``"state_in"``,
@@ -68,6 +70,9 @@ def activation_patch(
         where: Values to which an axis, named or not, is restricted, e.g. ``{"pos": -1}``.
         gradients: Whether the result carries gradients where they are enabled; without, no cell
             keeps a graph.
+        logits_at: Where the metric reads logits: ``"all"``; ``"last"``: the last real token of each
+            prompt; one position or several; or [batch, read]. No others are computed, and the
+            metric is given [batch, read, d_vocab].
         checkpoint: A file to which every batch of cells is added once it is done. The same call
             goes on from it, to the same bits. A metric is known by its value on fixed random
             numbers. Not for a model with hooks.
@@ -93,23 +98,14 @@ def activation_patch(
     Source: 2202.05262 (causal tracing); the definition of a cell is transformer_lens.patching's.
     """
     split = Split(shard, checkpoint)
-    arguments = (batch_size, forward_arguments, gradients, split)
+    arguments = (batch_size, forward_arguments, gradients, split, logits_at)
     run = start_run(model, corrupted_tokens, metric, *arguments)
     grid = make_grid(model, activation, axes, run.n_pos, window, where)
     check_cache(clean_cache, model, grid.names)
     values = take_all(model, grid, clean_cache, run.shape)
-    identify = partial(identify_cells, run, metric, logits_shape(model, run.tokens), values)
-    return patch_grid(
-        run,
-        grid,
-        values,
-        logits_score(metric),
-        batch_size,
-        progress,
-        clean_cache.keys(),
-        split,
-        identify,
-    )
+    score, cached = logits_score(metric), clean_cache.keys()
+    identify = partial(identify_cells, run, metric, values)
+    return patch_grid(run, grid, values, score, batch_size, progress, cached, split, identify)
 
 
 def patch_grid(

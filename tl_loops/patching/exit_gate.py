@@ -22,6 +22,7 @@ from tl_loops.runs.cells import CellOutput
 from tl_loops.runs.grid import make_grid
 from tl_loops.runs.in_batches import Split
 from tl_loops.runs.inputs import run_inputs
+from tl_loops.runs.read_positions import ReadPositions
 from tl_loops.runs.rerun import BaseRun
 from tl_loops.runs.scoring import Metric, check_metric, identify_cells
 from tl_loops.runs.shards import Shards
@@ -145,7 +146,9 @@ def patch_exit_gate(
     inputs = run_inputs(model, corrupted_tokens, forward_arguments)
     shape = (layout.n_iterations, *inputs.shape)
     check_metric(metric, model, shape, "halting logits")
-    run = BaseRun(model, inputs, _gates(layout), gradients)
+    # The metric reads no logits, so none are computed.
+    nowhere = ReadPositions(inputs.tokens[:, :0], inputs.exits)
+    run = BaseRun(model, inputs, _gates(layout), gradients, nowhere)
     grid = make_grid(model, activation, axes, run.n_pos, window, where)
     check_cache(clean_cache, model, grid.names)
     values = take_all(model, grid, clean_cache, run.shape)
@@ -153,7 +156,7 @@ def patch_exit_gate(
     def score(output: CellOutput) -> Any:
         return metric(torch.stack([output.read[name].squeeze(-1) for name in _gates(layout)]))
 
-    identify = partial(identify_cells, run, metric, shape, values, scored="halting logits")
+    identify = partial(identify_cells, run, metric, values, shape, scored="halting logits")
     cached = clean_cache.keys()
     return patch_grid(run, grid, values, score, batch_size, progress, cached, split, identify)
 

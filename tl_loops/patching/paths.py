@@ -16,6 +16,8 @@ from tl_loops.patching.activation import replace
 from tl_loops.runs.activations import Activation, check_cache, find_activation, take
 from tl_loops.runs.cells import Cell, Edit, Score
 from tl_loops.runs.grid import Grid, make_grid
+from tl_loops.runs.in_batches import PLAIN
+from tl_loops.runs.inputs import Positions
 from tl_loops.runs.rerun import BaseRun
 from tl_loops.runs.scoring import Metric, logits_score, start_run
 from tl_loops.upstream import left_as_it_was
@@ -74,6 +76,7 @@ def path_patch(
     batch_size: int | None = None,
     progress: bool = True,
     gradients: bool = False,
+    logits_at: Positions = "all",
     **forward_arguments: Any,
 ) -> Float[Tensor, "sender receiver"]:
     """The effect of what each sender tells each receiver directly.
@@ -98,6 +101,7 @@ def path_patch(
         batch_size: Cells in one forward pass; ``None``: chosen.
         progress: Show a progress bar.
         gradients: As in :func:`tl_loops.patching.activation_patch`.
+        logits_at: As in :func:`tl_loops.patching.activation_patch`.
         **forward_arguments: As in :func:`tl_loops.patching.activation_patch`.
 
     Returns:
@@ -109,7 +113,8 @@ def path_patch(
 
     Source: 2304.05969 (definition, with MLPs fixed); 2211.00593, section 3.1 (with MLPs run).
     """
-    run = start_run(model, corrupted_tokens, metric, batch_size, forward_arguments, gradients)
+    given = (batch_size, forward_arguments, gradients, PLAIN, logits_at)
+    run = start_run(model, corrupted_tokens, metric, *given)
     for sites in receivers:
         if isinstance(sites, str) and sites != "logits":
             raise ValueError(f"a receiver is a Site, a list of them, or 'logits', got {sites!r}")

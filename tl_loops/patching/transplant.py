@@ -16,7 +16,8 @@ from tl_loops.patching.activation import replace
 from tl_loops.runs.activations import cached_names, check_held, find_activation, take
 from tl_loops.runs.cells import Cell
 from tl_loops.runs.in_batches import Split
-from tl_loops.runs.scoring import Metric, identify_cells, logits_score, logits_shape, start_run
+from tl_loops.runs.inputs import Positions
+from tl_loops.runs.scoring import Metric, identify_cells, logits_score, start_run
 from tl_loops.runs.shards import Shards
 from tl_loops.upstream import left_as_it_was
 
@@ -36,6 +37,7 @@ def transplant_states(
     batch_size: int | None = None,
     progress: bool = True,
     gradients: bool = False,
+    logits_at: Positions = "all",
     checkpoint: str | os.PathLike[str] | None = None,
     shard: Shards = None,
     **forward_arguments: Any,
@@ -56,6 +58,7 @@ def transplant_states(
         batch_size: As in :func:`tl_loops.patching.activation_patch`.
         progress: Show a progress bar.
         gradients: As in :func:`tl_loops.patching.activation_patch`.
+        logits_at: As in :func:`tl_loops.patching.activation_patch`.
         checkpoint: As in :func:`tl_loops.patching.activation_patch`.
         shard: As in :func:`tl_loops.patching.activation_patch`.
         **forward_arguments: As in :func:`tl_loops.patching.activation_patch`.
@@ -75,7 +78,7 @@ def transplant_states(
             f"activation must be 'state_in', 'injected' or 'state_out', got {activation!r}"
         )
     split = Split(shard, checkpoint)
-    given = (batch_size, forward_arguments, gradients, split)
+    given = (batch_size, forward_arguments, gradients, split, logits_at)
     run = start_run(model, corrupted_tokens, metric, *given)
     found = find_activation(model, activation)
     n_sources = _cached_iterations(clean_cache, found.rest)
@@ -105,7 +108,6 @@ def transplant_states(
             identify_cells,
             run,
             metric,
-            logits_shape(model, run.tokens),
             put_in,
             sources=source,
             targets=target,

@@ -35,11 +35,11 @@ class CellOutput:
     """What a cell's run gives.
 
     Attributes:
-        logits: [batch, pos, d_vocab].
+        logits: [batch, read, d_vocab], at the positions that are read.
         read: The activations that were asked for, [batch, pos, ...], by hook name.
     """
 
-    logits: Float[Tensor, "batch pos d_vocab"]
+    logits: Float[Tensor, "batch read d_vocab"]
     read: dict[str, Tensor] = field(default_factory=dict)
 
 

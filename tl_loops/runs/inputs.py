@@ -125,7 +125,7 @@ class LensInputs:
         rows = torch.arange(x.shape[0], device=x.device).unsqueeze(-1)
         return x[rows, self.positions.to(x.device)]
 
-    def rows(self, rows: slice) -> "LensInputs":
+    def rows(self, rows: slice | Int[Tensor, "row"]) -> "LensInputs":
         """The same for a part of the batch."""
         return LensInputs(
             self.tokens[rows],
@@ -171,7 +171,7 @@ def lens_inputs(
     initial_state = given["initial_state"]
     tokens, mask = fed.tokens, fed.mask
     _check_initial_state(model, tokens, initial_state)
-    return LensInputs(tokens, mask, _resolve(positions, tokens, mask), initial_state)
+    return LensInputs(tokens, mask, resolve_positions(positions, tokens, mask), initial_state)
 
 
 def real_positions(
@@ -223,7 +223,19 @@ def _check_initial_state(model: Model, tokens: Tensor, initial_state: Tensor | N
         )
 
 
-def _resolve(positions: Positions, tokens: Tensor, mask: Tensor | None) -> Tensor:
+def resolve_positions(
+    positions: Positions, tokens: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"] | None
+) -> Int[Tensor, "batch read"]:
+    """Positions of each prompt, counted from 0 along the row.
+
+    Args:
+        positions: As in :func:`lens_inputs`.
+        tokens: Of the prompts.
+        mask: True at real tokens; ``None``: no padding.
+
+    Raises:
+        ValueError: A shape or a position does not fit.
+    """
     batch, n_pos = tokens.shape
     if isinstance(positions, str):
         if positions not in ("all", "last"):

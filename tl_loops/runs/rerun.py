@@ -31,6 +31,7 @@ from tl_loops.runs.cells import (
 )
 from tl_loops.runs.in_batches import PLAIN, Batch, Run, Split, run_in_batches
 from tl_loops.runs.inputs import RunInputs
+from tl_loops.runs.read_positions import ReadPositions
 from tl_loops.runs.stages import crossing_block, stage_of
 from tl_loops.upstream import (
     KeyValueCache,
@@ -57,11 +58,18 @@ class BaseRun:
         read: Hook points between iterations whose values :class:`CellOutput` carries.
         gradients: Whether what the runs give carries gradients where they are enabled. Otherwise
             no run keeps a graph.
+        logits_at: Where logits are read.
     """
 
     def __init__(
-        self, model: Model, inputs: RunInputs, read: Sequence[str] = (), gradients: bool = False
+        self,
+        model: Model,
+        inputs: RunInputs,
+        read: Sequence[str] = (),
+        gradients: bool = False,
+        logits_at: ReadPositions | None = None,
     ):
+        self.logits_at = logits_at or ReadPositions()
         self.model, self.cfg, self.layout = model, model.cfg, layout_of(model)
         self.inputs, self.tokens, self.read = inputs, inputs.tokens, tuple(read)
         self.batch, self.n_pos = self.shape = inputs.shape
@@ -117,7 +125,7 @@ class BaseRun:
         names: Iterable[str],
         observe: Mapping[str, Callable[[Tensor], None]] | None = None,
         explicit: Iterable[str] = (),
-    ) -> Float[Tensor, "batch pos d_vocab"]:
+    ) -> Float[Tensor, "batch read d_vocab"]:
         """Run the prompt without edits and keep what the cells start from.
 
         Args:
@@ -127,7 +135,7 @@ class BaseRun:
                 attention there is not fused.
 
         Returns:
-            The logits.
+            The logits, at the positions that are read.
         """
         hooks: list[tuple[str, Callable]] = []
 
@@ -152,7 +160,8 @@ class BaseRun:
             if arguments.get("attention_mask") is None:
                 arguments["attention_mask"] = torch.ones_like(self.tokens)
         with torch.set_grad_enabled(self.gradients), hooked(self.model, hooks):
-            self.logits = self.model(self.tokens, **arguments)
+            call = partial(self.model, self.tokens, **arguments)
+            self.logits = self.logits_at.run(self.model, call)
         if drawn:  # All cells share the draw of the base run.
             self.initial_state = self.values["hook_initial_state"]
         assert self.logits is not None
@@ -254,10 +263,10 @@ class BaseRun:
     def automatic_batch_size(self) -> int:
         """Cells in one forward pass so that its tensors take about half a gigabyte."""
         cfg = self.cfg
-        width = 3 * max(cfg.d_vocab_out, cfg.d_vocab) + 12 * cfg.d_model + 4 * (cfg.d_mlp or 0)
-        width += 3 * cfg.n_heads * self.n_pos
-        tokens = self.batch * self.n_pos
-        return max(1, min(_MEMORY // (4 * tokens * width), _TOKENS // tokens))
+        width = 12 * cfg.d_model + 4 * (cfg.d_mlp or 0) + 3 * cfg.n_heads * self.n_pos
+        vocabulary = 3 * max(cfg.d_vocab_out, cfg.d_vocab) * self.logits_at.n_read(self.n_pos)
+        tokens, size = self.batch * self.n_pos, self.batch * (self.n_pos * width + vocabulary)
+        return max(1, min(_MEMORY // (4 * size), _TOKENS // tokens))
 
     def _plan(self, cells: Sequence[Cell], batch_size: int | None) -> list[list[int]]:
         """Which cells share a forward pass: neighbours in position first, then in depth."""
@@ -290,7 +299,7 @@ class BaseRun:
                 base = self.values[name]
                 late = read[name].shape[0] <= rows.start  # The cell joined after that point.
                 values[name] = base if late else after_prefix(base, n_past, read[name][rows])
-            output = CellOutput(after_prefix(self.logits, n_past, logits[rows]), values)
+            output = CellOutput(self.logits_at.whole(self.logits, n_past, logits[rows]), values)
             scores.append(scalar(score(output), logits))
         return torch.stack(scores)
 
@@ -317,7 +326,8 @@ class BaseRun:
                 arguments["injection"] = e
             found: dict[str, Tensor] = {}
             with hooked(self.model, self._hooks(cells[:n_cells], start, stop, found)):
-                x = self.model(source, **arguments)
+                call = partial(self.model, source, **arguments)
+                x = self.logits_at.run(self.model, call, n_cells, n_past)
             e = found.get("hook_injection", e)
             read |= {name: found[name] for name in self.read if name in found}
         assert x is not None

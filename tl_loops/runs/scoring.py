@@ -12,7 +12,8 @@ from tl_loops.runs.batches import check_batch_size
 from tl_loops.runs.cells import Score
 from tl_loops.runs.identity import identity_of, tensors_fingerprint
 from tl_loops.runs.in_batches import PLAIN, Split
-from tl_loops.runs.inputs import RunInputs, run_inputs
+from tl_loops.runs.inputs import Positions, RunInputs, resolve_positions, run_inputs
+from tl_loops.runs.read_positions import ReadPositions
 from tl_loops.runs.rerun import BaseRun
 
 Metric = Callable[[Tensor], Any]
@@ -26,6 +27,7 @@ def start_run(
     arguments: Mapping[str, Any],
     gradients: bool = False,
     split: Split = PLAIN,
+    logits_at: Positions = "all",
 ) -> BaseRun:
     """The run that a tool's cells start from, not executed, after the checks that all tools share.
 
@@ -38,6 +40,7 @@ def start_run(
             :data:`tl_loops.runs.inputs.FORWARD_ARGUMENTS`.
         gradients: Whether the scores carry gradients where they are enabled.
         split: Which cells are run here, and where they are kept.
+        logits_at: Where the metric reads logits, as for :func:`read_at`.
 
     Raises:
         ValueError: One of these does not fit.
@@ -46,8 +49,26 @@ def start_run(
     split.check(model, gradients=gradients)
     inputs = run_inputs(model, input, arguments)
     check_batch_size(batch_size, or_none=True)
-    check_metric(metric, model, logits_shape(model, inputs.tokens))
-    return BaseRun(model, inputs, gradients=gradients)
+    where = read_at(logits_at, inputs)
+    check_metric(metric, model, logits_shape(model, inputs.tokens, where))
+    return BaseRun(model, inputs, gradients=gradients, logits_at=where)
+
+
+def read_at(logits_at: Positions, inputs: RunInputs) -> ReadPositions:
+    """Where a metric reads logits.
+
+    Args:
+        logits_at: ``"all"``; ``"last"``: the last real token of each prompt; one position or
+            several (negative ones count from the end of the row); or [batch, read].
+        inputs: The prompts.
+
+    Raises:
+        ValueError: A shape or a position does not fit.
+    """
+    if isinstance(logits_at, str) and logits_at == "all":
+        return ReadPositions()
+    where = resolve_positions(logits_at, inputs.tokens, inputs.mask)
+    return ReadPositions(where, inputs.exits)
 
 
 def logits_score(metric: Metric) -> Score:
@@ -55,11 +76,14 @@ def logits_score(metric: Metric) -> Score:
     return lambda output: metric(output.logits)
 
 
-def logits_shape(model: Model, tokens: Tensor) -> tuple[int, int, int]:
-    """Shape of the logits of a prompt."""
+def logits_shape(
+    model: Model, tokens: Tensor, where: ReadPositions | None = None
+) -> tuple[int, int, int]:
+    """Shape of the logits of a prompt at the positions that are read."""
     cfg = model.cfg
     vocabulary = cfg.d_vocab_out if cfg.d_vocab_out > 0 else cfg.d_vocab
-    return (tokens.shape[0], tokens.shape[1], vocabulary)
+    n_pos = tokens.shape[1]
+    return (tokens.shape[0], n_pos if where is None else where.n_read(n_pos), vocabulary)
 
 
 def check_metric(
@@ -97,8 +121,8 @@ def check_metric(
 def identify_cells(
     run: BaseRun,
     metric: Callable[[Tensor], Any],
-    shape: tuple[int, ...],
     put_in: Mapping[str, Tensor],
+    shape: tuple[int, ...] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """What decides the scores of cells: model, prompts, metric, and what is put in where.
@@ -108,19 +132,22 @@ def identify_cells(
     Args:
         run: The base run.
         metric: What scores a cell.
-        shape: Of what the metric is given.
         put_in: What the cells put in, by hook name.
+        shape: Of what the metric is given; ``None``: the logits.
         **options: What else the tool was told, in JSON's types.
     """
-    return identify_runs(run.model, run.inputs, metric, shape, put_in, **options)
+    where = run.logits_at
+    shape = logits_shape(run.model, run.tokens, where) if shape is None else shape
+    return identify_runs(run.model, run.inputs, metric, put_in, shape, where, **options)
 
 
 def identify_runs(
     model: Model,
     inputs: RunInputs,
     metric: Callable[[Tensor], Any],
-    shape: tuple[int, ...],
     put_in: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    where: ReadPositions,
     **options: Any,
 ) -> dict[str, Any]:
     """The same for runs that have no base run.
@@ -129,8 +156,9 @@ def identify_runs(
         model: What is run.
         inputs: The prompts.
         metric: As in :func:`identify_cells`.
-        shape: As in :func:`identify_cells`.
         put_in: As in :func:`identify_cells`.
+        shape: As in :func:`identify_cells`.
+        where: Where logits are read.
         **options: As in :func:`identify_cells`.
     """
     return identity_of(
@@ -139,6 +167,7 @@ def identify_runs(
         exits={name: str(value) for name, value in inputs.exits.items()},
         metric=float(_on_random_numbers(metric, model, shape)).hex(),
         put_in=tensors_fingerprint(put_in),
+        logits_at=tensors_fingerprint([where.positions]),
         options=options,
     )
 

@@ -7,7 +7,8 @@ import torch
 
 from tests.closeness import assert_close as close
 from tests.models import tiny_model, tiny_tokens
-from tl_loops.lens import TunedLens, logit_lens, read_lens, train_tuned_lens
+from tl_loops.errors import CheckpointError
+from tl_loops.lens import TunedLens, logit_lens, read_lens, train_tuned_lens, tuned
 
 torch.set_num_threads(1)
 
@@ -191,3 +192,36 @@ def test_a_loss_that_is_not_finite_is_refused(prompts):
         model.unembed.W_U[:, 3] = 1e37
     with pytest.raises(FloatingPointError, match="not finite"):
         train(model, prompts)
+
+
+def test_a_killed_training_goes_on_to_the_same_bits(model, prompts, tmp_path, monkeypatch):
+    path = tmp_path / "lens.ckpt"
+    options = dict(n_steps=5, learning_rate=5e-3, checkpoint_every=2)
+    whole = train(model, prompts, **options)
+    accumulate, steps = tuned._accumulate, 0
+
+    def killed(*given):
+        nonlocal steps
+        steps += 1
+        if steps == 4:  # one step after the file was written last
+            raise KeyboardInterrupt
+        return accumulate(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuned, "_accumulate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, prompts, checkpoint=path, **options)
+    resumed = train(model, prompts, checkpoint=path, **options)
+    for name in ("weight", "bias", "losses"):
+        assert torch.equal(getattr(resumed, name), getattr(whole, name)), name
+    monkeypatch.setattr(tuned, "_accumulate", killed)
+    steps = 3
+    again = train(model, prompts, checkpoint=path, **options)  # without a step
+    assert torch.equal(again.weight, whole.weight)
+    for changed, message in (
+        (dict(learning_rate=1e-3), "learning_rate is 0.005 there and 0.001"),
+        (dict(prompts=prompts[::-1]), "prompts is"),
+        (dict(generator=torch.Generator().manual_seed(1)), "generator is"),
+    ):
+        with pytest.raises(CheckpointError, match=f"another run: {message}"):
+            train(**{"model": model, "prompts": prompts, "checkpoint": path, **options, **changed})

@@ -10,9 +10,10 @@ from torch import Tensor
 
 import tl_loops.runs.in_batches as in_batches
 from tests.models import tiny_model
-from tl_loops import LoopProfile, exit_curve, measure, merge_shards
+from tl_loops import LoopProfile, exit_curve, map_prompts, measure, merge_shards
 from tl_loops.attribution import attribution_patch, edge_attribution
 from tl_loops.errors import CheckpointError
+from tl_loops.lens import LensResult, coda_lens
 from tl_loops.patching import ablate, activation_patch, patch_exit_gate, transplant_states
 
 torch.set_num_threads(1)
@@ -47,6 +48,11 @@ def patched(tool: Callable, *given: Any, metric: Any = logit, **options: Any) ->
 
 
 def moments(result: Any) -> Tensor:
+    if isinstance(result, LensResult):
+        track = result.tracked["three"]
+        kept = [result.tokens, result.predictions, result.entropy, result.kl_from_previous,
+                track.rank, track.probability]  # fmt: skip
+        return torch.cat([tensor.double().reshape(-1) for tensor in kept])
     tensors = [t for m in result.moments.values() for t in m.tensors().values()]
     return torch.cat([t.double().reshape(-1) for t in tensors])
 
@@ -75,6 +81,17 @@ TOOLS: dict[str, Callable[..., Any]] = {
     "attribution_patch": lambda **split: patched(
         attribution_patch, *pair(), method="integrated_inputs", n_steps=4
     )(**split),
+    "read_lens": lambda **split: coda_lens(
+        model(), torch.stack([p for p in prompts() if len(p) == 7]), batch_size=1, top_k=2,
+        track={"three": 3}, **split,
+    ),
+    "map_prompts": lambda **split: torch.stack([
+        torch.tensor(torch.nan) if one is None else one
+        for one in map_prompts(
+            model(), lambda pair: model()(pair[0])[0, -1, pair[1]],
+            [(tokens, k) for k, tokens in enumerate(prompts())], "a logit", progress=False, **split,
+        )
+    ]),
     "edge_attribution": lambda **split: patched(edge_attribution, *pair(), progress=False)(**split),
 }  # fmt: skip
 MERGING = ("measure", "exit_curve")
@@ -153,6 +170,16 @@ def test_a_shard_that_nothing_keeps_is_no_use(tool):
         TOOLS[tool](shard=(0, 2))
 
 
+def test_a_shard_of_a_lens_is_about_its_own_prompts(tmp_path):
+    call, given = TOOLS["read_lens"], {"checkpoint": tmp_path / "run.ckpt"}
+    whole, part = call(), call(shard=(1, 2), **given)
+    assert torch.equal(part.tokens, whole.tokens[[1]])
+    assert torch.equal(part.predictions, whole.predictions[:, [1]])
+    assert torch.equal(part.tracked["three"].rank, whole.tracked["three"].rank[:, [1]])
+    with pytest.raises(ValueError, match="shard 3/4 has no prompt"):
+        call(shard="3/4", **given)
+
+
 # What is another run.
 
 
@@ -204,6 +231,24 @@ def test_a_grid_with_gradients_is_kept_in_no_file(tmp_path):
         activation_patch(
             model(), tokens, cache, logit, gradients=True, checkpoint=tmp_path / "run.ckpt"
         )
+
+
+def test_a_function_of_another_name_or_of_other_prompts_is_another_run(tmp_path):
+    def call(prompts: list, what: str) -> list:
+        given = {"checkpoint": tmp_path / "run.ckpt", "progress": False}
+        return map_prompts(model(), lambda p: p["tokens"].float().sum(), prompts, what, **given)
+
+    given = [{"tokens": p, "answer": "a"} for p in prompts()]
+    before = call(given, "sum")
+    assert [float(one) for one in before] == [float(p["tokens"].sum()) for p in given]
+    with pytest.raises(CheckpointError, match="what is 'sum' there and 'total'"):
+        call(given, "total")
+    with pytest.raises(CheckpointError, match="another run: prompts is"):
+        call([*given[:-1], {**given[-1], "answer": "b"}], "sum")
+    with pytest.raises(TypeError, match="prompt 0 is or holds a set"):
+        call([{"tokens": {1}}], "sum")
+    with pytest.raises(TypeError, match="must give a tensor, got int for prompt 0"):
+        map_prompts(model(), len, ["a"], "length", progress=False)
 
 
 # Files of shards.
