@@ -255,8 +255,8 @@ class CoordinateHooks(TransformerBase):
 
         Raises:
             HookNameError: ``names_filter`` names no hook point.
-            ValueError: ``remove_batch_dim`` with several prompts; ``dtype`` is not of floating point
-                numbers.
+            ValueError: ``remove_batch_dim`` with several prompts, or a ``dtype`` that is not of
+                floating point numbers.
         """
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be of floating point numbers, got {dtype}")
