@@ -158,12 +158,12 @@ def run_metric(
     metric: Metric,
     hooks: Hooks,
     arguments: Mapping[str, Any],
-    where: ReadPositions,
+    where: ReadPositions | None = None,
 ) -> Float[Tensor, ""]:
     """The metric of one run with hooks; gradients are recorded where they are enabled."""
     given = {name: recordable(value) for name, value in arguments.items()}
     call = partial(model.run_with_hooks, recordable(tokens), fwd_hooks=hooks, **given)
-    return metric(where.run(model, call)).reshape(())
+    return metric((where or ReadPositions()).run(model, call)).reshape(())
 
 
 def metric_gradients(
