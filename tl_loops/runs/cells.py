@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_loops.layout.model import Model
+from tl_loops.upstream import KeyValueCache, KeyValueCacheEntry
 
 Edit = Callable[[Tensor], None]
 """Edits in place a private copy of one cell's rows of an activation. Positions in front may be left
@@ -86,6 +87,20 @@ def nothing(value: Tensor, hook: Any) -> None:
 def after_prefix(base: Tensor, n_past: int, new: Tensor) -> Tensor:
     """The base run's first positions with a cell's after them."""
     return torch.cat([base[:, :n_past], new], dim=1) if n_past else new
+
+
+def empty_past(model: Model, tokens: Int[Tensor, "batch pos"]) -> KeyValueCache:
+    """A cache of keys and values without positions, for a run of these prompts."""
+    cfg = model.cfg
+    heads = cfg.n_key_value_heads or cfg.n_heads
+    if getattr(cfg, "ungroup_grouped_query_attention", False):
+        heads = cfg.n_heads
+    like = next(model.parameters())
+    entries = []
+    for _ in range(cfg.n_layers):
+        empty = like.new_empty(tokens.shape[0], 0, heads, cfg.d_head)
+        entries.append(KeyValueCacheEntry(empty, empty))
+    return KeyValueCache(entries, torch.ones_like(tokens[:, :0]))
 
 
 def scalar(value: Any, like: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from tl_loops.runs.cells import (
     Edit,
     Score,
     after_prefix,
+    empty_past,
     hooked,
     nothing,
     scalar,
@@ -156,7 +157,7 @@ class BaseRun:
 
         arguments = self._arguments(1, 0, 0)
         if self.truncates:
-            self.past = arguments["past_kv_cache"] = self._empty_past()
+            self.past = arguments["past_kv_cache"] = empty_past(self.model, self.tokens)
             if arguments.get("attention_mask") is None:
                 arguments["attention_mask"] = torch.ones_like(self.tokens)
         with torch.set_grad_enabled(self.gradients), hooked(self.model, hooks):
@@ -172,18 +173,6 @@ class BaseRun:
         cfg = self.cfg
         normal = self.layout is not None and cfg.initial_state == "normal"
         return normal and cfg.state_seed is None and self.initial_state is None
-
-    def _empty_past(self) -> KeyValueCache:
-        cfg = self.cfg
-        heads = cfg.n_key_value_heads or cfg.n_heads
-        if getattr(cfg, "ungroup_grouped_query_attention", False):
-            heads = cfg.n_heads
-        like = next(self.model.parameters())
-        entries = []
-        for _ in range(cfg.n_layers):
-            empty = like.new_empty(self.batch, 0, heads, cfg.d_head)
-            entries.append(KeyValueCacheEntry(empty, empty))
-        return KeyValueCache(entries, torch.ones_like(self.tokens[:, :0]))
 
     def repeated(
         self, n: int, hooks: Sequence[tuple[str, Callable]], prompts: slice = slice(None)
