@@ -64,6 +64,7 @@ ELSEWHERE = READ_BY_TOOLS | {
     "lens.TunedLens.save",
     "lens.LensResult.answer_flips",
     "lens.LensResult.saturation_iteration",
+    "lens.LensResult.to_frame",
     "attribution.EdgeAttribution.by_iteration",
     "attribution.IterationGradients.to_frame",
     "attribution.IterationGradients.total",
@@ -224,6 +225,7 @@ CALLS: dict[str, Callable[[World], dict[str, Any]]] = {
     "plots.plot_exits": lambda w: dict(source=_values(3, 4).softmax(0)),
     "plots.plot_fixed_points": lambda w: dict(source=_values(3, 4)),
     "plots.plot_floorplan": lambda w: dict(source=w.cache),
+    "plots.plot_lens": lambda w: dict(result=w.reading),
     "plots.plot_matrix": lambda w: dict(
         values=_values(2, 3), rows=["a", "b"], columns=["c", "d", "e"], title="matrix"
     ),
@@ -269,7 +271,7 @@ _MANY = {
     odd.metrics: "metric",
     odd.seeds: "seed",
     odd.integers: "batch_size window n_steps n_iterations top_k vjp_batch_size times k n_pos "
-    "most_edges "
+    "most_edges most_hovered "
     "skip_positions max_rank n_prompt height width digits n_components examples tile "
     "iterations_per_row vocab_size n_queries_at_once",
     odd.indices: "iteration layer head row position a b index",
@@ -278,7 +280,7 @@ _MANY = {
     "keep_logits return_cache normalize",
     odd.numbers: "magnitude ratio learning_rate scale scales",
     odd.choices: "activation method mean_over what by backend readout target kv_sharing colours "
-    "name phase facet entity rival",
+    "value name phase facet entity rival",
     odd.words: "title unit legend x_label y_label row_label column_label",
     odd.names: "weights axes freeze points metrics names rows columns head_names phases",
     odd.places: "where",

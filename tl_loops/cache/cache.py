@@ -30,10 +30,13 @@ class LoopedActivationCache(NeuronDecomposition):
         layout: The layout of the run that filled the cache.
         mask: True at real tokens of that run, False at padding, [batch, pos] ([pos] without a batch
             axis); ``None``: no padding is known.
+        tokens: Tokens of that run, [batch, pos] ([pos] without a batch axis); ``None``: it was
+            given a residual stream.
     """
 
     layout: LoopLayout
     mask: Tensor | None
+    tokens: Tensor | None
 
     def __init__(
         self,
@@ -41,9 +44,10 @@ class LoopedActivationCache(NeuronDecomposition):
         model: Model,
         has_batch_dim: bool = True,
         mask: Tensor | None = None,
+        tokens: Tensor | None = None,
     ):
         super().__init__(cache_dict, model, has_batch_dim)
-        self.layout, self.mask = model.cfg.layout, mask
+        self.layout, self.mask, self.tokens = model.cfg.layout, mask, tokens
 
     def __repr__(self) -> str:
         names = list(self.keys())
@@ -107,6 +111,7 @@ class LoopedActivationCache(NeuronDecomposition):
         """
         self.cache_dict = self._each_once(lambda tensor: tensor.to(device))
         self.mask = None if self.mask is None else self.mask.to(device)
+        self.tokens = None if self.tokens is None else self.tokens.to(device)
         return self
 
     def remove_batch_dim(self, batch_size: int | None = None) -> "LoopedActivationCache":
@@ -134,8 +139,9 @@ class LoopedActivationCache(NeuronDecomposition):
             self.has_batch_dim = False
         else:
             super().remove_batch_dim()
-        if had_batch_dim and self.mask is not None:
-            self.mask = self.mask[0]
+        if had_batch_dim:
+            self.mask = None if self.mask is None else self.mask[0]
+            self.tokens = None if self.tokens is None else self.tokens[0]
         return self
 
     def apply_slice_to_batch_dim(self, batch_slice: SliceLike) -> "LoopedActivationCache":
@@ -152,10 +158,11 @@ class LoopedActivationCache(NeuronDecomposition):
             raise ValueError("this cache has no batch axis to slice")
         keeps = self.has_batch_dim and rows.mode != "int"
         entries = self._each_once(rows.apply) if self.has_batch_dim else dict(self.cache_dict)
-        mask = self.mask
-        if mask is not None and self.has_batch_dim:
-            mask = rows.apply(mask)
-        sliced = LoopedActivationCache(entries, self.model, keeps, mask)
+        mask, tokens = (
+            rows.apply(value) if value is not None and self.has_batch_dim else value
+            for value in (self.mask, self.tokens)
+        )
+        sliced = LoopedActivationCache(entries, self.model, keeps, mask, tokens)
         sliced.layout = self.layout
         return sliced
 

@@ -21,7 +21,7 @@ ScoredBy = Literal["gradient", "integrated_inputs", "exact"]
 _READS = {"attn": "attn_out", "mlp": "mlp_out", "query": "q", "key": "k", "value": "v", "head": "z"}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class EdgeScores(EdgeAttribution):
     """What the metric loses without each edge.
 

@@ -116,11 +116,13 @@ class Heat:
         values: [row, column]; NaN is left blank.
         hover: [row, column] of text; ``None``: labels and value.
         blank: Whether NaN stands for places without a value, and not for an undefined one.
+        text: [row, column] of short text that is written in the cells.
     """
 
     values: np.ndarray
     hover: np.ndarray | None = None
     blank: bool = False
+    text: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogFormatter, LogFormatterMathtext, MaxNLocator, NullFormatter
 
-from tl_loops.drawing.colours import MUTED, ON_DARK, SCALES
+from tl_loops.drawing.colours import MUTED, ON_DARK, SCALES, colour_at, is_dark
 from tl_loops.drawing.figure import (
     Axis,
     Bars,
     Box,
+    ColourScale,
     Figure,
     Heat,
     Line,
@@ -221,6 +222,18 @@ def _draw_panel(ax: Any, panel: Panel, figure: Figure, sizes: Fit, dark: bool) -
     _set_axis(ax, "y", panel.y, sizes.panel_height)
 
 
+def _write_in_cells(ax: Any, mark: Heat, colours: ColourScale) -> None:
+    """Short text in the middle of each cell, light on dark ones."""
+    assert mark.text is not None
+    low, high = colours.limits
+    for (i, j), text in np.ndenumerate(mark.text):
+        value = mark.values[i, j]
+        if text and np.isfinite(value):
+            colour = colour_at(SCALES[colours.name], (value - low) / ((high - low) or 1.0))
+            ink = "#ffffff" if is_dark(colour) else "#000000"
+            ax.text(j, i, _plain(text), ha="center", va="center", fontsize=7, color=ink)
+
+
 def _draw_mark(ax: Any, mark: Mark, panel: Panel, figure: Figure, dark: bool) -> None:
     if isinstance(mark, Line):
         points = (mark.x, mark.y) if mark.z is None else (mark.x, mark.y, mark.z)
@@ -252,6 +265,8 @@ def _draw_mark(ax: Any, mark: Mark, panel: Panel, figure: Figure, dark: bool) ->
             aspect="auto",
             interpolation="nearest",
         )
+        if mark.text is not None:
+            _write_in_cells(ax, mark, figure.colours)
     elif isinstance(mark, Span):
         ax.axvspan(mark.start, mark.stop, color=mark.colour, alpha=0.1, linewidth=0)
         ax.text(

@@ -93,7 +93,10 @@ def _heatmap(mark: Heat, panel: Panel) -> go.Heatmap:
     settings: dict[str, Any] = {"hovertemplate": "%{z:.4g}<extra></extra>"}
     if mark.hover is not None:
         texts = np.array([[escape(text) for text in row] for row in mark.hover.tolist()])
-        settings = {"text": texts, "hovertemplate": "%{text}: %{z:.4g}<extra></extra>"}
+        settings = {"hovertext": texts, "hovertemplate": "%{hovertext}: %{z:.4g}<extra></extra>"}
+    if mark.text is not None:
+        written = [[escape(text) for text in row] for row in mark.text.tolist()]
+        settings |= {"text": written, "texttemplate": "%{text}", "textfont": {"size": 10}}
     values = mark.values.astype(np.float32)  # half the size of the page
     return go.Heatmap(z=values, coloraxis="coloraxis", hoverongaps=False, **settings)
 

@@ -145,7 +145,8 @@ def read_lens(
                 )
             inputs = inputs.rows(rows)
             tracked = {name: value[rows] for name, value in tracked.items()}
-    return _result(lens, chosen, inputs, tracked, list(parts.values()))
+    tokenizer = getattr(model, "tokenizer", None)
+    return _result(lens, chosen, inputs, tracked, list(parts.values()), tokenizer)
 
 
 @checked
@@ -334,6 +335,7 @@ def _result(
     inputs: LensInputs,
     tracked: dict[str, Tensor],
     parts: Sequence[Batch],
+    tokenizer: Any,
 ) -> LensResult:
     device = inputs.tokens.device
     joined = {key: torch.cat([p[key].to(device) for p in parts], dim=1) for key in parts[0]}
@@ -355,4 +357,5 @@ def _result(
         },
         logits=joined.get("logits"),
         final_logits=joined["final_logits"][0] if "final_logits" in joined else None,
+        tokenizer=tokenizer,
     )

@@ -1,8 +1,10 @@
 """What a lens says: predictions, ranks and divergences at each point, as data."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+import pandas
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
@@ -54,6 +56,7 @@ class LensResult:
         tracked: Trajectories of the chosen tokens by name.
         logits: [point, batch, read, d_vocab] if asked for.
         final_logits: The model's own, [batch, read, d_vocab], if asked for.
+        tokenizer: The model's, for :meth:`text`.
     """
 
     lens: str
@@ -71,6 +74,65 @@ class LensResult:
     tracked: Mapping[str, TokenTrajectory]
     logits: Float[Tensor, "point batch read d_vocab"] | None = None
     final_logits: Float[Tensor, "batch read d_vocab"] | None = None
+    tokenizer: Any = field(default=None, repr=False)
+
+    def text(self, tokens: Int[Tensor, "..."]) -> list[str]:
+        """One text per token, in the order of memory; without a tokenizer its id."""
+        ids = tokens.flatten().tolist()
+        if self.tokenizer is None:
+            return [str(token) for token in ids]
+        known = {token: str(self.tokenizer.decode([token])) for token in dict.fromkeys(ids)}
+        return [known[token] for token in ids]
+
+    def to_frame(self) -> pandas.DataFrame:
+        """One row per point and real token that is read.
+
+        Columns: ``point`` (its label), ``name``, ``kind``, ``phase``, ``iteration``, ``layer``,
+        ``prompt``, ``position``, ``token`` and ``prediction`` (text), ``prediction_id``,
+        ``probability`` (of the prediction), ``entropy``, ``kl_to_final``, ``kl_from_previous``,
+        ``agrees`` (with the model's own prediction), ``top`` (the best tokens as text, a tuple),
+        and for each tracked token ``rank NAME`` and ``probability NAME``. Divergences and entropies
+        are in nats.
+        """
+        n_points = len(self.points)
+        prompt, read = self.real.nonzero(as_tuple=True)
+        n_rows = len(prompt)
+
+        def column(values: Tensor) -> Any:
+            """[point, batch, read] in the order of the rows."""
+            return values[:, prompt, read].flatten().tolist()
+
+        def repeated(values: list[Any]) -> list[Any]:
+            return values * n_points
+
+        positions = self.positions[prompt, read]
+        best = self.text(self.top_tokens[:, prompt, read])
+        k = self.top_tokens.shape[-1]
+        columns: dict[str, Any] = {
+            "point": [point.label for point in self.points for _ in range(n_rows)]
+        }
+        for name in ("name", "kind", "phase"):
+            columns[name] = [getattr(p, name) for p in self.points for _ in range(n_rows)]
+        for field in ("iteration", "layer"):
+            numbers = [getattr(p, field) for p in self.points for _ in range(n_rows)]
+            columns[field] = pandas.array(numbers, dtype="Int64")
+        columns |= {
+            "prompt": repeated(prompt.tolist()),
+            "position": repeated(positions.tolist()),
+            "token": repeated(self.text(self.tokens[prompt, positions])),
+            "prediction": self.text(self.predictions[:, prompt, read]),
+            "prediction_id": column(self.predictions),
+            "probability": column(self.top_probabilities[..., 0]),
+            "entropy": column(self.entropy),
+            "kl_to_final": column(self.kl_to_final),
+            "kl_from_previous": column(self.kl_from_previous),
+            "agrees": column(self.agreement()),
+            "top": [tuple(best[i : i + k]) for i in range(0, len(best), k)],
+        }
+        for name, trajectory in self.tracked.items():
+            columns[f"rank {name}"] = column(trajectory.rank)
+            columns[f"probability {name}"] = column(trajectory.probability)
+        return pandas.DataFrame(columns)
 
     @property
     def labels(self) -> list[str]:

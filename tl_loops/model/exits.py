@@ -1,10 +1,13 @@
 """Exit modes of models with a halting gate: which iteration's state becomes the logits."""
 
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_loops.arguments import is_index
@@ -121,3 +124,60 @@ def select_state(
     """The state of each position at its own iteration."""
     index = iteration[None, :, :, None].expand(1, *states.shape[1:])
     return torch.gather(states, 0, index).squeeze(0)
+
+
+class SampledExits:
+    """The iteration whose state each sampled token is read from, step by step.
+
+    Attributes:
+        found: The exits of each step, [batch]; -1 where a sequence had ended.
+
+    Args:
+        model: The looped model that samples.
+        arguments: Of each forward pass; its exits count as in :class:`ExitMode`.
+
+    Raises:
+        LoopedSemanticsError: A token is read from several states.
+    """
+
+    def __init__(self, model: Any, arguments: Mapping[str, Any]):
+        given = {name: arguments.get(f"exit_{name}") for name in ("at", "threshold")}
+        mode = ExitMode(**given, weighted=bool(arguments.get("weighted_exit"))).or_of(model.cfg)
+        mode.check(model.cfg, 0)
+        if mode.weighted or model.cfg.halting == "act":
+            why = "weighted_exit=True" if mode.weighted else "cfg.halting='act'"
+            raise LoopedSemanticsError(
+                f"with {why} every token is read from all states, so it leaves the loop at no one "
+                "iteration: leave out return_exits, or give exit_threshold or exit_at"
+            )
+        self._model, self._mode = model, mode
+        self._gates: list[Tensor] = []
+        self.found: list[Tensor] = []
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """A block of code in which one forward pass is run."""
+        self._gates.clear()
+        if self._mode.threshold is None:
+            yield
+            return
+
+        def keep(gate: Tensor, hook: Any) -> None:
+            self._gates.append(gate[:, -1:])
+
+        n_iterations = self._model.cfg.n_iterations
+        names = [f"iter.{t}.hook_exit_gate" for t in range(n_iterations)]
+        with self._model.hooks(fwd_hooks=[(name, keep) for name in names]):
+            yield
+
+    def note(self, finished: Bool[Tensor, "batch"]) -> None:
+        """Add the exits of the pass that was run; ``finished`` sequences have none."""
+        mode = self._mode
+        if mode.threshold is not None:
+            left = threshold_iteration(torch.stack(self._gates), mode.threshold)[:, 0]
+        else:
+            last = self._model.cfg.n_iterations - 1
+            left = torch.full_like(
+                finished, last if mode.at is None else int(mode.at), dtype=torch.int64
+            )
+        self.found.append(torch.where(finished, -1, left.to(finished.device)))

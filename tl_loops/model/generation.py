@@ -6,6 +6,7 @@ embedding; so tokens go through ``forward`` here.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, SupportsIndex
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_loops.model.checks import key_value_sharing
+from tl_loops.model.exits import SampledExits
 from tl_loops.model.iterations import at_iterations
 from tl_loops.model.start import read_text_or_tokens
 from tl_loops.nn.kv_cache import SharedKeyValueCache
@@ -52,8 +54,9 @@ def generate(
     *,
     n_iterations: SupportsIndex | None = None,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
+    return_exits: bool = False,
     **forward_kwargs: Any,
-) -> str | list[str] | Tensor:
+) -> str | list[str] | Tensor | tuple[Any, Tensor]:
     """Sample tokens until the end-of-sequence token or ``max_new_tokens``.
 
     Args:
@@ -74,14 +77,18 @@ def generate(
         verbose: Show a progress bar.
         n_iterations: Number of iterations for this call.
         attention_mask: 1 for tokens, 0 for padding, for token input.
+        return_exits: Also return the iteration whose state each sampled token was read from.
         **forward_kwargs: Passed on to each forward pass, e.g. ``exit_threshold`` or
             ``kv_sharing``. A ``prefix_mask`` [batch, pos] is of the prompt.
 
     Returns:
-        The input with what was sampled after it.
+        The input with what was sampled after it; with ``return_exits`` a pair of that and the
+        exits [batch, sampled], counted from 0: by ``exit_at``, by ``exit_threshold``, else the last
+        iteration; -1 for what pads a sequence that has ended.
 
     Raises:
         ValueError: An argument that does not fit; see the message.
+        LoopedSemanticsError: ``return_exits`` where a token is read from several states.
     """
     if return_type not in ("input", "str", "tokens", "embeds"):
         raise ValueError(
@@ -95,6 +102,7 @@ def generate(
     self.eval()
     with LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
         prompt, attention_mask, kind = _prompt(self, input, attention_mask)
+        exits = SampledExits(self, forward_kwargs) if return_exits else None
         steps = _decode(
             self,
             prompt,
@@ -104,6 +112,7 @@ def generate(
             use_past_kv_cache,
             verbose,
             forward_kwargs,
+            exits,
             dict(
                 do_sample=do_sample,
                 top_k=top_k,
@@ -114,15 +123,21 @@ def generate(
         )
         sampled = torch.stack(list(steps), dim=1)
         return_type = kind if return_type == "input" else return_type
-        if return_type == "embeds":
-            start = prompt if prompt.is_floating_point() else self.embed(prompt)
-            return torch.cat([start, self.embed(sampled)], dim=1)
-        tokens = sampled if prompt.is_floating_point() else torch.cat([prompt, sampled], 1)
-        if return_type == "tokens":
-            return tokens
-        assert self.tokenizer is not None
-        texts = [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in tokens]
-        return texts[0] if len(texts) == 1 else texts
+        found = _returned(self, prompt, sampled, return_type)
+        return found if exits is None else (found, torch.stack(exits.found, dim=1))
+
+
+def _returned(model: Any, prompt: Tensor, sampled: Tensor, return_type: str | None) -> Any:
+    """The prompt with what was sampled, as embeddings, tokens or text."""
+    if return_type == "embeds":
+        start = prompt if prompt.is_floating_point() else model.embed(prompt)
+        return torch.cat([start, model.embed(sampled)], dim=1)
+    tokens = sampled if prompt.is_floating_point() else torch.cat([prompt, sampled], 1)
+    if return_type == "tokens":
+        return tokens
+    assert model.tokenizer is not None
+    texts = [str(model.tokenizer.decode(row, skip_special_tokens=True)) for row in tokens]
+    return texts[0] if len(texts) == 1 else texts
 
 
 @torch.no_grad()
@@ -143,7 +158,11 @@ def generate_stream(
     padding_side: str | None = USE_DEFAULT_VALUE,
     return_type: str | None = "input",
     verbose: bool = True,
-) -> Iterator[Int[Tensor, "batch piece"]]:
+    *,
+    n_iterations: SupportsIndex | None = None,
+    return_exits: bool = False,
+    **forward_kwargs: Any,
+) -> Iterator[Any]:
     """The tokens that :meth:`generate` gives, in pieces as they are sampled.
 
     Args:
@@ -164,19 +183,26 @@ def generate_stream(
         padding_side: Likewise.
         return_type: Accepted for TransformerLens's sake; pieces are tokens, as there.
         verbose: Show a progress bar.
+        n_iterations: As for :meth:`generate`.
+        return_exits: As for :meth:`generate`.
+        **forward_kwargs: As for :meth:`generate`.
 
     Yields:
-        Tokens [batch, piece]; joined, they are what ``generate(return_type="tokens")`` gives.
+        Tokens [batch, piece]; joined, they are what ``generate(return_type="tokens")`` gives. With
+        ``return_exits`` pairs of these and of exits [batch, piece], -1 for the prompt's tokens.
 
     Raises:
         ValueError: An argument that does not fit; see the message.
     """
     if isinstance(input, Tensor) and input.is_floating_point():
         raise ValueError("generate_stream gives tokens: give text or tokens, or call generate")
+    _check_forward_arguments(forward_kwargs)
+    self = at_iterations(self, n_iterations)
     stops = _stop_tokens(self, eos_token_id) if stop_at_eos else []
     self.eval()
     with LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
         prompt, mask, _ = _prompt(self, input, None)
+    exits = SampledExits(self, forward_kwargs) if return_exits else None
     steps = _decode(
         self,
         prompt,
@@ -185,7 +211,8 @@ def generate_stream(
         stops,
         use_past_kv_cache,
         verbose,
-        {},
+        forward_kwargs,
+        exits,
         dict(
             do_sample=do_sample,
             top_k=top_k,
@@ -194,14 +221,16 @@ def generate_stream(
             freq_penalty=freq_penalty,
         ),
     )
-    piece = prompt
+    piece, left = prompt, torch.full_like(prompt, -1)
     for new in steps:
         piece = torch.cat([piece, new[:, None]], dim=1)
+        if exits is not None:
+            left = torch.cat([left, exits.found[-1][:, None]], dim=1)
         if piece.shape[1] >= max_tokens_per_yield:
-            yield piece
-            piece = piece[:, :0]
+            yield piece if exits is None else (piece, left)
+            piece, left = piece[:, :0], left[:, :0]
     if piece.shape[1]:
-        yield piece
+        yield piece if exits is None else (piece, left)
 
 
 def _stop_tokens(model: Any, eos_token_id: int | Sequence[int] | None) -> list[int]:
@@ -246,6 +275,7 @@ def _decode(
     use_cache: bool,
     verbose: bool,
     forward_kwargs: dict[str, Any],
+    exits: SampledExits | None,
     sampling: dict[str, Any],
 ) -> Iterator[Int[Tensor, "batch"]]:
     """Sample step by step; gives the new tokens of every step."""
@@ -265,13 +295,16 @@ def _decode(
         start = 0 if step.is_floating_point() else None
         if start == 0 and past is not None:
             step_mask = past.append_attention_mask(step_mask)
-        logits = model.forward(
-            step,
-            start_at_layer=start,
-            attention_mask=step_mask,
-            past_kv_cache=past,
-            **(forward_kwargs if prefix is None else {**forward_kwargs, "prefix_mask": prefix}),
-        )[:, -1]
+        with nullcontext() if exits is None else exits.watching():
+            logits = model.forward(
+                step,
+                start_at_layer=start,
+                attention_mask=step_mask,
+                past_kv_cache=past,
+                **(forward_kwargs if prefix is None else {**forward_kwargs, "prefix_mask": prefix}),
+            )[:, -1]
+        if exits is not None:
+            exits.note(finished)
         if do_sample:
             seen = torch.cat([given, sampled], 1)
             logits = _less_frequent(logits, seen, mask[:, -seen.shape[1] :], penalty, temperature)

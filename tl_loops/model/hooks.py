@@ -272,19 +272,26 @@ class CoordinateHooks(TransformerBase):
         finally:
             _KEPT_IN.reset(chosen)
         if return_cache_object:
-            mask = self._mask_of_run(args, kwargs)
-            mask = mask[0] if mask is not None and remove_batch_dim else mask
-            cache = LoopedActivationCache(cache, model, not remove_batch_dim, mask)
+            tokens, mask = (
+                value[0] if value is not None and remove_batch_dim else value
+                for value in self._tokens_of_run(args, kwargs)
+            )
+            cache = LoopedActivationCache(cache, model, not remove_batch_dim, mask, tokens)
             cache.model = self
         return output, cache
 
-    def _mask_of_run(self, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-        """Which tokens of a run are real, as a cache of it keeps them; ``None``: all."""
+    def _tokens_of_run(
+        self, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Tokens of a run and which are real, as a cache of it keeps them; ``None``: all.
+
+        Without tokens the run was given a residual stream.
+        """
         signature = inspect.signature(self.forward)
         names = [name for name in kwargs if name in signature.parameters]
         given = signature.bind(*args, **{name: kwargs[name] for name in names}).arguments
         starts = (given.get("start_at_layer"), given.get("start_at_iteration"))
-        mask = real_tokens(
+        tokens, mask = real_tokens(
             self,
             given["input"],
             given.get("attention_mask"),
@@ -293,7 +300,8 @@ class CoordinateHooks(TransformerBase):
             from_tokens=starts == (None, None),
         )
         positions = Slice.unwrap(kwargs.get("pos_slice"))
-        return mask if mask is None else positions.apply(mask, dim=1)
+        kept = (v if v is None else positions.apply(v, dim=1) for v in (tokens, mask))
+        return next(kept), next(kept)
 
 
 def _kept(name: str, save: Callable, positions: Slice, dtype: torch.dtype | None) -> Callable:

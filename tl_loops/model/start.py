@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from tl_loops.arguments import argument
@@ -250,8 +250,8 @@ def real_tokens(
     prepend_bos: bool | None = USE_DEFAULT_VALUE,
     padding_side: str | None = USE_DEFAULT_VALUE,
     from_tokens: bool = True,
-) -> Bool[Tensor, "batch pos"] | None:
-    """Which tokens of a forward pass are real, with its arguments; ``None``: all.
+) -> tuple[Int[Tensor, "batch pos"] | None, Bool[Tensor, "batch pos"] | None]:
+    """Tokens of a forward pass, and which are real; ``None``: a residual stream, and all.
 
     Args:
         model: The model.
@@ -262,16 +262,19 @@ def real_tokens(
         padding_side: What it is given.
         from_tokens: Whether the input is text or tokens, not a residual stream.
     """
+    found, tokens = None, None
+    n_given = 0 if from_tokens else input.shape[1]
     if from_tokens and (attention_mask is None or isinstance(input, (str, list))):
         read = model_input(model, input, prepend_bos=prepend_bos, padding_side=padding_side)
-        found, n_new = read.mask, read.tokens.shape[1]
-    else:
-        found, n_new = None, input.shape[-1 if from_tokens else 1]
+        found, tokens = read.mask, read.tokens
+    elif from_tokens:
+        tokens = input.reshape(-1, input.shape[-1])
     attention_mask = _checked_mask(attention_mask, each_row=False)
     if attention_mask is None:
-        return found
+        return tokens, found
+    n_new = n_given if tokens is None else tokens.shape[1]
     mask = attention_mask[:, -n_new:].bool()
-    return None if bool(mask.all()) else mask
+    return tokens, None if bool(mask.all()) else mask
 
 
 def read_text_or_tokens(

@@ -15,6 +15,7 @@ from tl_loops.plots.curves import plot_curves
 from tl_loops.plots.exits import plot_exit_curves, plot_exits
 from tl_loops.plots.fixed_points import plot_fixed_points
 from tl_loops.plots.floorplan import plot_floorplan
+from tl_loops.plots.lens import plot_lens
 from tl_loops.plots.neurons import plot_neurons
 from tl_loops.plots.norms import plot_residual_norms
 from tl_loops.plots.pairs import plot_matrix, plot_pairs
@@ -39,6 +40,7 @@ __all__ = [
     "plot_exits",
     "plot_fixed_points",
     "plot_floorplan",
+    "plot_lens",
     "plot_matrix",
     "plot_neurons",
     "plot_pairs",

@@ -58,7 +58,7 @@ def attention_view(
 @checked
 def attention_heads(
     source: Any,
-    tokens: Any,
+    tokens: Any = None,
     *,
     iterations: Selection | None = None,
     layers: Selection | None = None,
@@ -79,7 +79,8 @@ def attention_heads(
     Args:
         source: An activation cache with ``pattern``; or patterns [block, head, dest, src], with a
             model or a layout.
-        tokens: The prompt: text, tokens [pos] or [1, pos], or its tokens as text.
+        tokens: The prompt: text, tokens [pos] or [1, pos], or its tokens as text; ``None``: those
+            of the run that filled the cache.
         iterations: Which ones, negative from the last; ``None``: all.
         layers: Which core layers; ``None``: all.
         heads: Which heads; ``None``: all.
@@ -100,7 +101,7 @@ def attention_heads(
     """
     patterns, layout = _patterns(source, model, layout, row)
     n_heads = patterns.shape[1]
-    words = token_texts(source if model is None else model, tokens)
+    words = _texts_of(source, model, tokens, row)
     chosen = chosen_indices("head", n_heads, heads)
     parts, notes = [], []
     for t in chosen_indices("iteration", layout.n_iterations, iterations):
@@ -121,11 +122,13 @@ def attention_heads(
 @checked
 def attention_patterns(
     source: Any,
-    tokens: Any,
+    tokens: Any = None,
     *,
     layer: int = 0,
     head: int = 0,
     iterations: Selection | None = None,
+    layers: Selection | None = None,
+    heads: Selection | None = None,
     row: int = 0,
     model: Model | None = None,
     layout: LoopLayout | None = None,
@@ -136,12 +139,16 @@ def attention_patterns(
 ) -> CircuitsView:
     """The pattern of one head, large, in one iteration beside the other.
 
+    With ``layers`` (or ``heads``) all heads of these layers, as :func:`attention_heads` shows them.
+
     Args:
         source: As in :func:`attention_heads`.
         tokens: As in :func:`attention_heads`.
         layer: Core layer.
         head: Head.
         iterations: Which ones, negative from the last; ``None``: all.
+        layers: Core layers whose heads are all shown, in place of one ``layer`` and one ``head``.
+        heads: Heads that are shown of these layers; ``None``: all.
         row: Which prompt of a cache.
         model: The model, where the source is a tensor; it also reads the tokens.
         layout: Of the patterns, where the source is a tensor and the model is not at hand.
@@ -157,8 +164,23 @@ def attention_patterns(
         ValueError: As :func:`attention_heads`.
         IndexError: As :func:`attention_heads`.
     """
+    if layers is not None or heads is not None:
+        return attention_heads(
+            source,
+            tokens,
+            iterations=iterations,
+            layers=layer if layers is None else layers,
+            heads=heads,
+            row=row,
+            model=model,
+            layout=layout,
+            title=title,
+            height=height,
+            width=width,
+            digits=digits,
+        )
     patterns, layout = _patterns(source, model, layout, row)
-    words = token_texts(source if model is None else model, tokens)
+    words = _texts_of(source, model, tokens, row)
     head = one_index("head", head, patterns.shape[1])
     parts, notes = [], []
     for t in chosen_indices("iteration", layout.n_iterations, iterations):
@@ -170,6 +192,22 @@ def attention_patterns(
         notes.append(note)
     heading = title or f"Attention pattern of layer {layer}, head {head} by iteration"
     return _side_by_side(source, model, words, parts, notes, heading, height, width)
+
+
+def _texts_of(source: Any, model: Model | None, tokens: Any, row: int) -> list[str]:
+    """Tokens as text; without tokens those of the run that filled the cache."""
+    if tokens is not None:
+        return token_texts(source if model is None else model, tokens)
+    known = getattr(source, "tokens", None)
+    if known is None:
+        raise ValueError(
+            "the source does not know its tokens: pass them as text, or as tokens [pos]"
+        )
+    known = known.reshape(-1, known.shape[-1])
+    chosen = known[one_index("prompt", row, len(known))]
+    if getattr(source.model, "tokenizer", None) is None:
+        return [str(token) for token in chosen.tolist()]
+    return token_texts(source, chosen)
 
 
 def token_texts(source: Any, tokens: Any) -> list[str]:

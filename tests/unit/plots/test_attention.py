@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.models import tiny_model, tiny_tokens
+from tl_loops import plots
 from tl_loops.plots import attention_heads, attention_patterns, attention_view
 
 PATTERN = torch.softmax(torch.arange(18.0).reshape(2, 3, 3), dim=-1)
@@ -105,3 +106,23 @@ def test_what_does_not_fit_is_refused(cache):
         attention_heads(cache, tiny_tokens()[:1])
     with pytest.raises(ValueError, match="expected one prompt"):
         attention_heads(cache, tiny_tokens())
+
+
+@torch.no_grad()
+def test_a_cache_knows_its_tokens():
+    model = tiny_model("retrofitted")
+    tokens = tiny_tokens(2, 5)
+    _, cache = model.run_with_cache(tokens)
+    found = plots.attention_patterns(cache, iterations=[0, 1, 2], layers=0, row=1)
+    expected = plots.attention_heads(
+        cache, [str(t) for t in tokens[1].tolist()], iterations=[0, 1, 2], layers=0, row=1
+    )
+    assert found.parts == expected.parts and len(found.parts) == 3
+    assert torch.equal(cache.apply_slice_to_batch_dim(slice(1, 2)).tokens, tokens[1:])
+    _, cache = model.run_with_cache(tokens[0], remove_batch_dim=True, pos_slice=(1, 4))
+    assert torch.equal(cache.tokens, tokens[0, 1:4])
+    resid = model.embed(tokens)
+    _, cache = model.run_with_cache(resid, start_at_layer=0)
+    assert cache.tokens is None
+    with pytest.raises(ValueError, match="does not know its tokens"):
+        plots.attention_patterns(cache)
