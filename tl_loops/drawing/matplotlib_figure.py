@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context, rcParams
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_hex
 from matplotlib.figure import Figure as MatplotlibFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogFormatter, LogFormatterMathtext, MaxNLocator, NullFormatter
 
-from tl_loops.drawing.colours import MUTED, ON_DARK, SCALES, colour_at, is_dark
+from tl_loops.drawing.colours import MUTED, ON_DARK, SCALES, is_dark
 from tl_loops.drawing.figure import (
     Axis,
     Bars,
@@ -222,15 +222,15 @@ def _draw_panel(ax: Any, panel: Panel, figure: Figure, sizes: Fit, dark: bool) -
     _set_axis(ax, "y", panel.y, sizes.panel_height)
 
 
-def _write_in_cells(ax: Any, mark: Heat, colours: ColourScale) -> None:
+def _write_in_cells(ax: Any, mark: Heat, colours: ColourScale, dark: bool) -> None:
     """Short text in the middle of each cell, light on dark ones."""
     assert mark.text is not None
-    low, high = colours.limits
+    shades, (low, high) = _colormap(colours.name, dark), colours.limits
     for (i, j), text in np.ndenumerate(mark.text):
         value = mark.values[i, j]
         if text and np.isfinite(value):
-            colour = colour_at(SCALES[colours.name], (value - low) / ((high - low) or 1.0))
-            ink = "#ffffff" if is_dark(colour) else "#000000"
+            share = float((value - low) / ((high - low) or 1.0))
+            ink = "#ffffff" if is_dark(to_hex(shades(share))) else "#000000"
             ax.text(j, i, _plain(text), ha="center", va="center", fontsize=7, color=ink)
 
 
@@ -266,7 +266,7 @@ def _draw_mark(ax: Any, mark: Mark, panel: Panel, figure: Figure, dark: bool) ->
             interpolation="nearest",
         )
         if mark.text is not None:
-            _write_in_cells(ax, mark, figure.colours)
+            _write_in_cells(ax, mark, figure.colours, dark)
     elif isinstance(mark, Span):
         ax.axvspan(mark.start, mark.stop, color=mark.colour, alpha=0.1, linewidth=0)
         ax.text(
