@@ -188,6 +188,7 @@ CALLS: dict[str, Callable[[World], dict[str, Any]]] = {
     "lens.EntityTracks.leads_from": lambda w: dict(self=w.tracks, entity="a", rival="b"),
     "lens.LensResult.agreement": lambda w: dict(self=w.reading),
     "lens.LensResult.by_iteration": lambda w: dict(self=w.reading, values=w.reading.entropy),
+    "lens.LensResult.text": lambda w: dict(self=w.reading, tokens=w.clean),
     "lens.LensResult.index": lambda w: dict(self=w.reading, name="r0"),
     "lens.JacobianLens.transport": lambda w: dict(
         self=w.jacobian, resid=_values(3, w.model.cfg.d_model), index=0

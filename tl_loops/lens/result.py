@@ -76,6 +76,7 @@ class LensResult:
     final_logits: Float[Tensor, "batch read d_vocab"] | None = None
     tokenizer: Any = field(default=None, repr=False)
 
+    @checked
     def text(self, tokens: Int[Tensor, "..."]) -> list[str]:
         """One text per token, in the order of memory; without a tokenizer its id."""
         ids = tokens.flatten().tolist()
