@@ -114,9 +114,9 @@ class LensResult:
         }
         for name in ("name", "kind", "phase"):
             columns[name] = [getattr(p, name) for p in self.points for _ in range(n_rows)]
-        for field in ("iteration", "layer"):
-            numbers = [getattr(p, field) for p in self.points for _ in range(n_rows)]
-            columns[field] = pandas.array(numbers, dtype="Int64")
+        for name in ("iteration", "layer"):
+            numbers = [getattr(p, name) for p in self.points for _ in range(n_rows)]
+            columns[name] = pandas.array(numbers, dtype="Int64")
         columns |= {
             "prompt": repeated(prompt.tolist()),
             "position": repeated(positions.tolist()),
