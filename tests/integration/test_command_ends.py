@@ -16,6 +16,15 @@ from tl_loops.cli import main
 from tl_loops.cli.arguments import COMMANDS
 from tl_loops.measurements import MEASUREMENTS
 
+
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    """What was started in the background is deaf to Ctrl-C, and so are its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 LIGHT = """
 import contextlib, io, sys
 from tl_loops.cli import main
@@ -221,4 +230,5 @@ def test_who_stops_reading_ends_a_command_without_a_word(capsys, monkeypatch):
 def test_metrics_are_listed_by_name(capsys):
     assert main(["metrics"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed == ["metric", *sorted(MEASUREMENTS)]
+    assert listed[0] == "metric" and not listed[1].strip("─")  # the head, and a rule
+    assert listed[2:] == sorted(MEASUREMENTS)

@@ -16,6 +16,13 @@ STANDARD_OUTPUT = "-"
 """``--out -``."""
 
 
+class _Console(Console):
+    """Rich's, which leaves it to the command what happens when nobody reads any more."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def print_table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[str] = ()
 ) -> None:
@@ -33,7 +40,7 @@ def print_table(
         table.add_column(column, justify=justify, overflow="fold", no_wrap=number)
     for row in rows:
         table.add_row(*row)
-    Console(file=sys.stdout, width=_width(), highlight=False, markup=False).print(table)
+    _Console(file=sys.stdout, width=_width(), highlight=False, markup=False).print(table)
 
 
 def _width() -> int:

@@ -1,6 +1,8 @@
 """Prompts: those of the embedded models' tasks, how answers are scored, and files of prompts."""
 
-from .data_sets import read_column, read_tokens
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .fact_chain import (
     NAMES,
     FactChainTask,
@@ -17,6 +19,9 @@ from .fact_chain import (
     split_of,
     vocabulary,
 )
+
+if TYPE_CHECKING:
+    from .data_sets import read_column, read_tokens
 
 __all__ = [
     "NAMES",
@@ -36,3 +41,10 @@ __all__ = [
     "split_of",
     "vocabulary",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # The tasks need nothing of the project; the reader of data sets does.
+    if name in ("read_column", "read_tokens"):
+        return getattr(import_module(f"{__name__}.data_sets"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

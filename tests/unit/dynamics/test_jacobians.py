@@ -58,8 +58,8 @@ def test_exponents_of_a_run_are_those_of_the_product_of_its_jacobians(name):
     maps = dynamics.loop_maps(model, TOKENS)
     k, n = 3, maps[0].n_dimensions
     found = dynamics.run_exponents(model, TOKENS, k, seed=5)
-    start = torch.randn(n, k, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    tangents = torch.linalg.qr(start).Q
+    start = torch.randn(n, k, generator=torch.Generator().manual_seed(5))
+    tangents = torch.linalg.qr(start.double()).Q
     for step in maps:
         tangents = dense(step) @ tangents
     growth = torch.linalg.qr(tangents).R.diagonal().abs().log() / len(maps)

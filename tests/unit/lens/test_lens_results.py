@@ -123,7 +123,7 @@ def test_entities_at_the_last_token_of_a_padded_prompt(model):
     [
         ({}, None, "entities is empty"),
         ({"a": 3}, {"b": 1}, "positions names 'b'"),
-        ({"a": 3}, {"a": [1, 2]}, "one a prompt, got 2"),
+        ({"a": 3}, {"a": [1, 2]}, "one per prompt, got 2"),
         ({"a": 3}, {"a": 99}, "9 positions"),
         ({"a": 99}, None, "tracked 'a'"),
     ],

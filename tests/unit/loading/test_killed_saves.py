@@ -158,6 +158,7 @@ def test_other_file_systems(tmp_path, monkeypatch, kind):
         model.save_pretrained(tmp_path / "c")
         expected = model(tokens)
     assert {file.name for file in (tmp_path / "c").iterdir()} == {
+        "README.md",
         "config.json",
         "model.safetensors",
     }

@@ -188,7 +188,7 @@ def test_a_truncated_file_ends_with_code_2(capsys, directory):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(model_type="llama", architectures=None), "no known family"),
+        (dict(model_type="mamba", architectures=None), "no known family"),
         (dict(use_sliding_window=True), "'use_sliding_window' is True"),
         (dict(hidden_size=None), "'hidden_size' is missing"),
         (dict(total_ut_steps=0), "n_iterations must be at least 1"),
