@@ -227,7 +227,8 @@ def test_who_stops_reading_ends_a_command_without_a_word(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-def test_metrics_are_listed_by_name(capsys):
+def test_metrics_are_listed_by_name(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # as in a pipe, where each row is one line
     assert main(["metrics"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert listed[0] == "metric" and not listed[1].strip("─")  # the head, and a rule
