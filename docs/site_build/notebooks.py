@@ -14,6 +14,9 @@ from nbconvert import MarkdownExporter
 
 DEMOS = Path(__file__).parents[2] / "demos"
 GITHUB = re.compile(r"https://github\.com/([\w.-]+/[\w.-]+?)/?$")
+NEIGHBOUR = re.compile(r"\]\((\w+)\.ipynb\)")
+"""A link to another notebook, whose page stands beside this one."""
+
 TRUNK = "main"
 
 
@@ -26,6 +29,7 @@ def on_files(files: Files, config: Any) -> Files:
             picture = f"notebooks/{path.stem}_{name}"
             files.append(File.generated(config, picture, content=content))
             text = text.replace(f"]({name})", f"]({path.stem}_{name})")
+        text = NEIGHBOUR.sub(r"](\1.md)", text)
         text = text.replace("![png]", f"![A figure of {path.stem.replace('_', ' ')}]")
         title, _, rest = text.partition("\n")
         page = f"{title}\n\n{_where(path.name, config.repo_url)}\n{_indented_output(rest)}"

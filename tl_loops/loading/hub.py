@@ -17,7 +17,7 @@ def push_to_hub(
     revision: str | None = None,
     commit_message: str = "Upload model",
 ) -> str:
-    """Write the model as :meth:`save_pretrained` does, and upload that as one commit.
+    """Write the model as ``save_pretrained`` does, and upload that as one commit.
 
     Args:
         self: The looped model.

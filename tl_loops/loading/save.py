@@ -193,7 +193,7 @@ def write_safetensors(
     Args:
         file: Path to create.
         tensors: Keys and floating-point tensors, on any device and with any strides.
-        digest: A hash of :mod:`hashlib` that takes in what is written.
+        digest: A hash object of ``hashlib`` that takes in what is written.
 
     Raises:
         CheckpointError: A tensor has a type that checkpoints do not hold.
