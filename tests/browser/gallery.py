@@ -6,7 +6,16 @@ from typing import Any
 
 import torch
 
-from tl_loops import LoopedTransformer, exit_curve, lens, measure, metrics, plots, tasks
+from tl_loops import (
+    LoopedTransformer,
+    circuits,
+    exit_curve,
+    lens,
+    measure,
+    metrics,
+    plots,
+    tasks,
+)
 
 NO_FIGURES = {"CircuitsView", "circuitsvis_script", "draw"}
 """Names of ``tl_loops.plots`` that draw nothing of their own."""
@@ -34,6 +43,9 @@ class Data:
             self.read = lens.coda_lens(self.model, self.tokens, keep_logits=True)
             answers = [prompt.answer for prompt in self.known]
             self.curve = exit_curve(self.model, prompts, answers, progress=False)
+            self.scores = circuits.score(
+                self.model, self.tokens, lambda logits: logits[0, -1, 3], "zero", progress=False
+            )
             self.plain_curve = exit_curve(self.model, prompts, progress=False)
 
     @cached_property
@@ -86,6 +98,9 @@ def figures(data: Data, **options: Any) -> dict[str, list[Callable[[], Any]]]:
     add("plot_exits", torch.randn(64, 3, generator=random).softmax(0), model="long", prompts=3)
     add("plot_exits", {"kl": torch.tensor([0, 3, 7]), "cosine": torch.tensor([2, 5, 7])},
         n_iterations=n, **about)  # fmt: skip
+    add("plot_lens", data.read, **about)
+    add("plot_lens", data.ranks, "entropy", **about)
+    add("plot_circuit", circuits.prune(data.scores, 40), **about)
     for heads in ("all", "mean"):
         add("plot_floorplan", cache, heads=heads, **about)
     add("attention_view", model.to_str_tokens(tokens[0]), cache["pattern", 1][0])

@@ -21,6 +21,9 @@ _VALUES = {
     "entropy": "entropy (nats)",
     "kl_to_final": "KL(model's output || readout) (nats)",
 }
+_CHARACTER, _PAGE = 6.5, 700
+"""Width of a character in a cell, and of a narrow page, in pixels."""
+
 _LONGEST = 9
 
 
@@ -58,7 +61,8 @@ def plot_lens(
             from the numbers.
         title: In place of the general one.
         backend: See :func:`tl_loops.plots.draw`.
-        **options: ``width``, ``height``, and what the library takes.
+        **options: ``width``, ``height``, and what the library takes. Tokens are written in the
+            cells where they fit into ``width``, without it into a page of 700 pixels.
 
     Returns:
         A figure of the library.
@@ -77,11 +81,15 @@ def plot_lens(
     numbers = torch.where(result.real[row], numbers[:, row].double(), torch.nan)
     words = _words(result, row)
     columns = named_axis("token", words)
+    width = max(300, min(1600, 62 * len(words)))
+    room = (options.get("width") or min(width, _PAGE)) / max(1, len(words))
     panels = []
     for heading, points in _groups(result, facet):
         labels = [result.points[point].label for point in points]
         cells, hover = _texts(result, row, points, words, most_hovered)
-        heat = Heat(as_array(numbers[points]), hover=hover, text=cells, blank=True)
+        longest = max(map(len, cells.flat), default=0)
+        written = cells if room >= _CHARACTER * longest else None
+        heat = Heat(as_array(numbers[points]), hover=hover, text=written, blank=True)
         axis = named_axis("iteration" if facet else "point of the stream", labels)
         panels.append(Panel((heat,), columns, axis, title=heading))
     if limits is None and value == "probability":
@@ -98,7 +106,7 @@ def plot_lens(
         subject.line(complete=title is None),
         tuple(panels),
         columns=1,
-        panel_size=(max(300, min(1600, 62 * len(words))), max(120, min(900, 24 * n_rows))),
+        panel_size=(width, max(120, min(900, 24 * n_rows))),
         colours=ColourScale.of(as_array(numbers), _VALUES[value], limits=limits),
         shared_x=len(panels) > 1,
     )

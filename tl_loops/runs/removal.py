@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tl_loops.layout.model import Model
+from tl_loops.layout.names import spec_of
 from tl_loops.runs.activations import Activation, check_cache, take
 from tl_loops.runs.inputs import real_positions
 
@@ -80,10 +81,12 @@ def _zeros(
     model: Model, activation: Activation, names: list[str], heads: int | None, n_pos: int
 ) -> dict[str, Tensor]:
     zero = torch.zeros((), device=next(model.parameters()).device)
-    # The last axis broadcasts, whatever its width.
-    size: tuple[int, ...] = (1, n_pos, 1)
+    spec = spec_of(names[0]) if names else None
+    # Of hook points that are not in the table the last axis broadcasts.
+    width = 1 if spec is None else getattr(model.cfg, spec.axes_on(model.cfg)[-1], None) or 1
+    size: tuple[int, ...] = (1, n_pos, width)
     if activation.kind == "heads":
-        size = (1, n_pos, heads or 1, 1)
+        size = (1, n_pos, heads or 1, width)
     elif activation.kind == "pattern":
         size = (1, heads or 1, n_pos, n_pos)
     return dict.fromkeys(names, zero.expand(size))
