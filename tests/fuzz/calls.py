@@ -274,7 +274,7 @@ _MANY = {
     odd.integers: "batch_size window n_steps n_iterations top_k vjp_batch_size times k n_pos "
     "most_edges most_hovered "
     "skip_positions max_rank n_prompt height width digits n_components examples tile "
-    "iterations_per_row vocab_size n_queries_at_once",
+    "iterations_per_row vocab_size n_queries_at_once checkpoint_every most_edges most_hovered",
     odd.indices: "iteration layer head row position a b index",
     odd.selections: "iterations layers positions pos sources targets schedule",
     odd.flags: "progress gradients together std log null partition outer animate heads split_qkv "
@@ -296,6 +296,7 @@ _MANY = {
     odd.functions: "hook names_filter loss",
     odd.paths: "checkpoint",
     odd.shards: "shard",
+    odd.positions: "logits_at",
     odd.axis_values: "x",
 }
 KINDS = {name: kind for kind, names in _MANY.items() for name in names.split()}
