@@ -58,6 +58,10 @@ def left_as_it_was(function: Callable[Arguments, Result]) -> Callable[Arguments,
     return call
 
 
+_FLAGS = ("context_level", "is_caching")
+"""What a model says of the hooks that it holds."""
+
+
 class _Condition:
     """What a run changes for its time. Restoring twice is the same as once.
 
@@ -70,7 +74,8 @@ class _Condition:
         self.model = model if hasattr(model, "hook_dict") else None
         if self.model is None:
             return
-        self.level, self.is_caching = model.context_level, model.is_caching
+        # A bridge that is not looped keeps neither.
+        self.flags = {name: getattr(model, name) for name in _FLAGS if hasattr(model, name)}
         self.n_contexts = len(vars(model).get(CONTEXTS, ()))
         self.modules = tuple(_hooked_modules(model))
         self.hooks = {module: _hooks(module) for module in self.modules if any(_lists(module))}
@@ -90,7 +95,8 @@ class _Condition:
             else:
                 for now in _lists(module):
                     now.clear()
-        self.model.context_level, self.model.is_caching = self.level, self.is_caching
+        for name, value in self.flags.items():
+            setattr(self.model, name, value)
 
 
 def _hooked_modules(model: Any) -> Iterator[nn.Module]:
