@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from tl_loops.config.config import LoopedTransformerConfig
-from tl_loops.errors import CheckpointError
 from tl_loops.families.base import (
     Family,
     Part,
@@ -12,8 +11,6 @@ from tl_loops.families.base import (
     TensorSpec,
     checked,
     fused_bias,
-    head_bias,
-    heads_in,
     heads_out,
     read,
     transposed,
@@ -26,13 +23,11 @@ _TIED = ("lm_head.weight", "wte.weight")
 
 
 def _derive(released: Released) -> dict[str, Any]:
-    width, heads = released["n_embd"], released["n_head"]
-    if not heads or width % heads:
-        raise CheckpointError(f"'n_embd' = {width} is no multiple of 'n_head' = {heads}")
+    width = released["n_embd"]
     inner = released.get("n_inner")
     tie = released.get("tie_word_embeddings")
     return {
-        "d_head": width // heads,
+        "d_head": feedforward.divided(released, "n_embd", "n_head"),
         "d_mlp": 4 * width if inner is None else checked("n_inner", inner, int, above_zero=True),
         "tie_word_embeddings": True if tie is None else checked("tie_word_embeddings", tie, bool),
     }
@@ -45,10 +40,9 @@ def _tensors(cfg: LoopedTransformerConfig) -> Iterator[TensorSpec]:
     for number, name in enumerate(cfg.layout.physical_names()):
         key, attn, mlp = f"h.{number}", f"{name}.attn", f"{name}.mlp"
         for stored, norm in (("ln_1", "ln1"), ("ln_2", "ln2")):
-            yield from _norm(f"{key}.{stored}", f"{name}.{norm}", d)
-        projections = (Part(f"{attn}.W_{x}", d, heads_in(e)) for x in "QKV")
+            yield from feedforward.layer_norm(f"{key}.{stored}", f"{name}.{norm}", d)
+        projections, biases = feedforward.joined(cfg, name)
         yield turned(f"{key}.attn.c_attn.weight", d, *projections)
-        biases = (Part(f"{attn}.b_{x}", d, head_bias(e)) for x in "QKV")
         yield fused_bias(f"{key}.attn.c_attn.bias", *biases)
         yield turned(f"{key}.attn.c_proj.weight", d, Part(f"{attn}.W_O", d, heads_out(e)))
         yield whole(f"{key}.attn.c_proj.bias", (d,), f"{attn}.b_O")
@@ -56,14 +50,9 @@ def _tensors(cfg: LoopedTransformerConfig) -> Iterator[TensorSpec]:
         yield whole(f"{key}.mlp.c_fc.bias", (d_mlp,), f"{mlp}.b_in")
         yield turned(f"{key}.mlp.c_proj.weight", d_mlp, Part(f"{mlp}.W_out", d, transposed))
         yield whole(f"{key}.mlp.c_proj.bias", (d,), f"{mlp}.b_out")
-    yield from _norm("ln_f", "ln_final", d)
+    yield from feedforward.layer_norm("ln_f", "ln_final", d)
     if not cfg.tie_word_embeddings:
         yield whole("lm_head.weight", (vocab, d), "unembed.W_U", transposed)
-
-
-def _norm(key: str, name: str, d: int) -> Iterator[TensorSpec]:
-    yield whole(f"{key}.weight", (d,), f"{name}.w")
-    yield whole(f"{key}.bias", (d,), f"{name}.b")
 
 
 GPT2 = Family(

@@ -7,14 +7,11 @@ from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import CheckpointError
 from tl_loops.families.base import (
     Family,
-    Part,
     Released,
     TensorSpec,
     checked,
     fused,
     fused_bias,
-    head_bias,
-    heads_in,
     heads_out,
     read,
     transposed,
@@ -44,12 +41,7 @@ def _spread(released: Released) -> Released:
 
 
 def _derive(released: Released) -> dict[str, Any]:
-    width, heads = released["hidden_size"], released["num_attention_heads"]
-    if not heads or width % heads:
-        raise CheckpointError(
-            f"'hidden_size' = {width} is no multiple of 'num_attention_heads' = {heads}"
-        )
-    d_head = width // heads
+    d_head = feedforward.divided(released, "hidden_size", "num_attention_heads")
     rotary_dim = int(d_head * released["rotary_pct"])
     if not 2 <= rotary_dim <= d_head or rotary_dim % 2:
         raise CheckpointError(
@@ -65,12 +57,11 @@ def _tensors(cfg: LoopedTransformerConfig) -> Iterator[TensorSpec]:
     for number, name in enumerate(cfg.layout.physical_names()):
         key, attn, mlp = f"gpt_neox.layers.{number}", f"{name}.attn", f"{name}.mlp"
         for stored, norm in (("input_layernorm", "ln1"), ("post_attention_layernorm", "ln2")):
-            yield from _norm(f"{key}.{stored}", f"{name}.{norm}", d)
+            yield from feedforward.layer_norm(f"{key}.{stored}", f"{name}.{norm}", d)
         # Query, key and value of a head stand together, head by head.
         stored, heads = f"{key}.attention.query_key_value", cfg.n_heads
-        weights = (Part(f"{attn}.W_{x}", d, heads_in(e)) for x in "QKV")
+        weights, biases = feedforward.joined(cfg, name)
         yield fused(f"{stored}.weight", d, *weights, groups=heads)
-        biases = (Part(f"{attn}.b_{x}", d, head_bias(e)) for x in "QKV")
         yield fused_bias(f"{stored}.bias", *biases, groups=heads)
         yield whole(f"{key}.attention.dense.weight", (d, d), f"{attn}.W_O", heads_out(e))
         yield whole(f"{key}.attention.dense.bias", (d,), f"{attn}.b_O")
@@ -78,14 +69,9 @@ def _tensors(cfg: LoopedTransformerConfig) -> Iterator[TensorSpec]:
         yield whole(f"{key}.mlp.dense_h_to_4h.bias", (d_mlp,), f"{mlp}.b_in")
         yield whole(f"{key}.mlp.dense_4h_to_h.weight", (d, d_mlp), f"{mlp}.W_out", transposed)
         yield whole(f"{key}.mlp.dense_4h_to_h.bias", (d,), f"{mlp}.b_out")
-    yield from _norm("gpt_neox.final_layer_norm", "ln_final", d)
+    yield from feedforward.layer_norm("gpt_neox.final_layer_norm", "ln_final", d)
     if not cfg.tie_word_embeddings:
         yield whole("embed_out.weight", (vocab, d), "unembed.W_U", transposed)
-
-
-def _norm(key: str, name: str, d: int) -> Iterator[TensorSpec]:
-    yield whole(f"{key}.weight", (d,), f"{name}.w")
-    yield whole(f"{key}.bias", (d,), f"{name}.b")
 
 
 GPT_NEOX = Family(
