@@ -74,18 +74,44 @@ class _Finder(importlib.abc.MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != self.name:
             return None
-        for finder in sys.meta_path:
-            find = getattr(finder, "find_spec", None)
-            spec = None if finder is self or find is None else find(fullname, path, target)
-            if spec is not None and spec.loader is not None:
-                spec.loader = _Loader(spec.loader, self)
-                return spec
-        return None
+        return found_by_others(self, fullname, path, target, self._imported)
+
+    def _imported(self, module: ModuleType) -> None:
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+            self.call()
+
+
+def found_by_others(
+    finder: importlib.abc.MetaPathFinder,
+    fullname: str,
+    path: Iterable[str] | None,
+    target: ModuleType | None,
+    then: Callable[[ModuleType], None],
+) -> ModuleSpec | None:
+    """The specification of a module as all other finders have it, and a call once it is imported.
+
+    Args:
+        finder: Who asks, and is passed over.
+        fullname: As for ``find_spec``.
+        path: As for ``find_spec``.
+        target: As for ``find_spec``.
+        then: Called with the module.
+    """
+    for other in sys.meta_path:
+        find = getattr(other, "find_spec", None)
+        spec = None if other is finder or find is None else find(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, then)
+            return spec
+    return None
 
 
 class _Loader(importlib.abc.Loader):
-    def __init__(self, loader: Any, finder: _Finder):
-        self.loader, self.finder = loader, finder
+    """Loads a module as its own loader does, and then calls a function with it."""
+
+    def __init__(self, loader: Any, then: Callable[[ModuleType], None]):
+        self.loader, self.then = loader, then
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -96,9 +122,7 @@ class _Loader(importlib.abc.Loader):
             module.__spec__.loader = self.loader
         module.__loader__ = self.loader
         self.loader.exec_module(module)
-        if self.finder in sys.meta_path:
-            sys.meta_path.remove(self.finder)
-            self.finder.call()
+        self.then(module)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)

@@ -13,6 +13,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from tl_loops.later import found_by_others
+
 Check = Callable[[Any, str], None]
 """Raises if a tool, given by name, is wrong on a model."""
 
@@ -102,13 +104,11 @@ class _Guards(importlib.abc.MetaPathFinder):
         """Find a module that is to be guarded as everybody else would, and guard it after."""
         if fullname not in GUARDED_FUNCTIONS and fullname not in {m for m, _ in GUARDED_METHODS}:
             return None
-        for finder in sys.meta_path:
-            find = getattr(finder, "find_spec", None)
-            spec = None if finder is self or find is None else find(fullname, path, target)
-            if spec is not None and spec.loader is not None:
-                spec.loader = _GuardingLoader(spec.loader, self)
-                return spec
-        return None
+        return found_by_others(self, fullname, path, target, self._imported)
+
+    def _imported(self, module: ModuleType) -> None:
+        if self in _installed:
+            self.guard(module)
 
     def guard(self, module: ModuleType) -> None:
         """Guard the tools of a module."""
@@ -140,24 +140,6 @@ class _Guards(importlib.abc.MetaPathFinder):
             return method(subject, *args, **kwargs)
 
         return update_wrapper(guarded, method)
-
-
-class _GuardingLoader(importlib.abc.Loader):
-    """Loads a module as its own loader does, and then guards its tools."""
-
-    def __init__(self, loader: Any, guards: _Guards):
-        self.loader, self.guards = loader, guards
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        if self.guards in _installed:
-            self.guards.guard(module)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)
 
 
 def _tools(module: ModuleType) -> Iterator[tuple[str, Callable]]:
