@@ -64,3 +64,8 @@ def shortened(value: Any, most: int = 80) -> str:
         return f"<a huge {type(value).__name__}>"
     shown = shown.encode("utf-8", "backslashreplace").decode("utf-8")
     return shown if len(shown) <= most else f"{shown[: most - 3]}..."
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, without its further lines."""
+    return (str(error).strip().splitlines() or [""])[0]

@@ -144,8 +144,8 @@ class WeightUses:
         self._enter(OUTSIDE)
 
     def _comes_in(self, value: Tensor, hook: Any) -> None:
-        if not self._waiting:  # run_with_hooks calls forward itself, past the hook before a run
-            self._waiting = set(self._after)
+        # Said here too, since run_with_hooks calls forward itself, past the hook before a run.
+        self._waiting = set(self._after)
         self._enter(int(hook.name.split(".")[1]))
 
     def _goes_out(self, value: Tensor, hook: Any) -> None:

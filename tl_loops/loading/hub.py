@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from tl_loops.errors import CheckpointError
+from tl_loops.errors import CheckpointError, first_line
 
 
 def push_to_hub(
@@ -45,10 +45,9 @@ def push_to_hub(
                 commit_message=commit_message,
             )
         except Exception as error:  # errors of hub, network and arguments have no common base
-            reason = (str(error).strip().splitlines() or [""])[0]
             raise CheckpointError(
                 f"{repo_id!r} could not be uploaded to the Hugging Face hub "
-                f"({type(error).__name__}: {reason}). Give 'owner/name' and a token that may write "
-                "there (token=..., or log in with 'hf auth login')"
+                f"({type(error).__name__}: {first_line(error)}). Give 'owner/name' and a token "
+                "that may write there (token=..., or log in with 'hf auth login')"
             ) from error
     return str(commit.commit_url)

@@ -94,13 +94,15 @@ def load_config(
         fields["dtype"] = _dtype(dtype)
     if device is not None:
         fields["device"] = str(device)
-    if loop is not None:
-        check_weights(LoopedTransformerConfig.from_dict(fields), family, checkpoint.name)
     try:
         cfg = LoopedTransformerConfig.from_dict(fields)
     except (ValueError, TypeError, AssertionError, ArithmeticError) as error:
         # TransformerLens raises all of them.
+        if loop is not None and isinstance(error, ConfigError):
+            raise  # of what the caller states
         raise CheckpointError(f"{where}: {error}") from error
+    if loop is not None:
+        check_weights(cfg, family, checkpoint.name)
     overrides = {**_stored_rotation(checkpoint, family, cfg), **overrides}
     if n_iterations is not None:
         overrides["n_iterations"] = n_iterations

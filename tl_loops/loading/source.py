@@ -5,7 +5,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tl_loops.errors import CheckpointError, ConfigError, UnknownModelError, shortened
+from tl_loops.errors import (
+    CheckpointError,
+    ConfigError,
+    UnknownModelError,
+    first_line,
+    shortened,
+)
 from tl_loops.families.base import KnownModel
 from tl_loops.families.registry import is_looped_config
 from tl_loops.loading.catalogue import find_known, near_names, packaged_directory
@@ -193,10 +199,9 @@ def _download(repository: str, **arguments: Any) -> Path:
             **arguments,
         )
     except Exception as error:  # errors of hub, network and file system have no common base
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(
             f"{repository} could not be fetched from the Hugging Face hub "
-            f"({type(error).__name__}: {reason}). A local directory with {CONFIG_FILE}, "
+            f"({type(error).__name__}: {first_line(error)}). A local directory with {CONFIG_FILE}, "
             "safetensors and tokenizer files loads without network"
         ) from error
     return Path(directory)
