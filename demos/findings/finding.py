@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_loops import LoopedTransformer, LoopedTransformerConfig
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PICTURES = HERE.parents[1] / "docs" / "images" / "findings"
@@ -95,6 +97,12 @@ def bootstrap(values: Tensor, n_resamples: int = 1000, seed: int = 0) -> dict[st
         "low": means.nanquantile(0.025, dim=0),
         "high": means.nanquantile(0.975, dim=0),
     }
+
+
+def random_like(model: LoopedTransformer, seed: int) -> LoopedTransformer:
+    """A model of the same architecture and tokenizer, with random weights."""
+    cfg = LoopedTransformerConfig.from_dict({**model.cfg.to_dict(), "seed": seed})
+    return LoopedTransformer(cfg, model.tokenizer)
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from finding import bootstrap
 from finding import main as run_finding
+from finding import random_like
 from torch import Tensor
 from trajectories import TEXTS
 
@@ -62,13 +63,11 @@ def repetition(core: Tensor) -> dict[str, Any]:
         core: [iteration, layer].
     """
     observed = correlation(core[1:], core[:-1]).mean()
-    orders = list(permutations(range(core.shape[1])))
+    _, *orders = permutations(range(core.shape[1]))  # all but the one that was observed
     null = torch.stack([correlation(core[1:, list(o)], core[:-1]).mean() for o in orders])
-    at_least = (null >= observed - 1e-9).double()  # over all orders of the layers
-    return {
-        "correlation": float(observed),
-        "p": float(at_least.mean()) if bool(observed.isfinite()) else float("nan"),
-    }
+    at_least = int((null >= observed - 1e-9).sum())
+    p = (1 + at_least) / (1 + len(orders))
+    return {"correlation": float(observed), "p": p if observed.isfinite() else float("nan")}
 
 
 def profile(model: LoopedTransformer, texts: Sequence[str], n: int, seed: int) -> dict[str, Any]:
@@ -92,7 +91,7 @@ def measure(quick: bool, seed: int) -> dict[str, Any]:
     name = "tl-loops-tiny" if quick else "tl-loops-text"
     texts = ["Ann likes Bob . 1 hops from Ann :"] * 2 if quick else TEXTS
     trained = LoopedTransformer.from_pretrained_no_processing(name)
-    random = LoopedTransformer(trained.cfg, trained.tokenizer)
+    random = random_like(trained, seed)
     models = {}
     for n in (4,) if quick else (4, 8):
         models[f"{name}, {n} iterations"] = profile(trained, texts, n, seed)
