@@ -164,6 +164,12 @@ CALLS: dict[str, Callable[[World], dict[str, Any]]] = {
     "patching.skip_schedule": lambda w: dict(model=w.model, iterations=0),
     "patching.swap_hooks": lambda w: dict(model=w.model, cache=w.cache, a=0, b=-1),
     "patching.swap_schedule": lambda w: dict(model=w.model, a=0, b=-1),
+    "patching.transplant_hooks": lambda w: dict(
+        model=w.model, cache=w.cache, source=[Site("q", 0, 0)], target=[Site("q", -1, 0)]
+    ),
+    "patching.transplant_sites": lambda w: dict(
+        **_patch(w), sources=[Site("q", 0, 0)], targets=[Site("q", -1, 0)]
+    ),
     "patching.transplant_states": _patch,
     "patching.Site.grid": lambda w: dict(self=Site("z", 0, 0), model=w.model, n_pos=w.n_pos),
     "lens.adjacent_agreement": lambda w: dict(predictions=w.tokens),
@@ -316,6 +322,10 @@ OWN_KINDS = {
     ("plots.token_log_probs", "tokens"): odd.token_texts,
     ("plots.plot_patching", "tokens"): odd.token_texts,
     ("patching.axis_labels", "tokens"): odd.token_texts,
+    ("patching.transplant_hooks", "source"): odd.several,
+    ("patching.transplant_hooks", "target"): odd.several,
+    ("patching.transplant_sites", "sources"): odd.several,
+    ("patching.transplant_sites", "targets"): odd.several,
     ("lens.track_entities", "positions"): odd.mappings,
     ("lens.read_lens", "lens"): odd.objects,
     ("lens.read_lens", "positions"): odd.positions,

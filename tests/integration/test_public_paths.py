@@ -50,7 +50,8 @@ NAMES = {
     "tl_loops.patching": """
         MassiveSite Site ablate ablate_massive activation_patch axis_labels exit_gate_logits
         find_massive_sites force_exit patch_exit_gate path_patch probe_exit_gate repeat_schedule
-        run_schedule skip_hooks skip_schedule swap_hooks swap_schedule transplant_states
+        run_schedule skip_hooks skip_schedule swap_hooks swap_schedule transplant_hooks
+        transplant_sites transplant_states
     """,
     "tl_loops.attribution": """
         Component EdgeAttribution attribution_patch edge_attribution

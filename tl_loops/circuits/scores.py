@@ -13,7 +13,8 @@ from tl_loops.circuits.circuit import Circuit
 from tl_loops.circuits.graph import EdgeGraph
 from tl_loops.circuits.pruned import PrunedRuns, rest_values
 from tl_loops.layout.model import Model
-from tl_loops.patching.paths import Site, path_patch
+from tl_loops.patching.paths import path_patch
+from tl_loops.patching.site import Site
 from tl_loops.runs.removal import check_removal
 from tl_loops.runs.scoring import Metric, start_run
 

@@ -98,3 +98,14 @@ def contiguous_parts(values: Sequence[int]) -> tuple[slice, ...]:
         else:
             parts.append(slice(value, value + 1))
     return tuple(parts)
+
+
+def paired_parts(source: Sequence[int], target: Sequence[int]) -> tuple[tuple[slice, slice], ...]:
+    """Two equally long lists of indices as pairs of slices, cut where either one jumps."""
+    parts: list[tuple[slice, slice]] = []
+    for a, b in zip(source, target, strict=True):
+        if parts and (parts[-1][0].stop, parts[-1][1].stop) == (a, b):
+            parts[-1] = (slice(parts[-1][0].start, a + 1), slice(parts[-1][1].start, b + 1))
+        else:
+            parts.append((slice(a, a + 1), slice(b, b + 1)))
+    return tuple(parts)

@@ -12,7 +12,7 @@ from tl_loops.patching.exit_gate import (
     patch_exit_gate,
     probe_exit_gate,
 )
-from tl_loops.patching.paths import Site, path_patch
+from tl_loops.patching.paths import path_patch
 from tl_loops.patching.schedule import (
     repeat_schedule,
     run_schedule,
@@ -21,7 +21,12 @@ from tl_loops.patching.schedule import (
     swap_hooks,
     swap_schedule,
 )
-from tl_loops.patching.transplant import transplant_states
+from tl_loops.patching.site import Site
+from tl_loops.patching.transplant import (
+    transplant_hooks,
+    transplant_sites,
+    transplant_states,
+)
 from tl_loops.runs.grid import axis_labels
 
 __all__ = [
@@ -43,5 +48,7 @@ __all__ = [
     "skip_schedule",
     "swap_hooks",
     "swap_schedule",
+    "transplant_hooks",
+    "transplant_sites",
     "transplant_states",
 ]

@@ -166,16 +166,23 @@ def replace(
     head: slice | None,
     src: slice | None,
     n_pos: int,
+    *,
+    from_pos: slice | None = None,
+    from_head: slice | None = None,
 ) -> Edit:
     """An edit that copies a part of ``value`` over the same part of a run's activation.
 
-    Both may lack positions in front; those of ``value`` that do are left as they are.
+    Both may lack positions in front; those of ``value`` that do are left as they are. With
+    ``from_pos`` and ``from_head`` it is another part of as many positions and heads; ``value`` then
+    lacks none.
     """
     pos_dim = activation.pos_dim
 
     def edit(rows: Tensor) -> None:
         # A run that leaves out the first positions shows the last ones.
         left_out, lacking = n_pos - rows.shape[pos_dim], n_pos - value.shape[pos_dim]
+        if from_pos is not None:
+            lacking = pos.start - from_pos.start
         first = max(pos.start, left_out, lacking)
         if first >= pos.stop:
             return
@@ -183,7 +190,8 @@ def replace(
         here[pos_dim] = slice(first - left_out, pos.stop - left_out)
         there[pos_dim] = slice(first - lacking, pos.stop - lacking)
         if head is not None and activation.head_dim is not None:
-            here[activation.head_dim] = there[activation.head_dim] = head
+            here[activation.head_dim] = head
+            there[activation.head_dim] = head if from_head is None else from_head
         if src is not None:
             here[3] = there[3] = src
         rows[tuple(here)] = value[tuple(there)].to(rows)

@@ -1,7 +1,6 @@
 """Path patching: what a sender tells a receiver directly, with everything between held fixed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,54 +10,17 @@ from torch import Tensor
 
 from tl_loops.arguments import checked
 from tl_loops.layout.model import Model
-from tl_loops.layout.selection import Selection
 from tl_loops.patching.activation import replace
+from tl_loops.patching.site import Sites, group
 from tl_loops.runs.activations import Activation, check_cache, find_activation, take
 from tl_loops.runs.cells import Cell, Edit, Score
-from tl_loops.runs.grid import Grid, make_grid
+from tl_loops.runs.grid import Grid
 from tl_loops.runs.in_batches import PLAIN
 from tl_loops.runs.inputs import Positions
 from tl_loops.runs.rerun import BaseRun
 from tl_loops.runs.scoring import Metric, logits_score, start_run
 from tl_loops.upstream import left_as_it_was
 
-
-@dataclass(frozen=True)
-class Site:
-    """A place in the unrolled computation.
-
-    Attributes:
-        activation: As in :func:`tl_loops.patching.activation_patch`.
-        iteration: Iteration of a core block; negative counts from the last.
-        layer: Layer of the core; left out: all.
-        block: Unrolled block, instead of iteration and layer.
-        head: One or several heads; left out: all.
-        pos: One or several positions; left out: all.
-    """
-
-    activation: str
-    iteration: Selection | None = None
-    layer: Selection | None = None
-    block: Selection | None = None
-    head: Selection | None = None
-    pos: Selection | None = None
-
-    @checked
-    def grid(self, model: Model, n_pos: int) -> Grid:
-        """The single region that the site covers.
-
-        Raises:
-            ValueError: The activation is unknown or has no such axis.
-            IndexError: A coordinate is out of range.
-        """
-        if n_pos < 1:
-            raise ValueError(f"n_pos must be at least 1, got {n_pos}")
-        names = ("iteration", "layer", "block", "head", "pos")
-        where = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return make_grid(model, self.activation, (), n_pos, where=where)
-
-
-Sites = Site | Sequence[Site]
 Receiver = Sites | str
 
 
@@ -128,9 +90,9 @@ def path_patch(
                 f"{activation.name!r}"
             )
     n_pos = run.n_pos
-    sending = [[site.grid(model, n_pos) for site in _group(sites)] for sites in senders]
+    sending = [[site.grid(model, n_pos) for site in group(sites)] for sites in senders]
     receiving = [
-        [] if isinstance(sites, str) else [site.grid(model, n_pos) for site in _group(sites)]
+        [] if isinstance(sites, str) else [site.grid(model, n_pos) for site in group(sites)]
         for sites in receivers
     ]
     direct = [column for column, sites in enumerate(receivers) if isinstance(sites, str)]
@@ -175,10 +137,6 @@ def path_patch(
             scores = scores.index_copy(1, column, told[:, None].expand(-1, len(direct)))
         rows.append(scores)
     return torch.cat(rows)
-
-
-def _group(sites: Sites) -> Sequence[Site]:
-    return [sites] if isinstance(sites, Site) else sites
 
 
 def _clean_edits(

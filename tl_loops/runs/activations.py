@@ -270,22 +270,40 @@ def check_held(
 
 def _check_axes(cache: Mapping[str, Tensor] | Any, model: Model, name: str) -> None:
     """Raise on an entry that has not the axes of its hook point, or another width."""
-    value, spec = cache[name], spec_of(name)
+    value = cache[name]
     if not isinstance(value, Tensor):
         raise ValueError(f"the cache must hold tensors, got {type(value).__name__} as {name!r}")
-    if spec is None or is_bridge(model) or spec.short == "pos_embed":
+    axes = known_axes(model, name)
+    if axes is None:
         return
-    axes = spec.axes_on(model.cfg)[0 if getattr(cache, "has_batch_dim", True) else 1 :]
-    # Norms of queries and keys are as wide as their heads.
-    known = () if "norm" in spec.name else _WIDTHS
-    widths = [getattr(model.cfg, axis, None) if axis in known else None for axis in axes]
+    axes = axes[0 if getattr(cache, "has_batch_dim", True) else 1 :]
     fits = len(axes) == value.ndim and all(
-        width in (None, size) for width, size in zip(widths, value.shape, strict=True)
+        width in (None, size) for (_, width), size in zip(axes, value.shape, strict=True)
     )
     if not fits:
-        pairs = zip(axes, widths, strict=True)
-        words = [axis if width is None else f"{axis}={width}" for axis, width in pairs]
+        words = [axis if width is None else f"{axis}={width}" for axis, width in axes]
         raise ValueError(
             f"the cache must hold {name!r} as [{', '.join(words)}], got shape {list(value.shape)}: "
             "make it with this model and its present settings"
         )
+
+
+def known_axes(model: Model, name: str) -> list[tuple[str, int | None]] | None:
+    """The axes of an activation, each with its width where the config says it.
+
+    Args:
+        model: The model.
+        name: Canonical hook name.
+
+    Returns:
+        ``None`` where nothing is known: for a hook point that is not in the table, or a bridge's.
+    """
+    spec = spec_of(name)
+    if spec is None or is_bridge(model) or spec.short == "pos_embed":
+        return None
+    # Norms of queries and keys are as wide as their heads.
+    known = () if "norm" in spec.name else _WIDTHS
+    return [
+        (axis, getattr(model.cfg, axis, None) if axis in known else None)
+        for axis in spec.axes_on(model.cfg)
+    ]

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_loops.arguments import checked
+from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import layout_of
 from tl_loops.layout.selection import Selection, contiguous_parts, distinct_indices
@@ -78,6 +79,7 @@ def make_grid(
     n_pos: int,
     window: int = 1,
     where: Mapping[str, Selection] | None = None,
+    layout: LoopLayout | None = None,
 ) -> Grid:
     """Lay out a grid over an activation; nothing is run.
 
@@ -88,16 +90,18 @@ def make_grid(
         n_pos: Number of positions of the prompt.
         window: Cell t covers iterations (or blocks) t to t + window - 1.
         where: Index values to which an axis, named or not, is restricted.
+        layout: Of the run, where it had another number of iterations than the model has now.
 
     Raises:
         ValueError: Unknown or unsuitable activation, axis or window.
         IndexError: A value in ``where`` is out of range.
     """
     found = find_activation(model, activation)
-    axes = _checked_axes(model, found, axes)
+    layout = layout_of(model) if layout is None else layout
+    axes = _checked_axes(layout, found, axes)
     where = {_SYNONYMS.get(axis, axis): chosen for axis, chosen in (where or {}).items()}
-    _checked_axes(model, found, list(where), "where")
-    ranges = _ranges(model, found, axes, n_pos, where)
+    _checked_axes(layout, found, list(where), "where")
+    ranges = _ranges(model, layout, found, axes, n_pos, where)
     values = {axis: distinct_indices(axis, size, where.get(axis)) for axis, size in ranges.items()}
     cells: dict[str, list[tuple[int, ...]]] = {
         axis: [(value,) for value in values[axis]] for axis in axes
@@ -113,7 +117,7 @@ def make_grid(
         cover = {axis: at.get(axis, values[axis]) for axis in ranges}
         regions.append(
             Region(
-                _hook_names(model, found, cover),
+                _hook_names(layout, found, cover),
                 contiguous_parts(cover["pos"]),
                 contiguous_parts(cover["head"]) if "head" in cover else None,
                 contiguous_parts(cover["src_pos"]) if "src_pos" in cover else None,
@@ -181,13 +185,12 @@ def axis_labels(
 
 
 def _checked_axes(
-    model: Model, activation: Activation, axes: Sequence[str], what: str = "axes"
+    layout: LoopLayout | None, activation: Activation, axes: Sequence[str], what: str = "axes"
 ) -> tuple[str, ...]:
     if isinstance(axes, str):
         axes = (axes,)
     axes = tuple(_SYNONYMS.get(axis, axis) for axis in axes)
-    looped = layout_of(model) is not None
-    suitable = [a for a in activation.axes if looped or a != "iteration"]
+    suitable = [a for a in activation.axes if layout is not None or a != "iteration"]
     for axis in axes:
         if axis not in AXES:
             raise ValueError(f"unknown axis {axis!r} in {what}: choose among {', '.join(suitable)}")
@@ -210,13 +213,14 @@ def _checked_axes(
 
 def _ranges(
     model: Model,
+    layout: LoopLayout | None,
     activation: Activation,
     axes: tuple[str, ...],
     n_pos: int,
     where: Mapping[str, Any],
 ) -> dict[str, int]:
     """Size of every axis in use; the depth is either 'block' or 'iteration' and 'layer'."""
-    layout, used = layout_of(model), {*axes, *where}
+    used = {*axes, *where}
     ranges: dict[str, int] = {}
     if activation.kind == "iteration":
         assert layout is not None
@@ -230,7 +234,8 @@ def _ranges(
         if layout is not None and by_core:
             ranges |= {"iteration": layout.n_iterations, "layer": layout.n_core}
         else:
-            ranges["layer" if by_core else "block"] = model.cfg.n_layers
+            n_layers = model.cfg.n_layers if layout is None else layout.n_layers
+            ranges["layer" if by_core else "block"] = n_layers
     ranges["pos"] = n_pos
     heads = activation.n_heads(model.cfg)
     if heads is not None:
@@ -259,7 +264,7 @@ def _windows(axis: str, values: tuple[int, ...], window: int) -> list[tuple[int,
 
 
 def _hook_names(
-    model: Model, activation: Activation, cover: Mapping[str, tuple[int, ...]]
+    layout: LoopLayout | None, activation: Activation, cover: Mapping[str, tuple[int, ...]]
 ) -> tuple[str, ...]:
     if activation.kind == "run":
         return (activation.hook_name(),)
@@ -267,7 +272,6 @@ def _hook_names(
         return tuple(activation.hook_name(t) for t in cover["iteration"])
     blocks = cover.get("block")
     if blocks is None:
-        layout = layout_of(model)
         blocks = cover["layer"]
         if layout is not None:
             blocks = tuple(

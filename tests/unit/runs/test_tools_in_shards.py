@@ -14,7 +14,14 @@ from tl_loops import LoopProfile, exit_curve, map_prompts, measure, merge_shards
 from tl_loops.attribution import attribution_patch, edge_attribution
 from tl_loops.errors import CheckpointError
 from tl_loops.lens import LensResult, coda_lens
-from tl_loops.patching import ablate, activation_patch, patch_exit_gate, transplant_states
+from tl_loops.patching import (
+    Site,
+    ablate,
+    activation_patch,
+    patch_exit_gate,
+    transplant_sites,
+    transplant_states,
+)
 
 torch.set_num_threads(1)
 
@@ -78,6 +85,10 @@ TOOLS: dict[str, Callable[..., Any]] = {
     "transplant_states": lambda **split: patched(
         transplant_states, *pair(), batch_size=1, progress=False
     )(**split),
+    "transplant_sites": lambda **split: transplant_sites(
+        model(), *pair(), logit, [Site("q", 0, 0), Site("q", 1, 1)], batch_size=1, progress=False,
+        **split,
+    ),
     "attribution_patch": lambda **split: patched(
         attribution_patch, *pair(), method="integrated_inputs", n_steps=4
     )(**split),
