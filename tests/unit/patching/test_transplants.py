@@ -1,5 +1,6 @@
 """Transplants of single sites: across iterations, between runs, between models."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
