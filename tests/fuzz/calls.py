@@ -15,6 +15,7 @@ from tl_loops.circuits import Circuit, EdgeGraph
 from tl_loops.drawing.figure import Axis, Figure, Line, Panel
 from tl_loops.metrics.neurons import PredictionSuppression
 from tl_loops.patching import MassiveSite, Site
+from tl_loops.probes import PromptStates, TaskProbes, task_probes
 
 ROOMS = {
     "patching": patching,
@@ -96,6 +97,10 @@ def _values(*shape: int) -> Tensor:
 
 def _neurons(w: World) -> PredictionSuppression:
     return tl_loops.metrics.prediction_suppression_neurons(w.model)
+
+
+def _probes() -> TaskProbes:
+    return task_probes(PromptStates.of(_values(3, 2, 12, 4)), [0, 1] * 6)
 
 
 def _patch(w: World) -> dict[str, Any]:
@@ -236,6 +241,7 @@ CALLS: dict[str, Callable[[World], dict[str, Any]]] = {
     "plots.plot_matrix": lambda w: dict(
         values=_values(2, 3), rows=["a", "b"], columns=["c", "d", "e"], title="matrix"
     ),
+    "plots.plot_probes": lambda w: dict(result=_probes()),
     "plots.plot_circuit": lambda w: dict(circuit=Circuit.whole(EdgeGraph.of(w.model))),
     "plots.plot_neurons": lambda w: dict(neurons=_neurons(w)),
     "plots.plot_pairs": lambda w: dict(source=w.cache),

@@ -18,7 +18,7 @@ SHOWN = [
     for name in DIRECTIVE.findall(page.read_text("utf-8"))
 ]
 MODULES = ("attribution", "lens", "loop_hooks", "loop_losses", "measurements", "metrics")
-MODULES += ("circuits", "dynamics", "patching", "plots", "steering", "tasks", "training")
+MODULES += ("circuits", "dynamics", "patching", "plots", "probes", "steering", "tasks", "training")
 # Types of two words, which say nothing beside the functions that take them.
 NOT_SHOWN = {"tl_loops.measurements.Activation"}
 # These functions have the names of their modules, which the reference would show instead.

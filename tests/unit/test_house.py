@@ -9,7 +9,7 @@ FLOORS = (
     "arguments errors later metrics printing tasks version writing",
     "layout upstream loop_losses",
     "mechanisms cache runs drawing loop_hooks",
-    "config lens patching attribution measurements dynamics",
+    "config lens patching attribution measurements dynamics probes",
     "nn families plots steering training circuits",
     "loading",
     "model report",
@@ -18,7 +18,7 @@ FLOORS = (
 """The rooms of each floor, the lowest first."""
 
 ANALYSES = "runs measurements lens patching attribution dynamics plots steering training".split()
-ANALYSES += ["circuits"]
+ANALYSES += ["circuits", "probes"]
 MODELS = "mechanisms config nn families loading model".split()
 """The two towers: neither imports the other. Both know the cache."""
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.metrics.linear_probes import minimise_logistic_loss
 from tl_loops.metrics.precision import full_precision
 from tl_loops.metrics.states import measured_states
 from tl_loops.printing import prints_short
@@ -112,7 +113,9 @@ def step_decodability(
         parameters = _initial_parameters(probe, d_model, n_iterations, generator, train)
         data = train.clone()  # A tensor made in inference mode cannot be trained on.
         if probe == "linear":
-            _fit_convex(parameters, data, n_steps, ridge)
+            labels = torch.arange(n_iterations, device=data.device).repeat(len(data))
+            weight, bias = parameters["out"], parameters["out_bias"]
+            minimise_logistic_loss(weight, bias, data.flatten(0, 1), labels, ridge, n_steps)
         else:
             _fit_stochastic(
                 parameters, data, generator, n_steps, batch_size, learning_rate, weight_decay
@@ -173,27 +176,6 @@ def _cross_entropy(logits: Tensor) -> Tensor:
 def _one_hot_predictions(logits: Tensor) -> Tensor:
     """Share of predictions `[iteration, class]`."""
     return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype).mean(0)
-
-
-def _fit_convex(parameters: dict[str, Tensor], train: Tensor, n_steps: int, ridge: float) -> None:
-    """Minimise the penalised loss in place."""
-    optimizer = torch.optim.LBFGS(
-        list(parameters.values()),
-        max_iter=n_steps,
-        history_size=20,
-        tolerance_grad=1e-6,
-        tolerance_change=1e-8,
-        line_search_fn="strong_wolfe",
-    )
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = _cross_entropy(_logits(parameters, train))
-        value = value + ridge / 2 * parameters["out"].square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
 
 
 def _fit_stochastic(

@@ -21,6 +21,7 @@ from tl_loops.plots.norms import plot_residual_norms
 from tl_loops.plots.pairs import plot_matrix, plot_pairs
 from tl_loops.plots.patching import plot_patching
 from tl_loops.plots.pca import plot_pca
+from tl_loops.plots.probes import plot_probes
 from tl_loops.plots.ranks import plot_ranks
 from tl_loops.plots.stages import plot_stages
 from tl_loops.plots.tokens import colored_tokens, token_log_probs
@@ -46,6 +47,7 @@ __all__ = [
     "plot_pairs",
     "plot_patching",
     "plot_pca",
+    "plot_probes",
     "plot_profile",
     "plot_ranks",
     "plot_residual_norms",

@@ -22,6 +22,7 @@ from tl_loops.patching import (
     transplant_sites,
     transplant_states,
 )
+from tl_loops.probes import gather_states
 
 torch.set_num_threads(1)
 
@@ -103,6 +104,9 @@ TOOLS: dict[str, Callable[..., Any]] = {
             [(tokens, k) for k, tokens in enumerate(prompts())], "a logit", progress=False, **split,
         )
     ]),
+    "gather_states": lambda **split: gather_states(
+        model(), prompts(), "state_out", batch_size=2, progress=False, **split
+    ).values,
     "edge_attribution": lambda **split: patched(edge_attribution, *pair(), progress=False)(**split),
 }  # fmt: skip
 MERGING = ("measure", "exit_curve")
