@@ -14,6 +14,7 @@ from tl_loops import (
     measure,
     metrics,
     plots,
+    probes,
     tasks,
 )
 
@@ -100,6 +101,10 @@ def figures(data: Data, **options: Any) -> dict[str, list[Callable[[], Any]]]:
         n_iterations=n, **about)  # fmt: skip
     add("plot_lens", data.read, **about)
     add("plot_lens", data.ranks, "entropy", **about)
+    values = torch.randn(n, n_core, 40, 4, generator=random)
+    probed = probes.task_probes(probes.PromptStates.of(values), [0, 1] * 20)
+    for what in ("accuracy", "transfer"):
+        add("plot_probes", probed, what, model=model)
     add("plot_circuit", circuits.prune(data.scores, 40), **about)
     for heads in ("all", "mean"):
         add("plot_floorplan", cache, heads=heads, **about)

@@ -17,17 +17,17 @@ from tl_loops.probes.task import TaskProbes
 
 _SHARE, _SIGNED = ("sequential", (0.0, 1.0)), ("diverging", (-1.0, 1.0))
 _OF_PROBES: dict[str, tuple[str, str, Any]] = {
-    "accuracy": ("Accuracy of the probes on held-out prompts", "share right (0 to 1)", _SHARE),
+    "accuracy": ("Accuracy of the probes on held-out prompts", "share right", _SHARE),
     "selectivity": ("Accuracy of the probes minus control", "difference of shares", _SIGNED),
-    "control": ("Accuracy of probes for shuffled labels", "share right (0 to 1)", _SHARE),
+    "control": ("Accuracy of probes for shuffled labels", "share right", _SHARE),
     "transfer": (
         "Probes fitted at one iteration, tested at another",
-        "share right (0 to 1)",
+        "share right",
         _SHARE,
     ),
 }
 _OF_DIRECTIONS: dict[str, tuple[str, str, Any]] = {
-    "auc": ("Separation of held-out prompts", "area under the curve (0 to 1)", _SHARE),
+    "auc": ("Separation of held-out prompts", "area under the curve", _SHARE),
     "cosine": ("Cosine between the directions of iterations", "cosine", _SIGNED),
     "norm": ("Length of the directions", "L2 norm", ("sequential", None)),
 }
