@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -325,12 +326,13 @@ def _read(
     found: dict[str, Tensor] = {}
     rows = torch.arange(len(tokens), device=tokens.device)
 
-    def keep(value: Tensor, hook: Any) -> None:
+    # By the name that was asked for: on a bridge a hook point may have another one of its own.
+    def keep(name: str, value: Tensor, hook: Any) -> None:
         at = value[rows.to(value.device), where.to(value.device)].flatten(1)
-        found[hook.name] = at.to(statistic_dtype(at)).cpu()
+        found[name] = at.to(statistic_dtype(at)).cpu()
 
     names = dict.fromkeys(grid.names)
-    with hooked(model, [(name, keep) for name in names]):
+    with hooked(model, [(name, partial(keep, name)) for name in names]):
         # With an explicit mask no token is taken for padding because it has the padding's id.
         model(tokens, return_type=None, attention_mask=torch.ones_like(tokens))
     missing = [name for name in names if name not in found]

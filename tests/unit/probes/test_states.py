@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.closeness import assert_close
-from tests.feedforward import plain_model
+from tests.feedforward import only_before_4, plain_model
 from tests.models import tiny_model, tiny_tokens
 from tl_loops import loop
 from tl_loops.errors import LoopedSemanticsError, NoLoopError
@@ -150,6 +150,7 @@ def test_a_phase_without_blocks_and_loops_of_different_lengths():
         gather_states(tiny_model("ouro"), [])
 
 
+@only_before_4
 def test_loops_of_different_lengths_go_by_block():
     looped = loop(plain_model(n_layers=5, **SIZES), loops=[(0, 1, 2), (1, 3, 2)])
     with pytest.raises(LoopedSemanticsError, match="go by unrolled block"):
