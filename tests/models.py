@@ -189,6 +189,16 @@ STACKS: dict[str, dict[str, Any]] = {
         injection="add",
         n_key_value_heads=2,
     ),
+    "injected_twice": dict(
+        n_prelude=1,
+        n_core=2,
+        n_coda=1,
+        n_iterations=4,
+        stacks=("L", "H"),
+        slow_injection=True,
+        initial_state="hashed_normal",
+        injection="gated_diagonal",
+    ),
 }
 """Architectures with two stacks, which some tools refuse."""
 
@@ -202,6 +212,7 @@ VARIATIONS: dict[str, tuple[str, dict[str, Any]]] = {
             n_coda=1,
             n_iterations=3,
             injection="concat",
+            injection_bias=True,
             attn_bias=True,
             mlp_bias=True,
         ),

@@ -216,7 +216,14 @@ class CachedRun:
         replaced = in_loop and from_iteration is None and self._replaced()
         device = next(iter(self.activations.values())).device
         path = path_steps(
-            self.model, self.layout, target, self.freeze, replaced, from_iteration, device
+            self.model,
+            self.layout,
+            target,
+            self.freeze,
+            replaced,
+            from_iteration,
+            device,
+            lambda: self.pos.apply(self.raw("hook_injection"), dim=-2),
         )
         return self._paths.setdefault((target, from_iteration), list(path))
 
@@ -260,6 +267,10 @@ class CachedRun:
             assert site.norm.scale is not None
             bias = site.norm.bias.expand(*site.norm.scale.shape[:-1], -1)
             return Rows(bias[None], [site.label])
+        if site.kind == "injection_bias":
+            stream = self.read(f"iter.{site.iteration}.hook_injected")
+            bias = working(self.model.injection.b).to(stream)
+            return Rows(bias.expand_as(stream)[None], [site.label])
         if site.iteration is not None and site.kind not in _NAMES:
             name = f"iter.{site.iteration}.hook_{site.kind}"
         elif site.block is not None:

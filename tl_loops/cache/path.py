@@ -18,7 +18,7 @@ from torch import Tensor
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.coordinate import BlockCoordinate
 from tl_loops.layout.layout import LoopLayout
-from tl_loops.layout.model import Model
+from tl_loops.layout.model import Model, norm_of_iterations
 
 
 def working(x: Tensor) -> Tensor:
@@ -84,11 +84,31 @@ class Mix:
         return g if self.matrix is None else g @ self.matrix.T
 
 
+@dataclass(frozen=True)
+class Projection:
+    """The orthogonal injection's ``v - (v·a) / (a·a + ε) a`` with the a of a run held.
+
+    Attributes:
+        direction: a, ``[..., d_model]``.
+        injection: The module, which has ε.
+    """
+
+    direction: Tensor
+    injection: Any
+
+    def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        return self.injection.project(x, self.direction)
+
+    def adjoint(self, g: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The transposed map, which is the map itself."""
+        return self(g)
+
+
 def injection_maps(injection: Any, device: torch.device) -> tuple[Mix, Mix]:
     """The maps of the state and of e whose sum enters an iteration (``carry`` and ``prepare``)."""
     if injection.kind == "add":
         return Mix(), Mix()
-    if injection.kind == "gated_diagonal":
+    if injection.kind in ("gated_diagonal", "orthogonal"):
         # Taken from the module, so that its rounding is the model's own.
         decay = injection.carry(torch.ones_like(injection.A_log))
         gate = F.softplus(injection.dt_bias)
@@ -111,8 +131,8 @@ class Site:
 
     Attributes:
         kind: What is written: ``"embed"``, ``"pos_embed"``, ``"initial_state"``, ``"state_in"``,
-            ``"injection"``, ``"attn"``, ``"mlp"``, ``"norm_bias"``, or a hook point between
-            iterations that a mechanism adds (``"step_embedding"``).
+            ``"injection"``, ``"injection_bias"``, ``"attn"``, ``"mlp"``, ``"norm_bias"``, or a hook
+            point between iterations that a mechanism adds (``"step_embedding"``).
         label: Its name in a decomposition, e.g. ``"r3.1_mlp_out"``.
         block: The unrolled block of an attention or MLP output.
         iteration: The iteration of an injection, of a state or of a norm's bias.
@@ -146,7 +166,7 @@ class Write(NamedTuple):
 class Map(NamedTuple):
     """The stream goes through a linear map."""
 
-    map: FrozenNorm | Mix
+    map: FrozenNorm | Mix | Projection
 
 
 class BeginLoop(NamedTuple):
@@ -197,6 +217,7 @@ def path_steps(
     replaced: bool,
     from_iteration: int | None = None,
     device: torch.device | None = None,
+    injected: Callable[[], Tensor] | None = None,
 ) -> Iterator[Step]:
     """Everything that happens to the residual stream from the embedding to a target.
 
@@ -209,6 +230,8 @@ def path_steps(
         from_iteration: Leave out what happened in the loop before this iteration, and take the
             state that enters it as given.
         device: Where the maps go; ``None``: where the weights are.
+        injected: Gives the e of a run, which an orthogonal injection projects by; ``None``: there
+            is no run.
 
     Raises:
         ValueError: ``from_iteration`` lies after the target.
@@ -268,7 +291,11 @@ def path_steps(
                     yield Write(Site(point, f"r{t}_{point}", iteration=t))
             if cfg.injection is not None:
                 yield Map(carry)
+                if model.injection.kind == "orthogonal":
+                    yield Map(_projection(model.injection, injected, device))
                 yield Inject(prepare, Site("injection", f"r{t}_injection", iteration=t))
+                if model.injection.b is not None:
+                    yield Write(Site("injection_bias", f"r{t}_injection_bias", iteration=t))
         if index == coda_start:
             yield from enter_coda()
         if target.state_out is None and index == target.layer and not target.mlp_input:
@@ -289,7 +316,7 @@ def path_steps(
             prefix = readout.iteration_norm(t)
             # The final norm is not on the path to the end, which it reads.
             if prefix is not None and (prefix != "ln_final" or target.state_out == t):
-                yield from normed(prefix, model.ln_final, f"r{t}", t)
+                yield from normed(prefix, norm_of_iterations(model), f"r{t}", t)
             if target.state_out == t:
                 return
             if t == layout.n_iterations - 1:
@@ -299,3 +326,16 @@ def path_steps(
                         raise LoopedSemanticsError(after_loop.refused)
     if not readout.has_coda:
         yield from enter_coda()
+
+
+def _projection(
+    injection: Any, injected: Callable[[], Tensor] | None, device: torch.device | None
+) -> Projection:
+    if injected is None:
+        raise LoopedSemanticsError(
+            "injection='orthogonal' takes off the state what lies along the injected update of a "
+            "run, so weights alone do not say what reaches a head: decompose a cached run instead"
+        )
+    with torch.no_grad():
+        update = injection.prepare(injected().to(injection.W_B))
+    return Projection(working(update).to(device or update.device), injection)

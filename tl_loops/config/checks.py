@@ -94,6 +94,8 @@ def check_values(cfg: Any) -> None:
             )
     if cfg.norm_before_coda and cfg.norm_between_iterations:
         raise ConfigError("norm_before_coda and norm_between_iterations exclude each other")
+    if cfg.own_norm_between_iterations and not cfg.norm_between_iterations:
+        raise ConfigError("own_norm_between_iterations needs norm_between_iterations")
     if not cfg.final_norm and (cfg.norm_between_iterations or cfg.norm_before_coda):
         raise ConfigError(
             "final_norm=False excludes norm_between_iterations and norm_before_coda, which "

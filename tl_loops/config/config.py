@@ -44,6 +44,8 @@ class LoopedTransformerConfig(BaseConfig):
         block_norm_weight: Whether the norms of blocks have gains, where norms have any.
         norm_between_iterations: The final norm is applied to the state after every iteration
             (Ouro). Without a coda the last of these is the final norm itself.
+        own_norm_between_iterations: With ``norm_between_iterations``, the norm after every
+            iteration is one without a gain, and not the final norm (IFM's Huginn-Linear).
         norm_before_coda: The final norm is also applied once between core and coda (Huginn).
         final_norm: Whether the final norm is applied; without it what leaves the last block is read
             out as it is (HRM).
@@ -78,6 +80,7 @@ class LoopedTransformerConfig(BaseConfig):
     )
     block_norm_weight: bool = setting(True)
     norm_between_iterations: bool = setting(False, of_the_weights=False)
+    own_norm_between_iterations: bool = setting(False, of_the_weights=False)
     norm_before_coda: bool = setting(False, of_the_weights=False)
     final_norm: bool = setting(True)
     rotary_layout: str = setting("half", choices=("half", "interleaved"), of_the_weights=False)

@@ -28,7 +28,8 @@ def data_flow(cfg: Config) -> str:
     if "calls" in said:
         lines.append(said["calls"])
     else:
-        ends = "s = ln_final(x)" if readout.norm_between_iterations else "s = x"
+        norm = "norm(x)" if readout.own_norm_between_iterations else "ln_final(x)"
+        ends = f"s = {norm}" if readout.norm_between_iterations else "s = x"
         inside = [said.get("enter", "x = s"), f"{cfg.n_core} x block"]
         inside += [said["leave"]] if "leave" in said else []
         inside += [ends] + ([said["after"]] if "after" in said else [])

@@ -14,8 +14,8 @@ class ReadoutStep(NamedTuple):
     """One step between a place on the residual stream and the unembedding.
 
     Attributes:
-        kind: ``"norm"`` (always with the weights of the final norm), ``"linear"`` (the map before
-            the coda) or ``"coda"`` (all of its blocks).
+        kind: ``"norm"`` (with the weights of the final norm, but for a norm of its own between
+            iterations), ``"linear"`` (the map before the coda) or ``"coda"`` (all of its blocks).
         prefix: Of the hook names: ``"ln_final"``, ``"ln_coda"`` or ``"iter.3.norm"`` for a norm;
             ``"coda_in"`` for the linear map; empty for the coda, whose blocks have their own.
     """
@@ -31,6 +31,7 @@ class Readout:
     Attributes:
         layout: The layout whose end is described.
         norm_between_iterations: The final norm ends every iteration.
+        own_norm_between_iterations: The norm that ends iterations is one without a gain instead.
         norm_before_coda: The final norm stands before the coda, or in the place of one.
         linear_before_coda: A linear map stands before the coda.
         final_norm: There is a final norm.
@@ -42,6 +43,7 @@ class Readout:
 
     layout: LoopLayout
     norm_between_iterations: bool = False
+    own_norm_between_iterations: bool = False
     norm_before_coda: bool = False
     linear_before_coda: bool = False
     final_norm: bool = True
@@ -57,6 +59,7 @@ class Readout:
         return cls(
             cfg.layout,
             norm_between_iterations=cfg.norm_between_iterations,
+            own_norm_between_iterations=cfg.own_norm_between_iterations,
             norm_before_coda=cfg.norm_before_coda,
             linear_before_coda=cfg.linear_before_coda,
             final_norm=cfg.final_norm and cfg.normalization_type is not None,
@@ -81,12 +84,14 @@ class Readout:
 
         Without a coda the norm that ends the last iteration is the final norm itself.
         """
-        return self.norm_between_iterations and not self.has_coda
+        own = self.own_norm_between_iterations
+        return self.norm_between_iterations and not own and not self.has_coda
 
     @property
     def final_norm_feeds_blocks(self) -> bool:
         """Whether the final norm's weights act elsewhere than right before the unembedding."""
-        return self.norm_between_iterations or self.norm_before_coda
+        between = self.norm_between_iterations and not self.own_norm_between_iterations
+        return between or self.norm_before_coda
 
     def iteration_norm(self, iteration: int) -> str | None:
         """The prefix of the norm that ends an iteration, counted from 0; ``None``: none does."""

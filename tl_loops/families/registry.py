@@ -12,6 +12,7 @@ from tl_loops.families.gpt_neox import GPT_NEOX
 from tl_loops.families.hrm import HRM, TRM
 from tl_loops.families.hrm_text import HRM_TEXT, HRM_TEXT_SPLIT
 from tl_loops.families.huginn import HUGINN
+from tl_loops.families.ifm import IFM_LOOPEDLM
 from tl_loops.families.iquest import IQUEST_LOOP
 from tl_loops.families.llama import LLAMA, MISTRAL
 from tl_loops.families.loopformer import LOOPFORMER
@@ -40,6 +41,7 @@ FAMILIES: tuple[Family, ...] = (
     IQUEST_LOOP,
     LOOPUS,
     LOOPFORMER,
+    IFM_LOOPEDLM,
     HRM,
     TRM,
     LLAMA,

@@ -70,6 +70,12 @@ class Model(Protocol):
             ...
 
 
+def norm_of_iterations(model: Model) -> Any:
+    """The norm that ends an iteration: the final norm, or one of its own without a gain."""
+    own = model.cfg.readout.own_norm_between_iterations
+    return model.iter[0].norm if own else model.ln_final
+
+
 expect(
     Model,
     lambda value: hasattr(value, "cfg") and hasattr(value, "run_with_hooks"),

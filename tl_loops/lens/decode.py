@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_loops.errors import LoopedSemanticsError
-from tl_loops.layout.model import Model
+from tl_loops.layout.model import Model, norm_of_iterations
 from tl_loops.lens.points import LensPoint, PointSet
 from tl_loops.runs.inputs import LensInputs
 from tl_loops.upstream import apply_softcap
@@ -118,7 +118,7 @@ class CodaLens:
             start = point.block + (point.kind == "resid_post")
         else:
             if readout.end_of_iteration(normed):
-                resid = model.ln_final(resid)  # The norm between iterations is the final norm.
+                resid = norm_of_iterations(model)(resid)
             resid = model.enter_coda(resid)
         if start < layout.n_layers:
             resid = model(

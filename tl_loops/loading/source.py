@@ -25,7 +25,7 @@ from tl_loops.loading.files import (
 )
 from tl_loops.loading.json_file import read_json
 from tl_loops.loading.replacing import readable
-from tl_loops.loading.tokenizer import TOKENIZER_FILES
+from tl_loops.loading.tokenizer import TOKENIZER_FILES, TOKENIZER_FOLDER
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 """What the name of a repository of the hub looks like."""
@@ -194,8 +194,9 @@ def _download(repository: str, **arguments: Any) -> Path:
                 INDEX_FILE,
                 ADAPTER_FILES[0],
                 *TOKENIZER_FILES,
+                *(f"{TOKENIZER_FOLDER}/{name}" for name in TOKENIZER_FILES),
             ],
-            ignore_patterns=["*/*"],
+            ignore_patterns=["*/*.safetensors"],
             **arguments,
         )
     except Exception as error:  # errors of hub, network and file system have no common base

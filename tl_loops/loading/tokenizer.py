@@ -21,6 +21,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+TOKENIZER_FOLDER = "tokenizer"
+"""Where a checkpoint may have these files instead (xLLM)."""
 
 
 def load_tokenizer(checkpoint: Checkpoint, cfg: LoopedTransformerConfig | None = None) -> Any:
@@ -40,10 +42,13 @@ def load_tokenizer(checkpoint: Checkpoint, cfg: LoopedTransformerConfig | None =
         CheckpointError: The files are there but give no tokenizer, or none that works.
     """
     directory = checkpoint.directory
+    folder = directory / TOKENIZER_FOLDER
+    if not _has_vocabulary(directory) and _has_vocabulary(folder):
+        directory = folder
     for name in TOKENIZER_FILES:
         if (directory / name).exists() and not (directory / name).is_file():
             raise CheckpointError(f"{directory / name} is no file; expected one, or nothing there")
-    if not any((directory / file).is_file() for file in _VOCABULARY_FILES):
+    if not _has_vocabulary(directory):
         warnings.warn(
             f"{directory} has no tokenizer files: the model takes tokens, not strings, until "
             "set_tokenizer() gives it a tokenizer",
@@ -55,6 +60,10 @@ def load_tokenizer(checkpoint: Checkpoint, cfg: LoopedTransformerConfig | None =
     if cfg is not None:
         check_tokenizer(tokenizer, directory, cfg.d_vocab, bool(cfg.default_prepend_bos))
     return tokenizer
+
+
+def _has_vocabulary(directory: Path) -> bool:
+    return any((directory / file).is_file() for file in _VOCABULARY_FILES)
 
 
 def _read_tokenizer(directory: Path) -> Any:

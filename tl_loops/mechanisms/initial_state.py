@@ -17,7 +17,7 @@ from tl_loops.upstream import unshared
 TRUNCATION = 3.0
 """Bound of the truncated normal initial state, in standard deviations."""
 
-RULES = ("embed", "normal", "zeros", "learned")
+RULES = ("embed", "normal", "zeros", "learned", "hashed_normal")
 
 
 class InitialState(nn.Module):
@@ -25,7 +25,7 @@ class InitialState(nn.Module):
 
     Args:
         cfg: The config.
-        rule: ``"embed"``, ``"normal"``, ``"zeros"`` or ``"learned"``.
+        rule: One of :data:`RULES`.
         device: Where the weights go.
     """
 
@@ -47,6 +47,8 @@ class InitialState(nn.Module):
             return torch.zeros_like(e)
         if rule == "learned":
             return self.state.expand_as(e).clone()
+        if rule == "hashed_normal":
+            return hashed_normal(positions, self.cfg).to(e)
         if self.cfg.state_seed is None:
             uniform = torch.rand(e.shape, dtype=torch.float32, device="cpu")
             return self._truncated_normal(uniform).to(e)
@@ -97,6 +99,45 @@ def _mix(seed: int, position: int) -> int:
     return (z ^ (z >> 31)) & ((1 << 63) - 1)
 
 
+def hashed_normal(
+    positions: Int[Tensor, "batch pos"], cfg: Config
+) -> Float[Tensor, "batch pos d_model"]:
+    """The deterministic stand-in for a normal draw of the IFM LoopedLM models.
+
+    u = frac(43758.5453123 · sin x) with x = 0.013579 · i + 0.021713 · p + phase + 0.123457 for
+    channel i at position p, kept within [1e-6, 1 - 1e-6]; the state is √2 · std · erfinv(2u - 1).
+
+    The factor magnifies the last digit of the sine, so the arithmetic is float32 in the order of
+    the reference, on the CPU. A sine of another library gives states that differ by some
+    thousandths of std, in the reference as well.
+
+    Args:
+        positions: Absolute positions, counted from 0.
+        cfg: Its ``initial_state_std`` and ``state_phase``.
+    """
+    where = positions.to(device="cpu", dtype=torch.float32)[..., None]
+    channels = torch.arange(cfg.d_model, dtype=torch.float32, device="cpu")
+    x = channels * 0.013579 + where * 0.021713
+    x = x + torch.tensor(cfg.state_phase, dtype=torch.float32) + 0.123457
+    u = x.sin() * 43758.5453123
+    u = (u - u.floor()).clamp(1e-6, 1.0 - 1e-6)
+    return torch.erfinv(2.0 * u - 1.0) * (math.sqrt(2.0) * cfg.initial_state_std)
+
+
+def example_phase(example_id: int, seed: int = 42) -> float:
+    """The ``state_phase`` that IFM's evaluation gives to an example, in [0, 2π).
+
+    Args:
+        example_id: Number of the example, counted from 0.
+        seed: Of the evaluation; the published one is 42.
+
+    Source: 2610.06833; its released evaluation code.
+    """
+    modulus = 16_777_213
+    mixed = (example_id % modulus * 104_729 + seed % modulus * 130_363) % modulus
+    return float(torch.tensor(mixed, dtype=torch.float32) * (2.0 * math.pi / modulus))
+
+
 def state_weights(owner: str, rule: str, d_model: int) -> Tensors:
     """The weights of a state before iteration 0 that follows a rule."""
     return {f"{owner}.state": vector(d_model)} if rule == "learned" else {}
@@ -120,6 +161,8 @@ def initial_state_in_words(cfg: Config) -> str:
         "normal": f"~ N(0, {exactly(cfg.initial_state_std)}²), truncated at 3σ, {seed}",
         "zeros": "= 0",
         "learned": "= learned vector",
+        "hashed_normal": f"~ N(0, {exactly(cfg.initial_state_std)}²), hashed from channel and "
+        f"position, phase {exactly(cfg.state_phase)}",
     }[cfg.initial_state]
 
 
@@ -133,7 +176,9 @@ class _InitialState(Mechanism):
             "embed",
             '``"embed"``: what the prelude, or else the embedding, gives. ``"normal"``: normal '
             'with ``initial_state_std``, truncated at three standard deviations. ``"zeros"``. '
-            '``"learned"``: one trained vector.',
+            '``"learned"``: one trained vector. ``"hashed_normal"``: close to normal with '
+            "``initial_state_std``, by a fixed hash of channel, position and ``state_phase`` (IFM "
+            "LoopedLM).",
             choices=RULES,
             of_the_weights=False,
         ),
@@ -141,7 +186,7 @@ class _InitialState(Mechanism):
             "initial_state_std",
             float,
             0.02,
-            'Standard deviation (before truncation) of ``"normal"``.',
+            'Standard deviation of ``"normal"`` (before truncation) and ``"hashed_normal"``.',
             at_least=0,
             of_the_weights=False,
         ),
@@ -151,6 +196,15 @@ class _InitialState(Mechanism):
             0,
             'Seed of the ``"normal"`` draw, which is a function of the seed and the absolute '
             "position alone; ``None`` draws afresh from torch's default generator at each call.",
+            of_the_weights=False,
+        ),
+        Setting(
+            "state_phase",
+            float,
+            0.0,
+            'What ``"hashed_normal"`` adds to the argument of its hash, in radians: another phase '
+            "is another state. :func:`example_phase` gives those of the published evaluation.",
+            at_least=0,
             of_the_weights=False,
         ),
     )

@@ -11,9 +11,11 @@ from tl_loops.errors import ConfigError
 from tl_loops.layout.names import HookSpec, Place, norm_specs, spec
 from tl_loops.mechanisms.mechanism import Config, Mechanism, OnPath, Part, Run, Setting
 from tl_loops.mechanisms.tensors import Tensors, add_parameters, matrix, vector
+from tl_loops.mechanisms.words import exactly
 from tl_loops.upstream import unshared
 
-KINDS = (None, "concat", "concat_injection_first", "add", "gated_diagonal")
+KINDS = (None, "concat", "concat_injection_first", "add", "gated_diagonal", "orthogonal")
+_CONCATS, _DECAYS = ("concat", "concat_injection_first"), ("gated_diagonal", "orthogonal")
 
 
 class Injection(nn.Module):
@@ -27,11 +29,14 @@ class Injection(nn.Module):
     dt_bias: nn.Parameter
     W_B: nn.Parameter
     W: nn.Parameter
+    b: nn.Parameter | None
 
     def __init__(self, cfg: Config, device: torch.device | str | None = None):
         super().__init__()
-        self.kind = cfg.injection
+        self.kind, self.eps = cfg.injection, cfg.injection_eps
         add_parameters(self, INJECTION.weights(cfg), "injection", cfg.dtype, device)
+        if not cfg.injection_bias:
+            self.register_parameter("b", None)
 
     @property
     def W_state(self) -> Float[Tensor, "d_model d_model"]:
@@ -49,22 +54,38 @@ class Injection(nn.Module):
         """The additive part of the injected input, which e alone decides."""
         if self.kind == "add":
             return e
-        if self.kind == "gated_diagonal":
+        if self.kind in _DECAYS:
             return F.softplus(self.dt_bias) * F.linear(e, self.W_B.T)
-        return F.linear(e, self.W_injection.T)
+        return F.linear(e, self.W_injection.T, self.b)
 
     def carry(self, s: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """The linear map that the state goes through; ``carry(s) + prepare(e)`` is the input."""
+        """The linear map of the state that does not depend on e.
+
+        ``carry(s) + prepare(e)`` is the input of an iteration; with ``"orthogonal"``,
+        ``project(carry(s), prepare(e)) + prepare(e)``.
+        """
         if self.kind == "add":
             return s
-        if self.kind == "gated_diagonal":
+        if self.kind in _DECAYS:
             return s * torch.exp(-F.softplus(self.dt_bias) * torch.exp(self.A_log))
         return F.linear(s, self.W_state.T)
+
+    def project(
+        self, v: Float[Tensor, "*batch d_model"], a: Float[Tensor, "*batch d_model"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        """``v - (v·a) / (a·a + ε) a``: v without its component along a, in float32 or better."""
+        wide = torch.promote_types(v.dtype, torch.float32)
+        v_, a_ = v.to(wide), a.to(wide)
+        along = (v_ * a_).sum(-1, keepdim=True) / (a_.square().sum(-1, keepdim=True) + self.eps)
+        return (v_ - along * a_).to(v.dtype)
 
     def forward(
         self, s: Float[Tensor, "*batch d_model"], prepared: Float[Tensor, "*batch d_model"]
     ) -> Float[Tensor, "*batch d_model"]:
-        return self.carry(s) + prepared
+        carried = self.carry(s)
+        if self.kind == "orthogonal":
+            carried = self.project(carried, prepared)
+        return carried + prepared
 
 
 class _Inject(Part):
@@ -81,11 +102,30 @@ class _Inject(Part):
         return x
 
     def enter(self, t: int, state: Tensor) -> Tensor:
-        stacks = self.run.layout.stacks
-        if stacks is not None and stacks[t] == stacks[-1]:
+        cfg, stacks = self.run.cfg, self.run.layout.stacks
+        if stacks is not None and stacks[t] == stacks[-1] and not cfg.slow_injection:
             return state  # Of two stacks, e enters the calls of the fast one alone.
         assert self._prepared is not None
         return self.run.model.injection(state, self._prepared)
+
+
+def injection_in_words(cfg: Config, state: str = "s") -> str:
+    """What enters an iteration, for ``describe()``: ``"x = s + e"``.
+
+    Args:
+        cfg: A config with an injection.
+        state: What is injected into; a sum where there are two states.
+    """
+    factor = f"({state})" if " " in state else state
+    bias, v, a = " + b" if cfg.injection_bias else "", f"{factor}·exp(-Δ·exp(A))", "Δ·(e Bᵀ)"
+    along = f"(v·a) / (a·a + {exactly(cfg.injection_eps)})·a"
+    return {
+        "concat": f"x = [{state}, e] W{bias}",
+        "concat_injection_first": f"x = [e, {state}] W{bias}",
+        "add": f"x = {state} + e",
+        "gated_diagonal": f"x = {v} + {a}",
+        "orthogonal": f"v = {v}; a = {a}; x = v - {along} + a",
+    }[cfg.injection]
 
 
 class _InjectionMechanism(Mechanism):
@@ -99,8 +139,23 @@ class _InjectionMechanism(Mechanism):
             "How the prelude output e enters each iteration with the state s. ``None``: not. "
             '``"concat"``: linear map of [s, e]. ``"concat_injection_first"``: of [e, s]. '
             '``"add"``: s + e. ``"gated_diagonal"``: s·exp(-Δ·exp(A)) + Δ·(e Bᵀ), Δ = '
-            "softplus(dt) (Parcae).",
+            'softplus(dt) (Parcae). ``"orthogonal"``: v - (v·a) / (a·a + ε)·a + a with the v and a '
+            'whose sum ``"gated_diagonal"`` is (2610.06833).',
             choices=KINDS,
+        ),
+        Setting(
+            "injection_bias",
+            bool,
+            False,
+            'The linear map of ``"concat"`` and ``"concat_injection_first"`` has a bias.',
+        ),
+        Setting(
+            "injection_eps",
+            float,
+            1e-6,
+            'ε of ``"orthogonal"``.',
+            above=0,
+            of_the_weights=False,
         ),
         Setting(
             "norm_injection",
@@ -121,15 +176,15 @@ class _InjectionMechanism(Mechanism):
     def check(self, cfg: Config) -> None:
         if cfg.norm_injection and cfg.injection is None:
             raise ConfigError("norm_injection needs an injection")
+        if cfg.injection_bias and cfg.injection not in _CONCATS:
+            raise ConfigError(
+                f"injection_bias needs injection='concat' or 'concat_injection_first', got "
+                f"{cfg.injection!r}"
+            )
 
     def phrases(self, cfg: Config) -> dict[str, str]:
-        enter = {
-            "concat": "x = [s, e] W",
-            "concat_injection_first": "x = [e, s] W",
-            "add": "x = s + e",
-            "gated_diagonal": "x = s·exp(-Δ·exp(A)) + Δ·(e Bᵀ)",
-        }[cfg.injection]
-        return {"enter": enter, **({"e": "ln_injection(x)"} if cfg.norm_injection else {})}
+        e = {"e": "ln_injection(x)"} if cfg.norm_injection else {}
+        return {"enter": injection_in_words(cfg), **e}
 
     def points_of(self, cfg: Config, place: Place) -> tuple[HookSpec, ...]:
         return self.points[:1] if place == "run" else ()  # the norm has its own
@@ -139,9 +194,10 @@ class _InjectionMechanism(Mechanism):
 
     def weights(self, cfg: Config) -> Tensors:
         d = cfg.d_model
-        if cfg.injection in ("concat", "concat_injection_first"):
-            return {"injection.W": matrix(2 * d, d)}
-        if cfg.injection == "gated_diagonal":
+        if cfg.injection in _CONCATS:
+            bias = {"injection.b": vector(d)} if cfg.injection_bias else {}
+            return {"injection.W": matrix(2 * d, d), **bias}
+        if cfg.injection in _DECAYS:
             return {
                 "injection.A_log": vector(d),
                 "injection.dt_bias": vector(d),
@@ -156,7 +212,7 @@ class _InjectionMechanism(Mechanism):
         return _Inject(run)
 
     def path(self, cfg: Config) -> OnPath:
-        return OnPath()  # decompositions carry it as a linear map
+        return OnPath()  # decompositions carry it as a linear map, once e is held
 
 
 INJECTION = _InjectionMechanism()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from tl_loops.errors import ConfigError
 from tl_loops.layout.names import spec
 from tl_loops.mechanisms.initial_state import InitialState, initial_state_in_words, state_weights
+from tl_loops.mechanisms.injection import injection_in_words
 from tl_loops.mechanisms.mechanism import Config, Mechanism, OnPath, Part, Run, Setting
 from tl_loops.mechanisms.tensors import Tensors
 from tl_loops.upstream import unshared
@@ -63,14 +64,21 @@ class _Stacks(Mechanism):
             "(HRM). Each has ``n_core`` layers and a state of its own; an iteration is one call, "
             "which reads the sum of both states and replaces that of its stack. The stack that the "
             "cycle calls last is the slow one: its state is read out. ``n_iterations`` is a "
-            'multiple of the cycle. ``None``: one stack, one state. With ``injection="add"`` e '
-            "enters the calls of the other stack alone (HRM, TRM).",
+            "multiple of the cycle. ``None``: one stack, one state. With an injection e "
+            "enters the calls of the other stack alone (HRM, TRM), unless ``slow_injection``.",
         ),
         Setting(
             "shared_stacks",
             bool,
             False,
             "Both stacks are the same layers (TRM); their states stay two.",
+        ),
+        Setting(
+            "slow_injection",
+            bool,
+            False,
+            "With an injection e enters the calls of the slow stack, too.",
+            of_the_weights=False,
         ),
         Setting(
             "slow_initial_state",
@@ -93,8 +101,10 @@ class _Stacks(Mechanism):
     def check(self, cfg: Config) -> None:
         stacks = cfg.stacks
         if stacks is None:
-            if cfg.slow_initial_state != "embed" or cfg.shared_stacks:
-                raise ConfigError("slow_initial_state and shared_stacks need stacks")
+            if cfg.slow_initial_state != "embed" or cfg.shared_stacks or cfg.slow_injection:
+                raise ConfigError(
+                    "slow_initial_state, shared_stacks and slow_injection need stacks"
+                )
             return
         names = [name for name in stacks if isinstance(name, str) and name.isidentifier()]
         if len(names) < len(stacks) or len(set(stacks)) != 2 or stacks.count(stacks[-1]) != 1:
@@ -103,8 +113,8 @@ class _Stacks(Mechanism):
                 f"as ('L', 'L', 'H'), got {stacks!r}"
             )
         self.check_iterations(cfg, cfg.n_iterations)
-        if cfg.injection not in (None, "add"):
-            raise ConfigError(f"stacks need injection=None or 'add', got {cfg.injection!r}")
+        if cfg.slow_injection and cfg.injection is None:
+            raise ConfigError("slow_injection needs an injection")
 
     def check_iterations(self, cfg: Config, n_iterations: int) -> None:
         if cfg.stacks is not None and n_iterations % len(cfg.stacks):
@@ -117,13 +127,18 @@ class _Stacks(Mechanism):
         slow_state = {"embed": "e", "learned": "learned vector"}[cfg.slow_initial_state]
         layers = ", both of the same layers" if cfg.shared_stacks else ""
         fast, slow = f"z{cfg.stacks[0]}", f"z{cfg.stacks[-1]}"
-        after = "ln_final(x)" if cfg.norm_between_iterations else "x"
-        inject = " + e" if cfg.injection is not None else ""
+        norm = "norm(x)" if cfg.own_norm_between_iterations else "ln_final(x)"
+        after = norm if cfg.norm_between_iterations else "x"
+        into_fast, into_slow = f"x = {fast} + {slow}", f"x = {slow} + {fast}"
+        if cfg.injection is not None:
+            into_fast = injection_in_words(cfg, f"{fast} + {slow}")
+        if cfg.slow_injection:
+            into_slow = injection_in_words(cfg, f"{slow} + {fast}")
         run, cycles = f"{cfg.n_core} x block", cfg.n_iterations // len(cfg.stacks)
         calls = [
             f"core     {cycles} x [ calls of {' '.join(cfg.stacks)} ], each call{layers}:",
-            f"  {cfg.stacks[0]:<6} x = {fast} + {slow}{inject}; {run}; {fast} = {after}",
-            f"  {cfg.stacks[-1]:<6} x = {slow} + {fast}; {run}; {slow} = {after}",
+            f"  {cfg.stacks[0]:<6} {into_fast}; {run}; {fast} = {after}",
+            f"  {cfg.stacks[-1]:<6} {into_slow}; {run}; {slow} = {after}",
         ]
         return {
             "begin": f"{fast} {initial_state_in_words(cfg)}, {slow} = {slow_state}",

@@ -96,7 +96,7 @@ def tl_parameters(self: Any) -> EffectiveWeights:
 def accumulated_bias(
     self: Any, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
 ) -> Float[Tensor, "d_model"]:
-    """What the biases of all attentions and MLPs add to the stream that enters a block.
+    """What the biases of all attentions, MLPs and injections add to the stream at a block.
 
     Biases of the prelude go through the injections, by the architecture's own rule for the
     initial state.
@@ -126,6 +126,8 @@ def accumulated_bias(
         )
 
     def rows(site: Site) -> Rows | None:
+        if site.kind == "injection_bias":
+            return Rows(working(self.injection.b)[None], [site.label])
         if site.block is None or not biased[site.kind]:
             return None
         if cfg.time_conditioning:
@@ -140,7 +142,7 @@ def accumulated_bias(
         return Rows(working(bias)[None], [site.label])
 
     total = torch.zeros(cfg.d_model, device=self.embed.W_E.device, dtype=cfg.dtype)
-    if not any(biased.values()) and self.ln_final.b is None:
+    if not any(biased.values()) and self.ln_final.b is None and not cfg.injection_bias:
         return total
     target, anew = Target(layer, mlp_input), cfg.initial_state != "embed"
     steps = list(path_steps(self, self.layout, target, refuse, anew))

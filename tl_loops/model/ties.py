@@ -19,7 +19,9 @@ def tied_modules(model: Any) -> Iterator[tuple[str, nn.Module, nn.Module]]:
         owner = physical[layout.physical_name(index)]
         if block is not owner:
             yield f"blocks.{index}", block, owner
-    norms = [(f"iter.{t}.norm", getattr(hooks, "norm", None)) for t, hooks in enumerate(model.iter)]
+    own = model.cfg.own_norm_between_iterations
+    between = () if own else enumerate(model.iter)
+    norms = [(f"iter.{t}.norm", getattr(hooks, "norm", None)) for t, hooks in between]
     for name, norm in (*norms, ("ln_coda", getattr(model, "ln_coda", None))):
         if norm is not None:
             yield name, norm, model.ln_final

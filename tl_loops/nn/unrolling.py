@@ -82,8 +82,12 @@ def iteration_hooks(cfg: LoopedTransformerConfig, ln_final: Norm) -> list[Iterat
     Without a coda the norm that ends the last iteration is the final norm itself.
     """
     readout = cfg.readout
-    norms = map(readout.iteration_norm, range(cfg.n_iterations))
-    return [
-        IterationHooks(cfg, None if norm in (None, "ln_final") else tied_copy(ln_final))
-        for norm in norms
-    ]
+
+    def norm(name: str | None) -> Norm | None:
+        if name in (None, "ln_final"):
+            return None
+        own = readout.own_norm_between_iterations
+        return Norm(cfg, weight=False) if own else tied_copy(ln_final)
+
+    names = map(readout.iteration_norm, range(cfg.n_iterations))
+    return [IterationHooks(cfg, norm(name)) for name in names]

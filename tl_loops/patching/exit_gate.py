@@ -12,7 +12,7 @@ from torch import Tensor
 from tl_loops.arguments import checked
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
-from tl_loops.layout.model import Model
+from tl_loops.layout.model import Model, norm_of_iterations
 from tl_loops.layout.of_model import layout_of
 from tl_loops.layout.selection import Selection, distinct_indices, index_along
 from tl_loops.patching.activation import patch_grid, take_all
@@ -88,7 +88,7 @@ def probe_exit_gate(
     if not getattr(cache, "has_batch_dim", True):
         resid = resid.unsqueeze(1)
     if model.cfg.readout.norm_between_iterations:
-        resid = model.ln_final(resid)
+        resid = norm_of_iterations(model)(resid)
     logits = model.exit_gate(resid).squeeze(-1)
     return logits.reshape(layout.n_iterations, layout.n_core, *logits.shape[1:])
 

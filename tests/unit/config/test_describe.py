@@ -40,6 +40,11 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "hrm": ("hrm_text", dict(n_extra_tokens=4, prefix_mask=False)),
     "trm": ("hrm_text", dict(shared_stacks=True)),
     "scaled": ("huginn", dict(rotary_scaling_factor=2.0, output_logits_soft_cap=20.0)),
+    "orthogonal": ("olmo_grouped", dict(injection="orthogonal", initial_state="hashed_normal")),
+    "own_norm": (
+        "retrofitted",
+        dict(norm_between_iterations=True, own_norm_between_iterations=True, injection_bias=True),
+    ),
     "windowed": ("retrofitted", dict(kv_sharing="window:2")),
 }
 # Values of fields that are neither numbers nor one of a few names.

@@ -15,6 +15,7 @@ OPTIONS = {
     "norm": (
         {},
         dict(norm_between_iterations=True),
+        dict(norm_between_iterations=True, own_norm_between_iterations=True),
         dict(norm_before_coda=True),
         dict(final_norm=False),
     ),
@@ -135,8 +136,10 @@ def test_a_point_after_the_norm_holds_what_the_norm_gave(run):
             prefix = readout.iteration_norm(s)
             if prefix is not None:
                 x = cache[f"{prefix}.hook_normalized"]
-                norm = model.ln_final
-                normed.append(x * norm.w if norm.b is None else x * norm.w + norm.b)
+                norm = model.iter[s].norm if hasattr(model.iter[s], "norm") else model.ln_final
+                assert (norm.w is None) == readout.own_norm_between_iterations
+                x = x if norm.w is None else x * norm.w
+                normed.append(x if norm.b is None else x + norm.b)
         for kind, (name, layer) in points.items():
             holds = any(torch.equal(cache[name], x) for x in normed)
             assert readout.is_normed(kind, "core", t, layer) == holds, (kind, t)

@@ -40,6 +40,31 @@ PARCAE = """emb_scale logit_scale rope_settings use_abacus randomize_positions_f
     recurrent_iteration_method tie_embeddings block_size n_embd intermediate_size
     num_attention_heads num_key_value_heads vocab_size padded_vocab_size padding_multiple head_size
     n_query_groups full_config"""
+XLLM = """
+    arch ddp_backend num_layers model_dim chunk_size num_heads num_kv_heads head_dim v_head_dim
+    qknorm attn_act_func apply_attn_gate attn_gate_func causal_attn_backend sca_backend
+    apply_bias_term ffn_hidden_dim awm_orthogonal_update num_values num_activated_values
+    mova_backend num_experts num_activated_experts num_shared_experts num_dense_layers
+    expert_inter_dim moe_router_score_func moe_router_bias moe_router_bias_update_rate
+    moe_router_scaling_factor moe_expert_backend moe_permutation_backend causal_conv_width
+    causal_conv_backend causal_conv_weight_normalization init_mode init_std init_embed_std
+    init_logits_std vocab_size output_size timenorm_num_groups timenorm_beta1 timenorm_beta2
+    timenorm_backend layernorm_num_groups memory_efficient_norm norm_affine timenorm_eps
+    layernorm_eps rmsnorm_eps apply_rmsnorm residual_func residual_heads rope_base rope_head_dim
+    dropout hidden_dropout attention_dropout swiglu scale_emb layerwise_ckpt loop_times
+    loop_start_layer loop_end_layers loop_input_injection loop_diagonal_dt_init
+    loop_diagonal_a_init dense_prelude_input_injection dense_prelude_input_layers
+    dense_prelude_source_layer dense_prelude_diagonal_dt_init dense_prelude_diagonal_a_init
+    huginn_prelude_layers huginn_recurrent_layers huginn_coda_layers huginn_state_init
+    huginn_input_injection huginn_diagonal_dt_init huginn_diagonal_a_init
+    huginn_hierarchical_state huginn_hierarchical_h_cycles huginn_hierarchical_l_cycles
+    huginn_split_module_repeats huginn_depth_control huginn_sampling_scheme
+    huginn_antithetic_sampling huginn_poisson_lognormal_target_mean huginn_poisson_lognormal_sigma
+    huginn_poisson_lognormal_max huginn_backprop_depth huginn_depth_prior
+    huginn_depth_prior_entropy huginn_prelude_norm huginn_recurrent_exit_norm
+    huginn_prelude_orthogonal huginn_ortho_projection_eps fused_block recompute_q recompute_v
+    recompute_attention recompute_awk recompute_fc1_out recompute_fc3_out recompute_router
+    recompute_logits fused_output_layer"""
 
 # The keys that the config class or the forward pass of each reference knows.
 REFERENCE = {
@@ -66,6 +91,7 @@ REFERENCE = {
         bos_token_id eos_token_id pad_token_id max_model_loops""",
     "hrm": f"{PUZZLES}",
     "trm": f"{PUZZLES} puzzle_emb_len mlp_t no_ACT_continue",
+    "ifm-loopedlm": XLLM,
 }
 RELEASED = {
     "huginn": "huginn",
@@ -81,6 +107,14 @@ RELEASED = {
     "loopformer": "wild/loopformer_plain",
     "hrm": "wild/hrm_plain",
     "trm": "wild/trm_plain",
+    "ifm-loopedlm": "ifm_loopedlm",
+}
+# Values at which a family reads further keys.
+KINDS = {
+    "ifm-loopedlm": (
+        dict(arch="transformer", loop_start_layer=0),
+        dict(huginn_hierarchical_state="shared_hl"),
+    )
 }
 FEEDFORWARD = {family.name: family for family in FAMILIES if family.feedforward}
 REFERENCE |= {
@@ -129,7 +163,10 @@ def known_keys(family: Family, content: dict) -> set[str]:
     recognised = {"model_type", "architectures", "_class_name", "model_class_name"}
     listed = {*COMMON_FLAGS, *COMMON_WITHOUT_EFFECT, *family.flags, *family.without_effect}
     alternatives = {key for source in family.fields.values() for key in source.keys}
-    return listed | recognised | alternatives | read_keys(family, content)
+    asked = read_keys(family, content)
+    for change in KINDS.get(family.name, ()):
+        asked |= read_keys(family, {**content, "model": {**content["model"], **change}})
+    return listed | recognised | alternatives | asked
 
 
 def test_every_family_lists_the_keys_of_its_reference():

@@ -439,9 +439,10 @@ ARCHITECTURES = st.fixed_dictionaries(
         "tie_word_embeddings": st.booleans(),
         "exit_gate": st.booleans(),
         "injection": st.sampled_from(
-            [None, "concat", "concat_injection_first", "add", "gated_diagonal"]
+            [None, "concat", "concat_injection_first", "add", "gated_diagonal", "orthogonal"]
         ),
-        "initial_state": st.sampled_from(["embed", "normal", "zeros", "learned"]),
+        "injection_bias": st.booleans(),
+        "initial_state": st.sampled_from(["embed", "normal", "zeros", "learned", "hashed_normal"]),
         "norm_injection": st.booleans(),
         "linear_before_coda": st.booleans(),
         "value_embeddings": st.booleans(),
@@ -475,6 +476,7 @@ def architecture(drawn):
         drawn["exit_gate"] = False
         drawn["injection"] = drawn["injection"] and "add"
     drawn["norm_injection"] &= drawn["injection"] is not None
+    drawn["injection_bias"] &= (drawn["injection"] or "").startswith("concat")
     drawn["linear_before_coda"] &= drawn["n_coda"] > 0
     if norm == "LN" and drawn["qk_norm"] == "full":
         drawn["qk_norm"] = None
@@ -589,7 +591,7 @@ def test_names_and_aliases_are_unique_and_not_transformer_lens_names():
 
 def test_every_hub_model_lists_a_config_a_source_and_known_unverified_fields():
     hub = [entry for entry in catalogue() if entry.known.packaged is None]
-    assert len(hub) == 42
+    assert len(hub) == 73
     for entry in hub:
         cfg = entry.config()
         assert cfg.n_params > 1e7 and cfg.model_name == entry.name.split("/")[1]

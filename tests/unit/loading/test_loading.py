@@ -690,6 +690,7 @@ def test_downloads_take_neither_pickles_nor_code(monkeypatch, tmp_path):
         "tokenizer_config.json",
         "merges.txt",
         "chat_template.jinja",
+        "tokenizer/tokenizer.json",
     }
     left = {
         "pytorch_model.bin",
@@ -698,6 +699,8 @@ def test_downloads_take_neither_pickles_nor_code(monkeypatch, tmp_path):
         "README.md",
         "checkpoint-5/model.safetensors",
         "original/config.json",
+        "original/tokenizer.json",
+        "tokenizer/modeling.py",
         "pytorch_model.bin.index.json",
     }
     filtered = filter_repo_objects(

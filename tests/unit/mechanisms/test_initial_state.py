@@ -7,7 +7,7 @@ import torch
 
 from tests.closeness import assert_close
 from tests.models import tiny_config, tiny_model, tiny_tokens
-from tl_loops.mechanisms.initial_state import InitialState
+from tl_loops.mechanisms.initial_state import InitialState, example_phase
 
 TOKENS = tiny_tokens()
 
@@ -94,3 +94,52 @@ def test_the_other_rules(rule, expected):
     assert torch.equal(cache["hook_initial_state"], reference.expand(2, 9, 32))
     learned = tiny_model("retrofitted", initial_state="learned")
     assert torch.equal(state(learned, TOKENS)[1, 3], learned.initial_state.state)
+
+
+def hashed(n_pos, d_model, phase):
+    """The published hash, one number at a time where float32 is exact, the sine by torch."""
+    i = torch.arange(d_model, dtype=torch.float32)
+    rows = []
+    for p in range(n_pos):
+        x = i * torch.tensor(0.013579) + torch.tensor(float(p)) * torch.tensor(0.021713)
+        x = (x + torch.tensor(phase)) + torch.tensor(0.123457)
+        u = torch.sin(x) * torch.tensor(43758.5453123)
+        u = (u - torch.floor(u)).clamp(1e-6, 1 - 1e-6)
+        rows.append(torch.erfinv(u * 2 - 1))
+    return torch.stack(rows) * math.sqrt(2)
+
+
+def test_the_hashed_state_is_the_published_hash_of_channel_and_position():
+    for phase in (0.0, 1.25):
+        model = tiny_model("huginn", initial_state="hashed_normal", state_phase=phase)
+        found = state(model, TOKENS)
+        assert torch.equal(found[0], found[1])
+        assert_close(found[0] / 0.6, hashed(9, 32, phase), rtol=1e-5, atol=1e-5)
+        assert torch.equal(state(model, TOKENS[:1, :4])[0], found[0, :4])
+    padded = torch.cat([TOKENS[:, :4], TOKENS], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :4] = 0
+    assert torch.equal(state(model, padded, attention_mask=mask)[:, 4:], found)
+
+
+def test_the_hashed_state_is_close_to_normal():
+    cfg = tiny_config(
+        "huginn", d_model=256, d_head=64, initial_state="hashed_normal", initial_state_std=0.5
+    )
+    n = 500
+    drawn = InitialState(cfg, cfg.initial_state)(torch.zeros(1, n, 256), torch.arange(n)[None])
+    assert drawn.mean().abs() < 0.01
+    assert float(drawn.std()) == pytest.approx(0.5, rel=0.02)
+    # Quarters of a normal distribution.
+    for share, quantile in ((0.25, -0.67449), (0.5, 0.0), (0.75, 0.67449)):
+        assert float((drawn < 0.5 * quantile).float().mean()) == pytest.approx(share, abs=0.01)
+
+
+def test_examples_of_the_published_evaluation_have_phases_of_their_own():
+    assert example_phase(0, seed=0) == 0.0
+    turn = 2 * math.pi / 16_777_213
+    assert example_phase(0) == pytest.approx(42 * 130_363 % 16_777_213 * turn, rel=1e-6)
+    assert example_phase(5, 1) == pytest.approx((5 * 104_729 + 130_363) * turn, rel=1e-6)
+    phases = [example_phase(i) for i in range(50)]
+    assert len(set(phases)) == 50 and all(0 <= phase < 2 * math.pi for phase in phases)
+    assert example_phase(16_777_213) == example_phase(0)

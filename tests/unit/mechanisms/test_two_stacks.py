@@ -36,12 +36,15 @@ def stated(model, tokens, prefix=None):
         e = block(e, context)
     fast = model.initial_state(e, context.positions)
     slow = e if cfg.slow_initial_state == "embed" else model.slow_initial_state.state.expand_as(e)
-    injected = e if cfg.injection == "add" else 0.0
+
+    def inject(x):
+        return x if cfg.injection is None else model.injection(x, model.injection.prepare(e))
+
     for t in range(cfg.n_iterations):
         if cfg.stacks[t % len(cfg.stacks)] == cfg.slow_stack:
-            slow = stack(t, slow + fast)
+            slow = stack(t, inject(slow + fast) if cfg.slow_injection else slow + fast)
         else:
-            fast = stack(t, fast + slow + injected)
+            fast = stack(t, inject(fast + slow))
     x = slow
     for block in blocks[model.layout.coda_start :]:
         x = block(x, context)
@@ -53,12 +56,15 @@ def test_the_loop_is_the_published_one(model):
     assert_close(model(TOKENS), stated(model, TOKENS), **CLOSE)
     logits, cache = model.run_with_cache(TOKENS)
     assert_close(logits, model(TOKENS), **CLOSE)
-    e = cache["hook_injection"] if model.cfg.injection else 0.0
     stacks = model.layout.stacks
     for t in range(model.cfg.n_iterations):
         own, other, injected = (cache[name, t] for name in ("state_in", "other_in", "injected"))
         fast = stacks[t] != model.cfg.slow_stack
-        assert_close(injected, own + other + (e if fast else 0.0), **CLOSE)
+        expected = own + other
+        if model.cfg.injection and (fast or model.cfg.slow_injection):
+            prepared = model.injection.prepare(cache["hook_injection"])
+            expected = model.injection(expected, prepared)
+        assert_close(injected, expected, **CLOSE)
         before = [u for u in range(t) if stacks[u] == stacks[t]]
         if before:
             assert_close(own, cache["state_out", before[-1]])
@@ -263,9 +269,9 @@ def test_describe_names_both_states():
         (dict(stacks=("L", "H", "H")), "the slow one once and last"),
         (dict(stacks=("L 1", "H")), "must name two stacks"),
         (dict(n_iterations=4), "multiple of 3, the calls of one cycle L L H"),
-        (dict(injection="concat"), "stacks need injection=None or 'add'"),
+        (dict(slow_injection=True), "slow_injection needs an injection"),
         (dict(exit_gate=True), "exit_gate is not supported with stacks"),
-        (dict(stacks=None, slow_initial_state="learned"), "shared_stacks need stacks"),
+        (dict(stacks=None, slow_initial_state="learned"), "slow_injection need stacks"),
         (dict(attention_dir="bidirectional"), "prefix_mask needs attention_dir='causal'"),
     ],
 )

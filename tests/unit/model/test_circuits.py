@@ -66,7 +66,7 @@ def dense_score(model, left, right, mode, head1, head2):
             path = path @ linear(model.ln_injection)
         if new_iteration and cfg.injection is not None:
             step = model.injection.prepare if at.phase == "prelude" else model.injection.carry
-            path = step(path)
+            path = step(path) - step(torch.zeros(cfg.d_model))  # without a bias
     writes = reads(blocks[left], "W_V", head1) @ blocks[left].attn.W_O[head1] @ path
     q, k, v = (reads(blocks[right], f"W_{x}", head2) for x in "QKV")
     if cfg.qk_norm == "full":
