@@ -33,7 +33,7 @@ model = tl_loops.LoopedTransformer.from_pretrained_no_processing("tl-loops-tiny"
 print(model.cfg.describe())
 
 # %%
-prompts = tasks.fact_chain_prompts(48, n_hops=4)
+prompts = tasks.fact_chain_prompts(24, n_hops=4)
 tokens = model.to_tokens([prompt.text for prompt in prompts])
 rows = torch.arange(len(prompts))
 

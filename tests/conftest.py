@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from jaxtyping import install_import_hook
+
+from tests.type_checks import check_annotations
 
 # Workers share the cores; more threads than cores slows all of them.
 torch.set_num_threads(1)
@@ -51,7 +52,7 @@ def pytest_configure(config):
         package = Path(__file__).parents[1] / "tl_loops"
         rooms = {path.stem for path in package.iterdir() if path.suffix == ".py" or path.is_dir()}
         rooms -= {"__init__", "__pycache__", *(INNER if checked == "outer" else ())}
-        install_import_hook([f"tl_loops.{room}" for room in sorted(rooms)], "beartype.beartype")
+        check_annotations(f"tl_loops.{room}" for room in sorted(rooms))
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -1,5 +1,6 @@
 """The notebooks of demos/ run, agree with their scripts, and show no error."""
 
+import os
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import jupytext
 import nbformat
 import pytest
 import torch
+from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 
 from tests.models import SIZES, tiny_model
@@ -40,14 +42,23 @@ def test_is_the_run_of_its_script(path):
     assert path.stat().st_size < AT_MOST
 
 
+@pytest.fixture(scope="module")
+def kernel():
+    """One for all notebooks: most of a short one's time goes into importing torch."""
+    manager = KernelManager(kernel_name="python3")
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # the suite's processes share the cores
+    manager.start_kernel(cwd=str(DEMOS), env=env)
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs(path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the suite's processes share the cores
+def test_runs(path, kernel):
     notebook = jupytext.read(path.with_suffix(".py"))
-    client = NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": DEMOS}}
-    )
-    client.execute()  # raises CellExecutionError with the cell's traceback
+    fresh = nbformat.v4.new_code_cell("%reset -f\nimport torch\ntorch.set_grad_enabled(True)")
+    notebook.cells.insert(0, fresh)
+    client = NotebookClient(notebook, km=kernel, timeout=300)
+    client.execute(cleanup_kc=False)  # raises CellExecutionError with the cell's traceback
 
 
 def test_released_models_run_on_models_of_their_kind(tmp_path, monkeypatch):

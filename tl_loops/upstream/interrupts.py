@@ -11,12 +11,11 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
-from transformer_lens.hook_points import HookPoint
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-_OF_TORCH = (
+_HOLDERS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -24,11 +23,13 @@ _OF_TORCH = (
     "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
     "_backward_pre_hooks",
+    "fwd_hooks",  # these two of TransformerLens's hook points
+    "bwd_hooks",
 )
+"""What holds the hooks of a module, in its ``vars``: a look at them all is most of a run's cost."""
 CONTEXTS = "_iteration_contexts"
 """Where a model keeps the contexts that changed its number of iterations, the last one last; each
 has a method ``leave``."""
-_OF_TRANSFORMER_LENS = ("fwd_hooks", "bwd_hooks")
 
 
 def left_as_it_was(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -108,9 +109,8 @@ def _hooked_modules(model: Any) -> Iterator[nn.Module]:
 
 
 def _lists(module: nn.Module) -> list[Any]:
-    """What holds the hooks of a module."""
-    names = (*_OF_TORCH, *(_OF_TRANSFORMER_LENS if isinstance(module, HookPoint) else ()))
-    return [getattr(module, name) for name in names]
+    held = vars(module)
+    return [held[name] for name in _HOLDERS if name in held]
 
 
 def _hooks(module: nn.Module) -> list[Any]:

@@ -1,0 +1,44 @@
+"""Annotations that are checked while tests run: shapes by jaxtyping, the rest by beartype alone.
+
+jaxtyping notes the axes of every call, also of one that names none; most calls are of that kind.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Literal, get_args, get_origin
+
+import jaxtyping
+from beartype import beartype
+from jaxtyping import AbstractArray, install_import_hook
+
+
+def check_annotations(packages: Iterable[str]) -> None:
+    """From here on, check arguments and results of all functions of packages not yet imported."""
+    install_import_hook(list(packages), "beartype.beartype")
+    jaxtyping.jaxtyped = partial(_checked, jaxtyping.jaxtyped)  # what the hook calls
+
+
+def _checked(jaxtyped: Callable, /, *, typechecker: Callable) -> Callable:
+    def check(made: Any) -> Any:
+        if inspect.isfunction(made) and not any(map(_has_axes, _annotations(made))):
+            return beartype(made)
+        return jaxtyped(made, typechecker=typechecker)
+
+    return check
+
+
+def _annotations(function: Callable) -> Iterable[Any]:
+    return function.__annotations__.values()
+
+
+def _has_axes(annotation: Any) -> bool:
+    """Whether it may name axes; a string is not read."""
+    if isinstance(annotation, str):
+        return True
+    if get_origin(annotation) is Literal:
+        return False
+    if isinstance(annotation, (list, tuple)):  # arguments of a Callable
+        return any(map(_has_axes, annotation))
+    named = inspect.isclass(annotation) and issubclass(annotation, AbstractArray)
+    return named or any(map(_has_axes, get_args(annotation)))
