@@ -23,6 +23,9 @@ TRANSFORMER_LENS = 'transformer-lens$(if $(TL),==$(TL).*)'
 # A file of tests stays in one process, which makes its models once; the slow files start first.
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
+# Many processes of a run import the same files, which are compiled once.
+unexport PYTHONDONTWRITEBYTECODE
+
 KILLS = $(shell grep -rl "import .*N_MOMENTS" tests --include="test_*.py")
 
 .PHONY: demo test test-tl4 both-lines fuzz lint docs dist notebooks clean

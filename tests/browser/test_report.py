@@ -4,6 +4,7 @@ import pytest
 import torch
 from playwright.sync_api import Page
 
+from tests.browser.looks import SCHEMES, WIDTHS, problems
 from tl_loops import LoopedTransformer
 from tl_loops.report import MOST_BYTES, write_report
 
@@ -96,6 +97,22 @@ def test_it_fits_a_phone_and_follows_the_dark_scheme(offline_page, report):
     page.wait_for_function(f"{text} !== '{before}'")
     page.emulate_media(color_scheme="dark", media="print")  # paper is white
     page.wait_for_function(f"{text} === 'rgb(27, 31, 36)'")
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_is_cut_covered_or_blank(offline_page, report, width):
+    page = opened(offline_page, report, viewport={"width": width, "height": 900})
+    texts = "[...document.querySelectorAll('.plotly .xtick text')]"
+    colours = f"{texts}.map(text => getComputedStyle(text).fill)"
+    for scheme in SCHEMES:
+        before = page.evaluate(colours)
+        page.emulate_media(color_scheme=scheme)
+        if scheme == "dark":
+            page.wait_for_function(
+                f"before => {colours}.every((c, i) => c !== before[i])", arg=before
+            )
+        assert problems(page, "figure") == []
+    page.context.close()
 
 
 def test_text_from_prompts_is_escaped(browser, report, tmp_path):
