@@ -39,13 +39,7 @@ def readout_section(model: Model, prompts: Sequence[PromptText], progress: bool)
     )
     T = model.cfg.n_iterations
     what = curve.accuracy if has_answers else curve.loss
-    best = int(what.argmax() if has_answers else what.argmin()) + 1
-    told = percent if has_answers else _nats
-    subject = f"Of {len(prompts)} prompts the model answers" if has_answers else "The loss is"
-    right = " correctly" if has_answers else " per token"
-    finding = f"{subject} {told(what[-1])}{right} after {_iterations(T)}"
-    if T > 1:
-        finding += f", {told(what[0])} after 1, and at best {told(what[best - 1])} after {best}"
+    finding = _change(what, "Accuracy" if has_answers else "The loss per token", has_answers)
     paragraphs = [f"{finding}."]
     if T > 1:
         prediction = "answer" if has_answers else "prediction of the next token"
@@ -61,6 +55,22 @@ def readout_section(model: Model, prompts: Sequence[PromptText], progress: bool)
     figure = page_figure(plots.plot_exit_curves, curve, model=model)
     title = "Accuracy per iteration" if has_answers else "Loss per iteration"
     return Section("readout", title, paragraphs, [figure], finding=f"{finding}.")
+
+
+def _change(values: Tensor, name: str, is_share: bool) -> str:
+    """How an accuracy, or a loss in nats, changes with the number of iterations, in words."""
+    told = [percent(value) if is_share else _nats(value) for value in values]
+    T, best = len(told), int(values.argmax() if is_share else values.argmin()) + 1
+    if len(set(told)) == 1:
+        return f"{name} is {told[0]} after {_iterations(T) if T == 1 else 'every iteration'}"
+    if best == 1:
+        return f"{name} is best after 1 iteration, {told[0]}, and {told[-1]} after {T}"
+    verb = "rises" if is_share else "falls"
+    change = f"{name} {verb} from {told[0]} after 1 iteration to {told[best - 1]} after {best}"
+    if best == T:
+        return change
+    stays = len(set(told[best - 1 :])) == 1
+    return f"{change} and stays there" if stays else f"{change}; after {T} it is {told[-1]}"
 
 
 def answers_section(model: Model, prompts: Sequence[PromptText]) -> Section:
