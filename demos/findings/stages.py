@@ -13,9 +13,8 @@ from itertools import permutations
 from typing import Any
 
 import torch
-from finding import bootstrap
+from finding import bootstrap, random_like
 from finding import main as run_finding
-from finding import random_like
 from torch import Tensor
 from trajectories import TEXTS
 
