@@ -29,6 +29,7 @@ from tl_loops.report.measurements import (
     stages_section,
 )
 from tl_loops.report.patching import patching_section
+from tl_loops.report.probes import TITLE, probes_section
 from tl_loops.report.section import Section, last_tokens, shortened, times
 from tl_loops.tasks.prompts import SAMPLE, PromptText, from_task
 from tl_loops.version import __version__
@@ -87,10 +88,10 @@ def report_html(
 ) -> str:
     """The page as text.
 
-    It shows accuracy (or loss) and the answer after each iteration, attention, entropy and
-    dynamics by iteration and layer, Jacobians and gradients of iterations, likeness of all pairs of
-    blocks and of the states' geometry, neurons, an
-    activation-patching grid over iteration, layer and position, the halting gate where there is
+    It shows accuracy (or loss) and the answer after each iteration, attention, entropy and dynamics
+    by iteration and layer, Jacobians and gradients of iterations, likeness of all pairs of blocks
+    and of the states' geometry, neurons, an activation-patching grid over iteration, layer and
+    position, probes for the prompts' labels where they have some, the halting gate where there is
     one, and attention patterns. It loads nothing from anywhere when it is opened.
 
     Args:
@@ -170,6 +171,7 @@ def _sections(model: Model, prompts: ReportPrompts, progress: bool) -> list[Sect
             model, prompts.shown[:_SHOWN]
         ),
         ("patching", "Patching"): lambda: patching_section(model, prompts.shown, progress),
+        ("probes", TITLE): lambda: probes_section(model, prompts.evaluated, progress),
         ("dynamics", "Fixed points and trajectories"): lambda: dynamics_section(
             model, profile, cache, text
         ),

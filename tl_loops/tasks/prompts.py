@@ -31,11 +31,13 @@ class PromptText:
         text: What the model reads.
         answer: The expected next word, where it is known.
         corrupted: A text of as many tokens whose answer differs, where there is one.
+        label: What probes are to read of it, where that is asked.
     """
 
     text: str
     answer: str | None = None
     corrupted: str | None = None
+    label: str | None = None
 
 
 def from_task(prompts: Sequence[Prompt], corrupted: Sequence[Prompt] = ()) -> list[PromptText]:
@@ -50,9 +52,9 @@ def read_prompts(path: str | Path) -> list[PromptText]:
 
     Args:
         path: A file; with the ending ``.jsonl`` or ``.json`` every line is an object with a
-            ``prompt`` or ``question`` and, if known, an ``answer`` and a ``corrupted`` prompt.
-            Empty lines are left out. Only LF and CR LF end a line; a byte-order mark at the start
-            is skipped.
+            ``prompt`` or ``question`` and, if known, an ``answer``, a ``corrupted`` prompt and a
+            ``label`` (text, an integer or a boolean, taken as text). Empty lines are left
+            out. Only LF and CR LF end a line; a byte-order mark at the start is skipped.
 
     Raises:
         PromptFileError: The file is absent, not UTF-8, empty, or a line is not as above.
@@ -95,7 +97,11 @@ def _from_json(line: str, where: str) -> PromptText:
     text = entry.get("prompt", entry.get("question"))
     if text is None:
         raise PromptFileError(f"{where}: has neither a 'prompt' nor a 'question' field")
-    fields = {"prompt": text, "answer": entry.get("answer"), "corrupted": entry.get("corrupted")}
+    label = entry.get("label")
+    if isinstance(label, int):  # booleans are integers, too
+        label = json.dumps(label)
+    fields = {"prompt": text, "label": label}
+    fields |= {name: entry.get(name) for name in ("answer", "corrupted")}
     for name, value in fields.items():
         if value is not None and not (isinstance(value, str) and value.strip()):
             raise PromptFileError(f"{where}: {name!r} must be text, got {shortened(value)}")
@@ -104,4 +110,4 @@ def _from_json(line: str, where: str) -> PromptText:
                 f"{where}: {name!r} holds half of a surrogate pair (\\ud800 to \\udfff), "
                 "which is no text"
             )
-    return PromptText(text, fields["answer"], fields["corrupted"])
+    return PromptText(text, fields["answer"], fields["corrupted"], label)

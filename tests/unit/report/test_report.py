@@ -9,6 +9,8 @@ from tests.feedforward import only_before_4, plain_model
 from tests.models import SIZES, tiny_model
 from tl_loops import LoopedTransformer
 from tl_loops.report import MOST_BYTES, report_html
+from tl_loops.report.probes import probes_section
+from tl_loops.tasks.prompts import PromptText
 
 TEXTS = ["Ann likes Bob . Bob likes Cid . 2 hops from Ann :", "Ann likes Bob . 1 hops from Ann :"]
 
@@ -47,7 +49,7 @@ def test_sections_of_every_kind_of_model(make, architecture):
     assert len(set(found)) == len(found)
     assert {"summary", "model", "readout", "answers", "dynamics", "pairs", "floorplan"} <= {*found}
     assert ("exits" in found) == bool(model.cfg.exit_gate)
-    assert {"loop-map", "gradients", "geometry"} <= {*found}
+    assert {"loop-map", "gradients", "geometry"} <= {*found} and "probes" not in found
     carrying = "carries more than its state" in page
     assert carrying == (architecture in ("act", "hyperloop"))
     assert ("Small changes" in page) != carrying
@@ -57,8 +59,28 @@ def test_sections_of_every_kind_of_model(make, architecture):
 
 
 def test_one_iteration(make):
-    page = report_html(make("huginn"), TEXTS, n_iterations=1, progress=False)
-    assert "dynamics" in sections(page)
+    page = report_html(make("huginn"), labelled(), n_iterations=1, progress=False)
+    assert {"dynamics", "probes"} <= {*sections(page)}
+    assert "The label is read best at iteration 0, layer" in page
+
+
+def labelled():
+    kinds = ["ann", "bob"] * 5
+    texts = [f"{name.capitalize()} likes Cid . 1 hops from Ann :" for name in kinds]
+    return [PromptText(text, label=kind) for text, kind in zip(texts, kinds, strict=True)]
+
+
+@pytest.mark.parametrize("architecture", ["huginn", "hrm_text"])
+def test_probes_where_prompts_have_labels(make, architecture):
+    model, alone = make(architecture), PromptText(TEXTS[0], label="alone")
+    section = probes_section(model, [*labelled(), alone], progress=False)
+    text = " ".join(section.paragraphs)
+    assert "1 prompt(s) without a label, or with one of their own" in text
+    assert section.finding.startswith("The label is read best at iteration") and "nan" not in text
+    assert len(section.figures) == 2 and "tested at iteration" in section.figures[1]
+    one_kind = probes_section(model, labelled()[::2], progress=False)
+    assert "5 prompts have a label, of 1 kind(s)" in one_kind.paragraphs[0]
+    assert probes_section(model, [PromptText(text) for text in TEXTS], progress=False) is None
 
 
 def test_bad_input(make):

@@ -25,6 +25,16 @@ def test_odd_json_lines_are_refused_by_file_and_line(tmp_path, what):
     str(error.value).encode()
 
 
+def test_labels_are_text(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    labels = ('"yes"', "1", "true", "null")
+    file.write_text("\n".join(f'{{"prompt": "a", "label": {label}}}' for label in labels))
+    assert [p.label for p in read_prompts(file)] == ["yes", "1", "true", None]
+    file.write_text('{"prompt": "a", "label": 0.5}')
+    with pytest.raises(PromptFileError, match="'label' must be text, got 0.5"):
+        read_prompts(file)
+
+
 def test_a_whole_surrogate_pair_is_text(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "\\ud83d\\ude00"}')
