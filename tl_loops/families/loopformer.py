@@ -1,10 +1,11 @@
 """LoopFormer: a looped nanoGPT whose blocks are modulated by time and step size.
 
 A run of T iterations takes T steps of size 1 / T, so the number of iterations also changes what
-each of them does.
+each of them does. ``base_loop`` of the same code is the loop without the modulation.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def _tensors(cfg: LoopedTransformerConfig) -> Iterator[TensorSpec]:
     d, d_mlp, e = cfg.d_model, cfg.d_mlp or 0, cfg.d_head
     yield whole("transformer.wte.weight", (cfg.d_vocab, d), "embed.W_E")
     yield whole("transformer.wpe.weight", (cfg.n_ctx, d), "pos_embed.W_pos")
-    for embedder, part in _EMBEDDERS.items():
+    for embedder, part in _EMBEDDERS.items() if cfg.time_conditioning else ():
         key, name = f"{embedder}.mlp", f"time_conditioning.{part}"
         yield whole(f"{key}.0.weight", (d, N_FREQUENCIES), f"{name}.W_in", transposed)
         yield whole(f"{key}.0.bias", (d,), f"{name}.b_in")
@@ -54,9 +55,13 @@ def _tensors(cfg: LoopedTransformerConfig) -> Iterator[TensorSpec]:
         yield whole(f"{key}.attn.c_proj.weight", (d, d), f"{name}.attn.W_O", heads_out(e))
         yield whole(f"{key}.mlp.c_fc.weight", (d_mlp, d), f"{name}.mlp.W_in", transposed)
         yield whole(f"{key}.mlp.c_proj.weight", (d, d_mlp), f"{name}.mlp.W_out", transposed)
-        modulation = f"{key}.adaLN_modulation.1"
-        yield whole(f"{modulation}.weight", (4 * d, d), f"{name}.modulation.W", transposed)
-        yield whole(f"{modulation}.bias", (4 * d,), f"{name}.modulation.b")
+        if cfg.time_conditioning:
+            modulation = f"{key}.adaLN_modulation.1"
+            yield whole(f"{modulation}.weight", (4 * d, d), f"{name}.modulation.W", transposed)
+            yield whole(f"{modulation}.bias", (4 * d,), f"{name}.modulation.b")
+        else:
+            yield whole(f"{key}.norm_1.weight", (d,), f"{name}.ln1.w")
+            yield whole(f"{key}.norm_2.weight", (d,), f"{name}.ln2.w")
     yield whole("transformer.norm_f.weight", (d,), "ln_final.w")
 
 
@@ -114,3 +119,21 @@ LOOPFORMER = Family(
         for blocks, iterations in ((3, 8), (2, 12), (1, 24))
     ),
 )
+
+BASE_LOOP = replace(
+    LOOPFORMER,
+    name="loopformer-base",
+    model_types=("base_loop",),
+    architectures=(),
+    fixed={**LOOPFORMER.fixed, "block_norm_weight": True, "time_conditioning": False},
+    known=(
+        KnownModel(
+            "armenjeddi/Base-Loop-3block-8iterations",
+            ("base-loop-3block-8iterations",),
+            {**_DEFAULTS, "max_model_loops": 8},
+            (*_DEFAULTS, "max_model_loops"),
+            silent={"max_model_loops": 8},
+        ),
+    ),
+)
+"""The same loop without the modulation, whose norms have gains."""

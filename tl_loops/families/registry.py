@@ -15,7 +15,7 @@ from tl_loops.families.huginn import HUGINN
 from tl_loops.families.ifm import IFM_LOOPEDLM
 from tl_loops.families.iquest import IQUEST_LOOP
 from tl_loops.families.llama import LLAMA, MISTRAL
-from tl_loops.families.loopformer import LOOPFORMER
+from tl_loops.families.loopformer import BASE_LOOP, LOOPFORMER
 from tl_loops.families.loopus import LOOPUS
 from tl_loops.families.nanbeige import NANBEIGE
 from tl_loops.families.nanochat import NANOCHAT_RECURSIVE
@@ -24,6 +24,7 @@ from tl_loops.families.olmo2 import OLMO2
 from tl_loops.families.ouro import OURO
 from tl_loops.families.parcae import PARCAE
 from tl_loops.families.qwen import QWEN2, QWEN3
+from tl_loops.families.refused import refusal
 from tl_loops.families.retrofitted import RETROFITTED_LLAMA, RETROFITTED_OLMO
 
 # Of families that share a model type, the first whose tensors are there is taken.
@@ -41,6 +42,7 @@ FAMILIES: tuple[Family, ...] = (
     IQUEST_LOOP,
     LOOPUS,
     LOOPFORMER,
+    BASE_LOOP,
     IFM_LOOPEDLM,
     HRM,
     TRM,
@@ -84,11 +86,14 @@ def recognise(released: Released, where: str, stored_keys: Callable[[], Collecti
             share the model type.
 
     Raises:
-        CheckpointError: The config names no looped family, or the tensors fit none of those that
-            it may be.
+        CheckpointError: The config names no looped family, or one that is known not to load, or
+            the tensors fit none of those that it may be.
     """
     candidates = [family for family in FAMILIES if family.matches(released)]
     if not candidates:
+        reason = refusal(released)
+        if reason is not None:
+            raise CheckpointError(f"{where}: {reason}")
         known = sorted({kind for family in FAMILIES for kind in family.model_types})
         raise CheckpointError(
             f"{where} is of no known family: 'model_type' is "

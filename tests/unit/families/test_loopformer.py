@@ -119,6 +119,38 @@ def test_logits_are_those_of_the_published_equations(loaded, tmp_path):
     assert_close(folded(TOKENS), stated(weights, TOKENS, 8), **CLOSE)
 
 
+@pytest.mark.parametrize("prefix", ["", "gpt."])
+def test_the_loop_without_modulation_is_the_published_one(tmp_path, prefix):
+    wanted = {k: s for k, s in shapes().items() if "embedder" not in k and "adaLN" not in k}
+    for layer in range(N_LAYER):
+        wanted |= {f"transformer.h.blocks.{layer}.norm_{i}.weight": (D,) for i in (1, 2)}
+    weights = draw(wanted)
+    config = {**CONFIG, "model_type": "base_loop"}
+    write(tmp_path, config, {f"{prefix}{key}": weight for key, weight in weights.items()})
+    with pytest.warns(UserWarning, match="tokenizer"):
+        model = LoopedTransformer.from_pretrained_no_processing(
+            tmp_path, device="cpu", dtype=torch.float64
+        )
+    assert model.cfg.notation == "(0, 2⊗8, 0)" and not model.cfg.time_conditioning
+    weights = {key: weight.double() for key, weight in weights.items()}
+    for n_iterations in (8, 3):
+        x = weights["transformer.wte.weight"][TOKENS] + weights["transformer.wpe.weight"][:9]
+        for _ in range(n_iterations):
+            for layer in range(N_LAYER):
+                key = f"transformer.h.blocks.{layer}"
+                read = rms(x, weights[f"{key}.norm_1.weight"], EPS)
+                q, k, v = F.linear(read, weights[f"{key}.attn.c_attn.weight"]).split(D, dim=-1)
+                q, k, v = (y.unflatten(-1, (HEADS, -1)) for y in (q, k, v))
+                z = attend(q, k, v, causal(9)).flatten(-2)
+                x = x + F.linear(z, weights[f"{key}.attn.c_proj.weight"])
+                read = rms(x, weights[f"{key}.norm_2.weight"], EPS)
+                hidden = F.gelu(F.linear(read, weights[f"{key}.mlp.c_fc.weight"]))
+                x = x + F.linear(hidden, weights[f"{key}.mlp.c_proj.weight"])
+        x = rms(x, weights["transformer.norm_f.weight"], EPS)
+        expected = F.linear(x, weights["transformer.wte.weight"])
+        assert_close(model(TOKENS, n_iterations=n_iterations), expected, **CLOSE)
+
+
 def test_a_repeated_head_is_accepted(tmp_path):
     weights = draw(shapes())
     weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
