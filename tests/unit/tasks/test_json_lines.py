@@ -31,7 +31,7 @@ def test_labels_are_text(tmp_path):
     file.write_text("\n".join(f'{{"prompt": "a", "label": {label}}}' for label in labels))
     assert [p.label for p in read_prompts(file)] == ["yes", "1", "true", None]
     file.write_text('{"prompt": "a", "label": 0.5}')
-    with pytest.raises(PromptFileError, match="'label' must be text, got 0.5"):
+    with pytest.raises(PromptFileError, match=r"'label' must be text, got 0\.5"):
         read_prompts(file)
 
 
