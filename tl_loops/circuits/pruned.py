@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tl_loops.attribution.components import Component
 from tl_loops.circuits.circuit import Circuit
@@ -17,9 +16,11 @@ from tl_loops.circuits.rows import CircuitRows
 from tl_loops.layout.model import Model
 from tl_loops.runs.activations import find_activation
 from tl_loops.runs.cells import scalar
+from tl_loops.runs.identity import tensors_fingerprint
+from tl_loops.runs.in_batches import PLAIN, Batch, Run, Split, run_in_batches
 from tl_loops.runs.removal import check_removal, removal_values
 from tl_loops.runs.rerun import BaseRun
-from tl_loops.runs.scoring import Metric, start_run
+from tl_loops.runs.scoring import Metric, identify_cells, start_run
 
 
 class PrunedRuns:
@@ -70,29 +71,53 @@ class PrunedRuns:
         self.full = float(scalar(metric(self.run.execute([])), self.run.tokens.float()))
 
     def metrics(
-        self, circuits: Sequence[Circuit], progress: bool = False, description: str = "circuits"
+        self,
+        circuits: Sequence[Circuit],
+        progress: bool = False,
+        description: str = "circuits",
+        split: Split = PLAIN,
     ) -> Float[Tensor, "circuit"]:
-        """The metric of each circuit's run.
+        """The metric of each circuit's run; NaN for those of another shard.
 
         Raises:
             ValueError: A circuit is of another graph.
+            CheckpointError: The file is damaged or of another run.
         """
         for circuit in circuits:
             if circuit.graph != self.graph:
                 raise ValueError("the circuits are of different graphs: score them in one way")
         rows = [CircuitRows.of(circuit) for circuit in circuits]
-        values: list[Tensor] = []
-        bar = tqdm(total=len(circuits), disable=not progress, desc=description)
-        with bar, torch.no_grad():
-            for first, stop, size in self._plan([r.n_rows for r in rows]):
-                parts = [
-                    self._logits(rows[first:stop], slice(start, start + size))
-                    for start in range(0, self.run.batch, size)
-                ]
-                for logits in torch.cat(parts, dim=1):
-                    values.append(scalar(self.metric(logits), logits))
-                bar.update(stop - first)
-        return torch.stack(values) if values else torch.zeros(0)
+        plan = list(self._plan([r.n_rows for r in rows]))
+        values = [torch.full((), torch.nan)] * len(circuits)
+
+        def compute(number: int) -> Batch:
+            first, stop, size = plan[number]
+            parts = [
+                self._logits(rows[first:stop], slice(start, start + size))
+                for start in range(0, self.run.batch, size)
+            ]
+            scores = [scalar(self.metric(logits), logits) for logits in torch.cat(parts, dim=1)]
+            return {"metrics": torch.stack(scores)}
+
+        def take(number: int, batch: Batch) -> None:
+            first, stop, _ = plan[number]
+            values[first:stop] = batch["metrics"].to(self.run.tokens.device)
+
+        def identify() -> dict[str, Any]:
+            kept = tensors_fingerprint([circuit.kept for circuit in circuits])
+            labels = [c.label for c in (*self.graph.senders, *self.graph.receivers)]
+            return identify_cells(
+                self.run, self.metric, self.rest, circuits=kept, nodes=labels, passes=plan
+            )
+
+        run = Run(description, [stop - first for first, stop, _ in plan], identify, unit="circuit")
+        with torch.no_grad():
+            run_in_batches(run, compute, take, split, progress)
+        return (
+            torch.stack([v.to(self.run.tokens.device) for v in values])
+            if values
+            else torch.zeros(0)
+        )
 
     def _plan(self, n_rows: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         """Circuits that share a pass, first and past the last, and how many prompts it takes."""

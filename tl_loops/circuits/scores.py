@@ -1,5 +1,6 @@
 """Scoring edges: what the metric loses without each, estimated from gradients or exactly."""
 
+import os
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -15,8 +16,12 @@ from tl_loops.circuits.pruned import PrunedRuns, rest_values
 from tl_loops.layout.model import Model
 from tl_loops.patching.paths import path_patch
 from tl_loops.patching.site import Site
+from tl_loops.runs.cells import scalar
+from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
 from tl_loops.runs.removal import check_removal
-from tl_loops.runs.scoring import Metric, start_run
+from tl_loops.runs.rerun import BaseRun
+from tl_loops.runs.scoring import Metric, identify_cells, start_run
+from tl_loops.runs.shards import Shards
 
 ScoredBy = Literal["gradient", "integrated_inputs", "exact"]
 _READS = {"attn": "attn_out", "mlp": "mlp_out", "query": "q", "key": "k", "value": "v", "head": "z"}
@@ -65,6 +70,8 @@ def score(
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    shard: Shards = None,
     **forward_arguments: Any,
 ) -> EdgeScores:
     """Score every edge by what the metric loses when it alone carries the rest.
@@ -93,6 +100,11 @@ def score(
         seed: Of the draw of ``"resample"``.
         batch_size: Rows in one forward pass of ``"exact"``; ``None``: chosen.
         progress: Show a progress bar.
+        checkpoint: A file to which the scores of every receiver (``"exact"``: sender) are added
+            once they are done; the same call goes on from it, to the same bits.
+        shard: ``(k, n)``, ``"auto"`` or ``"distributed"``: which of them are scored here, as for
+            :func:`tl_loops.patching.activation_patch`. With ``(k, n)`` scores are NaN, until the
+            checkpoints are merged (:func:`tl_loops.merge_shards`).
         **forward_arguments: ``attention_mask`` or ``initial_state`` of every run (exits too).
 
     Returns:
@@ -103,6 +115,8 @@ def score(
         LoopedSemanticsError: ``"integrated_inputs"`` on a model whose tokens also enter by value
             embeddings.
         ValueError: Arguments that do not fit each other, the prompts or the reference.
+        CheckpointError: The checkpoint is damaged or of another run, or the run can be neither
+            resumed nor cut into shards.
 
     Source: edge attribution patching 2310.10348, section 2; with integrated gradients 2403.17806,
     section 3; exact patching of each edge 2304.14997, section 3.
@@ -111,6 +125,8 @@ def score(
         raise ValueError(f"by must be one of {', '.join(get_args(ScoredBy))}, got {by!r}")
     graph = EdgeGraph.of(model, heads=heads, split_qkv=split_qkv, folded=folded)
     check_removal("rest", rest, reference)
+    split = Split(shard, checkpoint)
+    split.check(model)
     if by == "exact" and folded:
         runs = PrunedRuns(
             model,
@@ -124,13 +140,13 @@ def score(
             batch_size,
             forward_arguments,
         )
-        scores = _folded_exact(graph, runs, progress)
+        scores = _folded_exact(graph, runs, progress, split)
     else:
         run = start_run(model, tokens, metric, batch_size, forward_arguments)
         values = rest_values(model, graph, rest, reference, run.shape, mean_over, seed)
         if by == "exact":
             scores = _exact(
-                model, graph, run.tokens, metric, values, batch_size, progress, forward_arguments
+                run, graph, metric, values, batch_size, progress, forward_arguments, split
             )
         else:
             scores = -edge_attribution(
@@ -143,6 +159,8 @@ def score(
                 method="gradient" if by == "gradient" else "integrated_inputs",
                 n_steps=n_steps,
                 progress=progress,
+                checkpoint=checkpoint,
+                shard=shard,
                 **forward_arguments,
             ).scores
         if folded:
@@ -153,31 +171,51 @@ def score(
 
 
 def _exact(
-    model: Model,
+    run: BaseRun,
     graph: EdgeGraph,
-    tokens: Tensor,
     metric: Metric,
     values: dict[str, Tensor],
     batch_size: int | None,
     progress: bool,
     arguments: dict[str, Any],
+    split: Split,
 ) -> Tensor:
     """One edge at a time: path patching from each sender to each receiver."""
-    with torch.no_grad():
-        full = metric(model(tokens, **arguments))
+    model, senders = run.model, graph.senders
+    receivers = ["logits" if c.kind == "logits" else _site(c) for c in graph.receivers]
+    freeze = ("attn_out",) if model.cfg.attn_only else ("attn_out", "mlp_out")
+    rows: dict[int, Tensor] = {}
+
+    def compute(number: int) -> Batch:
         without = path_patch(
             model,
-            tokens,
+            run.tokens,
             values,
             metric,
-            [_site(c) for c in graph.senders],
-            ["logits" if c.kind == "logits" else _site(c) for c in graph.receivers],
-            freeze=("attn_out",) if model.cfg.attn_only else ("attn_out", "mlp_out"),
+            [_site(senders[number])],
+            receivers,
+            freeze=freeze,
             batch_size=batch_size,
-            progress=progress,
+            progress=False,
             **arguments,
         )
-    return torch.where(graph.exists.to(without.device), full.to(without) - without, 0.0)
+        return {"losses": full.to(without) - without[0]}
+
+    def take(number: int, batch: Batch) -> None:
+        rows[number] = batch["losses"].to(run.tokens.device)
+
+    def identify() -> dict[str, Any]:
+        # Which edges there are is in what senders and receivers are called.
+        labels = [c.label for c in (*senders, *graph.receivers)]
+        return identify_cells(run, metric, values, nodes=labels, batch_size=batch_size)
+
+    with torch.no_grad():
+        full = scalar(metric(model(run.tokens, **arguments)), run.tokens.float())
+        units = Run("exact edges", [1] * len(senders), identify, unit="sender")
+        run_in_batches(units, compute, take, split, progress)
+    nothing = torch.full((len(receivers),), torch.nan, dtype=full.dtype, device=full.device)
+    losses = torch.stack([rows.get(number, nothing) for number in range(len(senders))])
+    return torch.where(graph.exists.to(losses.device), losses, 0.0)
 
 
 def _site(component: Component) -> Site:
@@ -186,11 +224,11 @@ def _site(component: Component) -> Site:
     return Site(_READS[component.kind], block=component.block, head=component.head)
 
 
-def _folded_exact(graph: EdgeGraph, runs: PrunedRuns, progress: bool) -> Tensor:
+def _folded_exact(graph: EdgeGraph, runs: PrunedRuns, progress: bool, split: Split) -> Tensor:
     """All edges that a folded one stands for at a time."""
     classes, whole = graph.edge_classes, Circuit.whole(graph)
     circuits = [whole.without(edges=classes == number) for number in range(graph.n_edges)]
-    losses = runs.full - runs.metrics(circuits, progress, "edges")
+    losses = runs.full - runs.metrics(circuits, progress, "folded edges", split)
     return torch.where(graph.exists.to(losses.device), losses[classes.to(losses.device)], 0.0)
 
 

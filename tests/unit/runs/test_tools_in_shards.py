@@ -12,6 +12,7 @@ import tl_loops.runs.in_batches as in_batches
 from tests.models import tiny_model
 from tl_loops import LoopProfile, exit_curve, map_prompts, measure, merge_shards
 from tl_loops.attribution import attribution_patch, edge_attribution
+from tl_loops.circuits import score
 from tl_loops.errors import CheckpointError
 from tl_loops.lens import LensResult, coda_lens
 from tl_loops.patching import (
@@ -104,6 +105,13 @@ TOOLS: dict[str, Callable[..., Any]] = {
             [(tokens, k) for k, tokens in enumerate(prompts())], "a logit", progress=False, **split,
         )
     ]),
+    **{
+        f"score {by}{' folded' if folded else ''}": lambda by=by, folded=folded, **split: score(
+            model(), pair()[0], logit, "paired", pair()[1], by=by, folded=folded, n_steps=2,
+            batch_size=4, progress=False, **split,
+        ).scores
+        for by, folded in (("integrated_inputs", False), ("exact", False), ("exact", True))
+    },
     "gather_states": lambda **split: gather_states(
         model(), prompts(), "state_out", batch_size=2, progress=False, **split
     ).values,
