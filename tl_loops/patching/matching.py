@@ -180,7 +180,7 @@ class Transplant:
             for take, to in self.heads or ((slice(None), slice(None)),):
                 part = self.value[:, take, here]
                 is_scores = self.activation.rest.endswith("hook_attn_scores")
-                attends = ~hidden_keys(part) if is_scores else part != 0
+                attends = ~_masked(part) if is_scores else part != 0
                 wrong = (attends & hidden[:, to, there]).nonzero()
                 if len(wrong):
                     query, key = wrong[0, 2:].tolist()
@@ -244,15 +244,42 @@ def match(model: Model, run: SourceRun, source: Site, target: Site) -> list[Tran
     return found
 
 
-def hidden_keys(scores: Tensor) -> Bool[Tensor, "batch head query key"]:
-    """Which keys each query does not see, from the attention scores of a run."""
+class SeenKeys:
+    """Which keys the queries of a run do not see, noted while it runs."""
+
+    def __init__(self) -> None:
+        self.hidden: dict[str, Tensor] = {}
+
+    @staticmethod
+    def points(name: str) -> list[str]:
+        """The hook points to be noted for attention scores or a pattern: its scores, and itself."""
+        return list(dict.fromkeys([name.replace("hook_pattern", "hook_attn_scores"), name]))
+
+    def note(self, name: str, value: Tensor) -> None:
+        """Take note of an activation of the run.
+
+        Args:
+            name: One of :meth:`points`.
+            value: Before anything is put in.
+        """
+        is_scores = name.endswith("hook_attn_scores")
+        self.hidden[name] = _masked(value) if is_scores else value == 0
+
+    def hidden_at(self, name: str) -> Bool[Tensor, "batch head query key"]:
+        """Which keys each query does not see, at a pattern or at scores.
+
+        A bridge of TransformerLens shows patterns in the place of scores, in which nothing is
+        masked. There it is the keys to which the run's own pattern gives nothing.
+        """
+        scores = self.hidden.get(self.points(name)[0])
+        if scores is not None and bool(scores.any()):
+            return scores
+        return self.hidden[name]
+
+
+def _masked(scores: Tensor) -> Tensor:
     # Minus infinity here; on bridges of Hugging Face's models the least number of the type.
     return scores.detach() <= torch.finfo(scores.dtype).min / 2
-
-
-def scores_name(name: str) -> str:
-    """The hook point of the attention scores that a pattern, or the scores, stand at."""
-    return name.replace("hook_pattern", "hook_attn_scores")
 
 
 def _activation(model: Model, site: Site) -> Activation:

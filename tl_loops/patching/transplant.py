@@ -13,7 +13,7 @@ from tl_loops.errors import ArgumentError, shortened
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
 from tl_loops.layout.selection import Selection, distinct_indices
-from tl_loops.patching.matching import SourceRun, Transplant, hidden_keys, match, scores_name
+from tl_loops.patching.matching import SeenKeys, SourceRun, Transplant, match
 from tl_loops.patching.site import Site, Sites, group
 from tl_loops.runs.activations import find_activation
 from tl_loops.runs.cells import Cell
@@ -58,10 +58,10 @@ def transplant_hooks(
     run = SourceRun.of(cache, model)
     hooks: HookList = []
     for one in _matched(model, run, source, source if target is None else target):
-        hidden: dict[str, Tensor] = {}
+        seen = SeenKeys()
         if one.is_pattern:
-            hooks.append((scores_name(one.name), partial(_note_hidden, hidden, one.name)))
-        hooks.append((one.name, partial(_put, one, hidden)))
+            hooks += [(name, partial(_note, seen)) for name in seen.points(one.name)]
+        hooks.append((one.name, partial(_put, one, seen)))
     return hooks
 
 
@@ -214,13 +214,13 @@ def _score(
         edits = [(one.name, edit) for one in cell for edit in one.edits(n_pos)]
         first = min(there.start for one in cell for _, there in one.positions(n_pos))
         cells.append(Cell(edits, first))
-    hidden: dict[str, Tensor] = {}
+    seen = SeenKeys()
     patterns = {one.name for one in every if one.is_pattern}
-    observe = {scores_name(n): partial(_note_hidden, hidden, n) for n in patterns}
+    observe = {name: partial(seen.note, name) for n in patterns for name in seen.points(n)}
     run.execute(dict.fromkeys(one.name for one in every), observe)
     for one in every:
         if one.is_pattern:
-            one.check_seen(hidden[one.name])
+            one.check_seen(seen.hidden_at(one.name))
     put_in = {one.source_name: one.value for one in every}
     parts = [
         [(one.source_name, one.name, one.positions(n_pos), one.heads) for one in cell]
@@ -254,16 +254,16 @@ def _matched(model: Model, run: SourceRun, sources: Sites, targets: Sites) -> li
     return [one for s, t in zip(given, taken, strict=True) for one in match(model, run, s, t)]
 
 
-def _note_hidden(hidden: dict[str, Tensor], name: str, scores: Tensor, hook: Any = None) -> None:
-    """Note what the queries of a run do not see, under the name of what is transplanted."""
-    hidden[name] = hidden_keys(scores)
+def _note(seen: SeenKeys, value: Tensor, hook: Any) -> None:
+    """Take note of what the queries of a run see."""
+    seen.note(hook.name, value)
 
 
-def _put(one: Transplant, hidden: dict[str, Tensor], value: Tensor, hook: Any) -> Tensor:
+def _put(one: Transplant, seen: SeenKeys, value: Tensor, hook: Any) -> Tensor:
     """Put a source's value into a copy of a run's."""
     one.check_rows(value.shape[0])
     if one.is_pattern:
-        one.check_seen(hidden[one.name])
+        one.check_seen(seen.hidden_at(one.name))
     value = value.clone()
     for edit in one.edits(value.shape[one.activation.pos_dim]):
         edit(value)

@@ -260,7 +260,17 @@ def test_a_feedforward_model_gives_by_block(models):
     found = run(plain, tokens, transplant_hooks(plain, looped, Site("z", 2, 0), Site("z", block=1)))
     value = looped["z", 2, 0]
     put = [("blocks.1.attn.hook_z", lambda z, hook: value.reshape(z.shape).clone())]
-    assert_close(found, run(plain, tokens, put), atol=0, rtol=0)
+    assert torch.equal(found, run(plain, tokens, put))
+    # Its patterns are bounded, too, also where it shows no scores before them.
+    own = transplant_hooks(plain, cache, Site("pattern"))
+    assert_close(run(plain, tokens, own), plain(tokens), atol=1e-5, rtol=1e-5)
+    ahead = Site("pattern", block=0, pos=3), Site("pattern", block=0, pos=1)
+    hooks = transplant_hooks(plain, cache, *ahead)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="does not see"):
+            run(plain, tokens, hooks)
+    with pytest.raises(ValueError, match="does not see"):
+        transplant_sites(plain, tokens, cache, metric, [ahead[0]], [ahead[1]], progress=False)
 
 
 @torch.no_grad()
