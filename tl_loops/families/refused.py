@@ -76,8 +76,8 @@ REFUSED: tuple[Refused, ...] = (
         ("albert/albert-base-v2",),
         ("albert",),
         ("AlbertForMaskedLM", "AlbertModel"),
-        "it is an encoder: embeddings of a smaller width with a projection, types of tokens and the "
-        "head of a masked language model are not implemented",
+        "it is an encoder: embeddings of a smaller width with a projection, types of tokens and "
+        "the head of a masked language model are not implemented",
     ),
 )
 """What is told apart by ``config.json``; docs/families.md has further models, whose is unseen."""

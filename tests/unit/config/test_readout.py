@@ -187,3 +187,33 @@ def test_another_number_of_iterations_moves_the_final_norm():
         "iter.1.norm",
         "ln_final",
     ]
+
+
+def test_a_norm_of_its_own_has_no_weights_and_comes_with_every_iteration():
+    fields = dict(norm_between_iterations=True, own_norm_between_iterations=True, n_core=2)
+    model = LoopedTransformer(
+        LoopedTransformerConfig(n_iterations=2, exit_gate=True, **fields, **SIZES)
+    )
+    plain = LoopedTransformerConfig(n_iterations=2, exit_gate=True, n_core=2, **SIZES)
+    assert model.cfg.n_params == plain.n_params
+    tokens = torch.arange(6)[None]
+    with torch.no_grad():
+        for n_iterations in (1, 2, 5):
+            logits, cache = model.run_with_cache(tokens, n_iterations=n_iterations)
+            for t in range(n_iterations):
+                state = cache["state_out", t]
+                assert_close(state.pow(2).mean(-1), torch.ones(1, 6), rtol=1e-3, atol=1e-3)
+            last = cache["state_out", n_iterations - 1]
+            assert_close(logits, model.ln_final(last) @ model.W_U, rtol=1e-4, atol=1e-5)
+            assert_close(
+                model(tokens, n_iterations=6, exit_at=n_iterations - 1),
+                logits,
+                rtol=1e-4,
+                atol=1e-5,
+            )
+        state_dict = {name: value.clone() for name, value in model.state_dict().items()}
+        model.load_state_dict(state_dict, assign=True)
+        again = model(tokens)
+        assert_close(again, model(tokens, exit_at=1), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match="needs norm_between_iterations"):
+        LoopedTransformerConfig(own_norm_between_iterations=True, **SIZES)

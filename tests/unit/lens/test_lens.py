@@ -88,8 +88,10 @@ def test_coda_lens_inside_an_iteration_is_the_run_that_ends_there(model, tokens)
         close(logits, replaced)
 
 
-def test_coda_lens_with_a_norm_between_iterations_and_a_coda(tokens):
-    model = tiny_model("ouro", n_coda=1, initializer_range=0.15)
+@pytest.mark.parametrize("own", [False, True])
+def test_coda_lens_with_a_norm_between_iterations_and_a_coda(tokens, own):
+    changes = dict(own_norm_between_iterations=own, initializer_range=0.15)
+    model = tiny_model("ouro", n_coda=1, **changes)
     result = coda_lens(model, tokens, points="core", keep_logits=True)
     _, cache = model.run_with_cache(tokens)
     end = "iter.3.2.hook_resid_post"
