@@ -118,8 +118,8 @@ plots.plot_circuit(circuit, model=model, prompts=6, backend="matplotlib")
 # %% [markdown]
 # With 2 percent of the edges the model still answers. Without iteration 0 nothing is lost: its hop
 # is the same in both prompts. Without iteration 1 the answer is gone, without iteration 2 most of
-# it stays. All four heads of layer 0 are in it, and the MLP of layer 1, through which they reach the
-# logits.
+# it stays. All four heads of layer 0 are in it, and the MLP of layer 1, through which they reach
+# the logits.
 #
 # ## Intervention: predict what it will say
 #
