@@ -98,6 +98,19 @@ def test_stages(quick):
                 )
 
 
+def test_exits(quick):
+    """The gate's distribution sums to 1, and a higher threshold never leaves earlier."""
+    for results in (quick("exits"), committed("exits")):
+        for of in results["trained"].values():
+            for row in of["by_hops"].values():
+                leaving = row["distribution"]["mean"]
+                assert sum(leaving) == pytest.approx(1, abs=1e-3)
+                mean = sum((t + 1) * p for t, p in enumerate(leaving))
+                assert row["expected_exit"]["mean"] == pytest.approx(mean, rel=1e-3)
+            iterations = [row["iterations"]["mean"] for row in of["by_threshold"].values()]
+            assert iterations == sorted(iterations)
+
+
 def small_model():
     return LoopedTransformer(
         LoopedTransformerConfig(
