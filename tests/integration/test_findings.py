@@ -14,7 +14,7 @@ from tl_loops import LoopedTransformer, LoopedTransformerConfig, loop
 ROOT = Path(__file__).parents[2]
 FINDINGS = ROOT / "demos" / "findings"
 PAGE = ROOT / "docs" / "findings" / "index.md"
-NOT_A_FINDING = {"finding", "pretrained", "train_text"}
+NOT_A_FINDING = {"finding", "pretrained", "subjects", "train_text"}
 NAMES = sorted({path.stem for path in FINDINGS.glob("*.py")} - NOT_A_FINDING)
 
 
@@ -109,6 +109,16 @@ def test_exits(quick):
                 assert row["expected_exit"]["mean"] == pytest.approx(mean, rel=1e-3)
             iterations = [row["iterations"]["mean"] for row in of["by_threshold"].values()]
             assert iterations == sorted(iterations)
+
+
+def test_path_independence(quick):
+    """The mean of predictions is at least as good as predictions are on average (Jensen)."""
+    for models in (quick("path_independence")["models"], committed("path_independence")["models"]):
+        for of in models.values():
+            for row in of.values():
+                assert min(row["gain_of_width"]["low"]) >= -1e-5
+            near, far = (of[scale]["relative_distance"]["mean"] for scale in ("1", "50"))
+            assert all(a < b for a, b in zip(near, far, strict=True))
 
 
 def small_model():
