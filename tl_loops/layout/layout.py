@@ -106,6 +106,7 @@ class LoopLayout:
         self._calls = tuple(segment for _, segment in segment_calls(loops))
         self.n_iterations = len(self._calls)
         lengths = [segment.n_layers for segment in self._calls]
+        self._n_core = lengths[0] if len(set(lengths)) == 1 else None
         # Index of each iteration's first block, and of the coda's.
         self._firsts = tuple(accumulate(lengths, initial=self.n_prelude))
 
@@ -128,12 +129,12 @@ class LoopLayout:
         Raises:
             LoopedSemanticsError: The iterations have different numbers of blocks.
         """
-        if len({segment.n_layers for segment in self._calls}) > 1:
+        if self._n_core is None:
             raise LoopedSemanticsError(
                 f"the iterations of {self.notation(injected=False)} have different numbers of "
                 "layers, so this has no one number of layers an iteration: go by unrolled block"
             )
-        return self._calls[0].n_layers
+        return self._n_core
 
     @property
     def n_layers(self) -> int:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -237,8 +236,7 @@ class Attention(nn.Module):
         if self.cfg.use_attn_result:
             result = self.hook_result(torch.einsum("bphe,hed->bphd", z, self.W_O))
             return result.sum(2) + self.b_O
-        weight = rearrange(self.W_O, "head d_head d_model -> d_model (head d_head)")
-        return F.linear(z.flatten(-2), weight, self.b_O)
+        return F.linear(z.flatten(-2), self.W_O.flatten(0, 1).T, self.b_O)
 
 
 class GroupedQueryAttention(Attention):
@@ -285,7 +283,9 @@ def _fused_hides(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """
     if q.device.type != "cpu" or _transformed():
         return False
-    return not all(math.isfinite(float(x.detach().sum(dtype=torch.float32))) for x in (q, k, v))
+    with torch.no_grad():
+        total = sum(x.sum(dtype=torch.float32) for x in (q, k, v))
+    return not math.isfinite(total)
 
 
 def _transformed() -> bool:

@@ -81,6 +81,7 @@ class StackRun:
         out = self.out = Trajectory(x)
         parts = (mechanism.part(self) for mechanism in self.cfg.mechanisms)
         self._parts: list[Part] = [part for part in parts if part is not None]
+        self._readout = self.cfg.readout
         end = self.layout.n_layers if stop is None else stop
         for index in range(self.start, end):
             if index > self.start or enter_first:
@@ -134,7 +135,7 @@ class StackRun:
         hooks, state = self.model.iter[t], out.resid
         for part in self._parts:
             state = part.leave(t, state)
-        norm = self.cfg.readout.iteration_norm(t)
+        norm = self._readout.iteration_norm(t)
         if norm is not None:
             out.normed = norm == "ln_final"
             state = (self.model.ln_final if out.normed else hooks.norm)(state)
