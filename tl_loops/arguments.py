@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tl_loops.argument_axes import annotated_axes, check_axes
 from tl_loops.errors import ArgumentError, shortened
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+Record = TypeVar("Record")
 _EXPECTED: dict[Any, tuple[Callable[[Any], bool], str, str]] = {}
 
 
@@ -50,23 +52,29 @@ def expect(annotation: Any, accepts: Callable[[Any], bool], words: str, lacks: s
     _EXPECTED[annotation] = accepts, words, lacks
 
 
-def checked(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def checked(
+    function: Callable[Arguments, Result], integers_as_floats: bool = True
+) -> Callable[Arguments, Result]:
     """Check the arguments of a public function by its annotations, before it does anything.
 
     Integers and numbers of numpy and of tensors without axes become Python's; arrays and lists
-    become tensors where the annotation is a tensor's, integers in them float64 where it holds
-    floating point numbers. Annotations that say nothing (``Any``) are not checked.
+    become tensors where the annotation is a tensor's, whose integers become int64. Tensors with an
+    axis of one name must agree in it. Annotations that say nothing (``Any``) are
+    not checked.
 
     Args:
         function: Raises ``ArgumentError`` from now on: a TypeError and a ValueError.
+        integers_as_floats: Whether a tensor of integers becomes one of float64 where the annotation
+            holds floating point numbers.
     """
     signature = inspect.signature(function)
     kinds: dict[str, Kind] = {}
+    axes = annotated_axes(signature)
 
     @wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         if not kinds:
-            kinds.update(_kinds_of(signature))
+            kinds.update(_kinds_of(function, signature, not integers_as_floats))
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError:
@@ -74,9 +82,17 @@ def checked(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
         for name, value in bound.arguments.items():
             if name in kinds:
                 bound.arguments[name] = _read(name, value, kinds[name])
+        if len(axes) > 1:
+            check_axes(axes, bound.arguments)
         return function(*bound.args, **bound.kwargs)
 
     return call
+
+
+def checked_fields(record: type[Record]) -> type[Record]:
+    """Check the fields of a dataclass as :func:`checked` checks arguments, when one is made."""
+    record.__init__ = checked(record.__init__)
+    return record
 
 
 def argument(name: str, value: Any, annotation: Any) -> Any:
@@ -87,6 +103,17 @@ def argument(name: str, value: Any, annotation: Any) -> Any:
     """
     kind = _kind(annotation)
     return value if kind is None else _read(name, value, kind)
+
+
+def check_at_least(least: float | int, /, **numbers: float | int | None) -> None:
+    """Raise on numbers below a bound, by name; ``None`` was left out.
+
+    Raises:
+        ValueError: There is one, or one that is NaN.
+    """
+    for name, number in numbers.items():
+        if number is not None and not number >= least:
+            raise ValueError(f"{name} must be at least {least}, got {number}")
 
 
 def is_index(value: Any) -> bool:
@@ -119,14 +146,26 @@ def as_index(what: str, value: Any) -> int:
     raise TypeError(f"{what} must be an integer, got {shortened(value)}")
 
 
-def _kinds_of(signature: inspect.Signature) -> dict[str, Kind]:
+def _kinds_of(
+    function: Callable[..., Any], signature: inspect.Signature, exact: bool
+) -> dict[str, Kind]:
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     found = {
-        name: _kind(parameter.annotation)
+        name: _kind(_resolved(parameter.annotation, function), exact)
         for name, parameter in signature.parameters.items()
         if parameter.kind not in variadic and parameter.annotation is not parameter.empty
     }
     return {name: kind for name, kind in found.items() if kind is not None}
+
+
+def _resolved(annotation: Any, function: Callable[..., Any]) -> Any:
+    """What an annotation in quotes names; ``Any`` where it names what only type checkers see."""
+    if not isinstance(annotation, str):
+        return annotation
+    try:
+        return eval(annotation, getattr(inspect.unwrap(function), "__globals__", {}))
+    except NameError:
+        return Any
 
 
 def _read(name: str, value: Any, kind: Kind) -> Any:
@@ -146,8 +185,13 @@ def _described(value: Any) -> str:
 
 
 @cache
-def _kind(annotation: Any) -> Kind | None:
-    """What an annotation takes; ``None`` where it takes everything."""
+def _kind(annotation: Any, exact: bool = False) -> Kind | None:
+    """What an annotation takes; ``None`` where it takes everything.
+
+    Args:
+        annotation: A type.
+        exact: Whether a tensor of integers is none of floating point numbers.
+    """
     if annotation in (Any, object):  # From Python 3.11 on Any is a class, too.
         return None
     if annotation in _EXPECTED:
@@ -162,22 +206,23 @@ def _kind(annotation: Any) -> Kind | None:
         return _instance(lambda value: value is None, "None")
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (Union, UnionType):
-        return _union([_kind(part) for part in parts])
+        return _union([_kind(part, exact) for part in parts])
     if origin is Literal:
         return _choice(parts)
     if origin is not None and isinstance(origin, type):
         if issubclass(origin, Mapping):
-            return _mapping(_kind(parts[1]) if len(parts) == 2 else None, parts[:1] == (str,))
+            values = _kind(parts[1], exact) if len(parts) == 2 else None
+            return _mapping(values, parts[:1] == (str,))
         if origin is tuple:
-            return _tuple([_kind(part) for part in parts], annotation)
+            return _tuple([_kind(part, exact) for part in parts], annotation)
         if origin in (list, Sequence, Iterable):
-            return _sequence(_kind(parts[0]), origin is Iterable, parts[0] is str)
+            return _sequence(_kind(parts[0], exact), origin is Iterable, parts[0] is str)
         if issubclass(origin, Callable):
             return _instance(callable, "a function")
         return _instance(lambda value: isinstance(value, origin), f"a {origin.__name__}")
     if hasattr(annotation, "dim_str") and hasattr(annotation, "dtypes"):
         return Kind(
-            lambda value: _tensor(value, annotation),
+            lambda value: _tensor(value, annotation, exact),
             _tensor_words(annotation),
             strict=lambda value: _tensor(value, annotation, convert=False),
         )
@@ -299,7 +344,7 @@ def _tuple(parts: list[Kind | None], annotation: Any) -> Kind:
     return Kind(read, words)
 
 
-def _tensor(value: Any, annotation: Any, convert: bool = True) -> Tensor:
+def _tensor(value: Any, annotation: Any, exact: bool = False, convert: bool = True) -> Tensor:
     """A tensor of the annotation's kind of numbers and number of axes."""
     if convert and isinstance(value, (list, tuple, np.ndarray)):
         try:
@@ -311,10 +356,10 @@ def _tensor(value: Any, annotation: Any, convert: bool = True) -> Tensor:
     known = annotation.dtypes
     if isinstance(known, (list, tuple)):
         dtype = str(value.dtype).removeprefix("torch.")
-        if convert and "float32" in known and not (value.is_floating_point() or value.is_complex()):
-            if value.dtype != torch.bool:
-                value, dtype = value.double(), "float64"
-        if "int64" in known and dtype.startswith("uint"):
+        whole = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+        if convert and not exact and "float32" in known and whole:
+            value, dtype = value.double(), "float64"
+        if "int64" in known and whole:
             value, dtype = value.long(), "int64"
         if dtype not in known:
             raise _Wrong
@@ -336,6 +381,6 @@ def _tensor_words(annotation: Any) -> str:
     known = annotation.dtypes
     numbers = ""
     if isinstance(known, (list, tuple)):
-        numbers = " of booleans" if list(known) == ["bool"] else " of integers"
+        numbers = " of booleans" if "bool" in known else " of integers"
         numbers = " of floating point numbers" if "float32" in known else numbers
     return f"a tensor [{', '.join(axes)}]{numbers}" if axes else f"a tensor without axes{numbers}"

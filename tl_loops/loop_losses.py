@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_loops.arguments import check_at_least, checked
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.model import Model
 
 
+@checked
 def act_ponder_cost(
     halting: Float[Tensor, "iteration *batch"],
 ) -> Float[Tensor, "*batch"]:
@@ -22,8 +24,13 @@ def act_ponder_cost(
         halting: Halting probabilities p_t, at least 0, summing to 1 over the iterations
             (``iter.{t}.hook_halting`` of a model with ``halting="act"``).
 
+    Raises:
+        ValueError: There is no iteration.
+
     Source: Graves 2016 (1603.08983), equations 6 and 9.
     """
+    if not halting.shape[0]:
+        raise ValueError("halting has no iterations; pass the probability of at least one")
     counted = halting > 0
     numbers = torch.arange(1, halting.shape[0] + 1, device=halting.device)
     numbers = numbers.view(-1, *[1] * (halting.ndim - 1)) * counted
@@ -32,6 +39,7 @@ def act_ponder_cost(
     return n_steps.to(halting.dtype) + remainder
 
 
+@checked
 def geometric_prior(n_iterations: int, rate: float) -> Float[Tensor, "iteration"]:
     """The geometric distribution λ (1 - λ)^t over the iterations, renormalised.
 
@@ -41,12 +49,14 @@ def geometric_prior(n_iterations: int, rate: float) -> Float[Tensor, "iteration"
 
     Source: PonderNet (2107.05407), section 2.3.
     """
+    check_at_least(1, n_iterations=n_iterations)
     if not 0.0 < rate <= 1.0:
         raise ValueError(f"rate is a probability above 0, got {rate}")
     weights = rate * (1.0 - rate) ** torch.arange(n_iterations, dtype=torch.float64)
     return (weights / weights.sum()).float()
 
 
+@checked
 def ponder_loss(
     losses: Float[Tensor, "iteration *batch"],
     halting: Float[Tensor, "iteration *batch"],
@@ -76,6 +86,7 @@ def ponder_loss(
     return ((halting * losses).sum(0) + beta * divergence).mean()
 
 
+@checked
 def expected_exit_loss(
     losses: Float[Tensor, "iteration *batch"],
     probabilities: Float[Tensor, "iteration *batch"],
@@ -98,6 +109,7 @@ def expected_exit_loss(
     return ((probabilities * losses).sum(0) - beta * entropy).mean()
 
 
+@checked
 def ponder_training_loss(
     model: Model, tokens: Int[Tensor, "batch pos"], rate: float = 0.2, beta: float = 0.01
 ) -> Float[Tensor, ""]:
@@ -112,9 +124,10 @@ def ponder_training_loss(
     Raises:
         LoopedSemanticsError: The model halts otherwise, or not at all.
     """
-    if model.cfg.halting != "ponder":
+    halts = getattr(model.cfg, "halting", None)
+    if halts != "ponder":
         raise LoopedSemanticsError(
-            f"this model has halting={model.cfg.halting!r}: the expected loss needs "
+            f"this model has halting={halts!r}: the expected loss needs "
             "halting='ponder'; with 'act' add act_ponder_cost to the model's own loss"
         )
     kept: dict[str, list[Tensor]] = {"hook_state_out": [], "hook_halting": []}
@@ -134,6 +147,7 @@ def ponder_training_loss(
     return ponder_loss(torch.stack(losses).to(halting), halting, rate, beta)
 
 
+@checked
 def routing_balance_loss(weights: Float[Tensor, "*batch depth"]) -> Float[Tensor, ""]:
     """How unevenly a router shares tokens out: n Σ_i f_i P_i, which is 1 when all depths are equal.
 
@@ -142,10 +156,15 @@ def routing_balance_loss(weights: Float[Tensor, "*batch depth"]) -> Float[Tensor
     Args:
         weights: ``hook_router_weights`` of a model with ``router="token_choice"``.
 
+    Raises:
+        ValueError: There is no depth.
+
     Source: the balancing loss of 2507.10524 (token-choice routing), after Fedus et al. 2021
     (2101.03961), equation 4.
     """
     n_depths = weights.shape[-1]
+    if not n_depths:
+        raise ValueError("weights has no depths to share tokens between")
     flat = weights.reshape(-1, n_depths)
     chosen = F.one_hot(flat.argmax(-1), n_depths).to(flat).mean(0)
     return n_depths * (chosen * flat.mean(0)).sum()

@@ -1,90 +1,21 @@
-"""A plain call of every public function of the tools, and the kind of each of its arguments."""
+"""A plain call of every public function of the tools."""
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import tl_loops
-from tests.fuzz import odd_values as odd
+from tests.fuzz.loop_calls import LOOP_CALLS, score
+from tests.fuzz.metric_calls import METRIC_CALLS
 from tests.fuzz.world import World
-from tl_loops import attribution, lens, loop_hooks, measurements, patching, plots, steering
+from tl_loops import attribution, lens
 from tl_loops.circuits import Circuit, EdgeGraph
 from tl_loops.drawing.figure import Axis, Figure, Line, Panel
 from tl_loops.metrics.neurons import PredictionSuppression
 from tl_loops.patching import MassiveSite, Site
 from tl_loops.probes import PromptStates, TaskProbes, task_probes
-
-ROOMS = {
-    "patching": patching,
-    "lens": lens,
-    "attribution": attribution,
-    "measurements": measurements,
-    "plots": plots,
-    "steering": steering,
-    "loop_hooks": loop_hooks,
-}
-ALONE = ("measure", "available_metrics", "exit_curve", "kv_sharing_effect")
-"""Tools that the package itself names."""
-
-
-def public_functions() -> dict[str, Callable]:
-    """Every public function of the tools, and every method of what they give, by name."""
-    found: dict[str, Callable] = {name: getattr(tl_loops, name) for name in ALONE}
-    for room, module in ROOMS.items():
-        own = [
-            name
-            for name, value in vars(module).items()
-            if inspect.isfunction(value) and value.__module__ == module.__name__ and name[0] != "_"
-        ]
-        for name in getattr(module, "__all__", own):
-            value = getattr(module, name)
-            if inspect.isclass(value):
-                methods = {k: v for k, v in vars(value).items() if inspect.isfunction(v)}
-                found |= {f"{room}.{name}.{k}": v for k, v in methods.items() if k[0] != "_"}
-            elif inspect.isroutine(value) or hasattr(value, "__wrapped__"):
-                found[f"{room}.{name}"] = value
-    return found
-
-
-READ_BY_TOOLS = {
-    name for name in public_functions() if name.endswith((".check", ".reads_sequence", ".logits"))
-}
-"""What a lens is asked by read_lens, which has checked it all."""
-ELSEWHERE = READ_BY_TOOLS | {
-    # tests/unit/measurements/test_adding.py and test_measure.py call them with registry's entries.
-    "measurements.Measurement.blocks",
-    "measurements.core_calls",
-    "measurements.resolve_options",
-    "measurements.why_not",
-    # Without arguments, or with a path that tests/unit/test_writing.py makes odd.
-    "lens.EntityTracks.mean_log_rank",
-    "lens.JacobianLens.save",
-    "lens.TunedLens.save",
-    "lens.LensResult.answer_flips",
-    "lens.LensResult.saturation_iteration",
-    "lens.LensResult.to_frame",
-    "attribution.EdgeAttribution.by_iteration",
-    "attribution.IterationGradients.to_frame",
-    "attribution.IterationGradients.total",
-    # tests/unit/attribution/test_iteration_gradients.py: a block of code, and what is asked in it.
-    "attribution.IterationGradients.cosines",
-    "attribution.IterationGradients.gram",
-    "attribution.IterationGradients.norms",
-    "attribution.WeightUses.gradients",
-    "attribution.split_weights",
-    "plots.CircuitsView.element",
-    "plots.CircuitsView.to_html",
-    "plots.circuitsvis_script",
-}
-"""Public names without a case here."""
-
-
-def score(logits: Tensor) -> Tensor:
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return wide[:, -1, 3].mean() - wide[:, -1, 4].mean()
 
 
 def gate_score(gates: Tensor) -> Tensor:
@@ -277,101 +208,4 @@ CALLS: dict[str, Callable[[World], dict[str, Any]]] = {
     "loop_hooks.layout_of": lambda w: dict(model=w.model),
 }  # fmt: skip
 
-_MANY = {
-    odd.models: "model",
-    odd.prompts: "corrupted_tokens input tokens",
-    odd.caches: "clean_cache cache reference positive negative",
-    odd.metrics: "metric",
-    odd.seeds: "seed",
-    odd.integers: "batch_size window n_steps n_iterations top_k vjp_batch_size times k n_pos "
-    "most_edges most_hovered "
-    "skip_positions max_rank n_prompt height width digits n_components examples tile "
-    "iterations_per_row vocab_size n_queries_at_once checkpoint_every most_edges most_hovered",
-    odd.indices: "iteration layer head row position a b index",
-    odd.selections: "iterations layers positions pos sources targets schedule",
-    odd.flags: "progress gradients together std log null partition outer animate heads split_qkv "
-    "keep_logits return_cache normalize",
-    odd.numbers: "magnitude ratio learning_rate scale scales",
-    odd.choices: "activation method mean_over what by backend readout target kv_sharing colours "
-    "value name phase facet entity rival",
-    odd.words: "title unit legend x_label y_label row_label column_label",
-    odd.names: "weights axes freeze points metrics names rows columns head_names phases",
-    odd.places: "where",
-    odd.prompt_lists: "prompts train queries",
-    odd.tensors: "direction values attention effect logits matrix jacobians rank predictions resid",
-    odd.sources: "circuit source profile curve neurons result figure",
-    odd.optional_objects: "alignment layout generator lens initial_state",
-    odd.mappings: "curves entities track",
-    odd.masks: "attention_mask",
-    odd.limits: "limits bounds",
-    odd.several: "senders receivers sites fwd_hooks answers labels",
-    odd.functions: "hook names_filter loss",
-    odd.paths: "checkpoint",
-    odd.shards: "shard",
-    odd.positions: "logits_at",
-    odd.axis_values: "x",
-}
-KINDS = {name: kind for kind, names in _MANY.items() for name in names.split()}
-OWN_KINDS = {
-    ("plots.plot_profile", "metric"): odd.choices,
-    ("plots.plot_stages", "metric"): odd.choices,
-    ("plots.plot_stages", "reference"): odd.sources,
-    ("plots.plot_neurons", "reference"): odd.optional_objects,
-    ("plots.plot_floorplan", "heads"): odd.choices,
-    ("plots.plot_matrix", "scale"): odd.choices,
-    ("plots.attention_heads", "heads"): odd.selections,
-    ("plots.plot_curves", "std"): odd.mappings,
-    ("plots.attention_view", "tokens"): odd.token_texts,
-    ("plots.colored_tokens", "tokens"): odd.token_texts,
-    ("plots.attention_heads", "tokens"): odd.token_texts,
-    ("plots.attention_patterns", "tokens"): odd.token_texts,
-    ("plots.token_log_probs", "tokens"): odd.token_texts,
-    ("plots.plot_patching", "tokens"): odd.token_texts,
-    ("patching.axis_labels", "tokens"): odd.token_texts,
-    ("patching.transplant_hooks", "source"): odd.several,
-    ("patching.transplant_hooks", "target"): odd.several,
-    ("patching.transplant_sites", "sources"): odd.several,
-    ("patching.transplant_sites", "targets"): odd.several,
-    ("lens.track_entities", "positions"): odd.mappings,
-    ("lens.read_lens", "lens"): odd.objects,
-    ("lens.read_lens", "positions"): odd.positions,
-    ("lens.EntityTracks.leads_from", "entity"): odd.choices,
-    ("steering.steering_effect", "scales"): odd.numbers,
-}
-FORWARD = {
-    "attention_mask": odd.masks,
-    "initial_state": odd.optional_objects,
-    "exit_at": odd.indices,
-    "exit_threshold": odd.numbers,
-    "weighted_exit": odd.flags,
-    "nope": odd.unknown,
-}
-OF_LENSES = ("points", "positions", "top_k", "batch_size", "n_iterations")
-
-
-def kind_of(function: str, parameter: str) -> odd.Kind | None:
-    """The kind of an argument; ``None`` where none is known."""
-    if parameter == "prompts" and function.startswith("plots."):
-        return odd.about
-    if parameter == "model" and function.startswith("plots."):
-        return odd.models_or_names
-    return OWN_KINDS.get((function, parameter), KINDS.get(parameter))
-
-
-def arguments_of(name: str) -> Iterator[tuple[str, Any, odd.Kind | None]]:
-    """Every argument of a public function with its default and its kind."""
-    signature = inspect.signature(public_functions()[name])
-    for parameter in signature.parameters.values():
-        if parameter.name == "self":
-            continue
-        if parameter.kind is not parameter.VAR_KEYWORD:
-            default = None if parameter.default is parameter.empty else parameter.default
-            yield parameter.name, default, kind_of(name, parameter.name)
-        elif parameter.name == "forward_arguments":
-            own = ("attention_mask",) if name == "kv_sharing_effect" else ()
-            yield from ((key, None, kind) for key, kind in FORWARD.items() if key not in own)
-        elif name.startswith("lens."):
-            mine = [key for key in OF_LENSES if key not in signature.parameters]
-            yield from ((key, None, kind_of("lens.read_lens", key)) for key in mine)
-        else:
-            yield from ((key, 400, odd.numbers) for key in ("width", "height"))
+CALLS |= LOOP_CALLS | METRIC_CALLS

@@ -6,9 +6,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from tests.fuzz.world import World, feedforward, feedforward_cache, gated, world
+from tests.fuzz.world import World
 
 Ends = Literal["same", "near", "error", "either"]
 """With the plain call's result, near it, in an error of ours, or in one of these two: in numbers
@@ -177,132 +176,6 @@ def metrics(value: Any, where: World) -> Iterator[Odd]:
     yield "complex", lambda logits: value(logits) * 1j, "error"
 
 
-def models(value: Any, where: World) -> Iterator[Odd]:
-    """Models of other kinds, widths, depths."""
-    yield "None", None, "error"
-    yield "text", "tl-loops-tiny", "either"
-    yield "number", 5, "error"
-    yield "module", torch.nn.Linear(2, 2), "error"
-    yield "strange", Strange(), "error"
-    yield "feedforward", feedforward(), "either"
-    yield "other width", gated(where.n_iterations, where.dtype), "either"
-    yield "other depth", world(n_iterations=where.n_iterations + 1).model, "either"
-
-
-def prompts(value: Tensor, where: World) -> Iterator[Odd]:
-    """Tokens [batch, pos]."""
-    yield "not contiguous", value.mT.contiguous().mT, "same"
-    yield "int32", value.int(), "same"
-    yield "uint8", value.to(torch.uint8), "same"
-    yield "numpy", value.numpy(), "either"
-    yield "lists", value.tolist(), "either"
-    yield "float", value.float(), "error"
-    yield "boolean", value > 5, "error"
-    yield "complex", value.to(torch.complex64), "error"
-    yield "no rows", value[:0], "error"
-    yield "no positions", value[:, :0], "error"
-    yield "one position", value[:, :1], "either"
-    yield "one row", value[:1], "either"
-    yield "[pos]", value[0], "either"
-    yield "one number", value[0, 0], "error"
-    yield "three axes", value[None], "error"
-    yield "more rows", value[[0, 0, 0]], "either"
-    yield "too large ids", value + 1000, "error"
-    yield "negative ids", value - 1000, "error"
-    yield "beyond the context", value[:, :1].repeat(1, 200), "error"
-    yield "None", None, "error"
-    yield "number", 5, "error"
-    yield "no text", "", "either"
-    yield "empty list", [], "error"
-    yield "list of None", [None], "error"
-    yield "strange", Strange(), "error"
-
-
-def prompt_lists(value: list[Tensor], where: World) -> Iterator[Odd]:
-    """Lists of prompts."""
-    yield "generator", (x for x in value), "same"
-    yield "int32", [x.int() for x in value], "same"
-    yield "not contiguous", [torch.stack([x, x], 1)[:, 0] for x in value], "same"
-    yield "numpy", [x.numpy() for x in value], "either"
-    yield "one token each", [x[:1] for x in value], "either"
-    yield "other lengths", [value[0], value[0][:2]], "either"
-    yield "no tokens", [value[0][:0]], "error"
-    yield "floats", [x.float() for x in value], "error"
-    yield "booleans", [x > 5 for x in value], "error"
-    yield "two axes", [x[None] for x in value], "error"
-    yield "too large ids", [x + 1000 for x in value], "error"
-    yield "one tensor", torch.stack(value), "either"
-    yield "numbers", [3, 4], "error"
-    yield "mixed", [value[0], "Dan"], "error"
-    yield "empty", [], "error"
-    yield "text", "Dan", "error"
-    yield "None", None, "error"
-    yield "number", 5, "error"
-    yield "strange", Strange(), "error"
-
-
-def caches(value: Any, where: World) -> Iterator[Odd]:
-    """Caches of other runs, and what is no cache."""
-    tensors = dict(value.items())
-    yield "dictionary", tensors, "either"
-    yield "not contiguous", {k: _strided(v) for k, v in tensors.items()}, "either"
-    yield "float64", {k: v.double() for k, v in tensors.items()}, "either"
-    yield "bfloat16", {k: v.bfloat16() for k, v in tensors.items()}, "either"
-    yield "NaN", {k: v * math.nan for k, v in tensors.items()}, "either"
-    yield "integers", {k: v.long() for k, v in tensors.items()}, "either"
-    yield "without axes", {k: v.sum() for k, v in tensors.items()}, "error"
-    yield "two axes", {k: v[0, 0] for k, v in tensors.items()}, "error"
-    yield "lists", {k: v.tolist() for k, v in tensors.items()}, "error"
-    yield "empty", {}, "error"
-    yield "None", None, "error"
-    yield "list", [1], "error"
-    yield "text", "cache", "error"
-    yield "strange", Strange(), "error"
-    shape = dict(rows=where.rows, n_pos=where.n_pos, n_iterations=where.n_iterations)
-    yield "one prompt", world(**{**shape, "rows": 1}).cache, "either"
-    yield "three prompts", world(**{**shape, "rows": where.rows + 1}).cache, "either"
-    yield "other length", world(**{**shape, "n_pos": where.n_pos + 1}).cache, "either"
-    yield "other depth", world(**{**shape, "n_iterations": where.n_iterations + 1}).cache, "either"
-    yield "other model", world(**shape).gated_cache, "either"
-    yield "feedforward", feedforward_cache(where.rows, where.n_pos), "either"
-    single = world(**{**shape, "rows": 1})
-    yield "without a batch axis", single.cache_without_batch, "either"
-
-
-def _strided(x: Tensor) -> Tensor:
-    return x.mT.contiguous().mT if x.ndim > 1 else x
-
-
-def tensors(value: Tensor, where: World) -> Iterator[Odd]:
-    """Numbers to draw or to reduce."""
-    if value.is_floating_point():
-        yield "float64", value.double(), "same"
-        yield "bfloat16", value.bfloat16(), "near"
-        yield "float16", value.half(), "near"
-        yield "NaN", value * math.nan, "either"
-        yield "infinity", value + math.inf, "either"
-        yield "needs gradients", value.clone().requires_grad_(), "same"
-    else:
-        yield "int32", value.int(), "same"
-        yield "float", value.float(), "either"
-    yield "not contiguous", _strided(value), "same"
-    yield "complex", value.to(torch.complex64), "either"
-    yield "booleans", value > 0, "either"
-    yield "integers", value.long(), "either"
-    yield "numpy", value.detach().numpy(), "either"
-    yield "lists", value.tolist(), "either"
-    yield "none of the first axis", value[:0], "either"
-    yield "none of the last axis", value[..., :0], "either"
-    yield "one of the first axis", value[:1], "either"
-    yield "one axis more", value[None], "either"
-    yield "one axis less", value[0], "either"
-    yield "no axes", value.sum(), "either"
-    yield "None", None, "error"
-    yield "text", "values", "error"
-    yield "number", 5, "error"
-    yield "strange", Strange(), "error"
-
-
 def objects(value: Any, where: World) -> Iterator[Odd]:
     """What only a tool gives, such as a profile or the result of a lens."""
     yield "None", None, "error"
@@ -318,43 +191,6 @@ def optional_objects(value: Any, where: World) -> Iterator[Odd]:
     for odd in objects(value, where):
         if odd[0] != "None":
             yield odd
-
-
-def sources(value: Any, where: World) -> Iterator[Odd]:
-    """A cache, a profile or a tensor."""
-    if isinstance(value, Tensor):
-        yield from tensors(value, where)
-        return
-    yield from (odd for odd in objects(value, where) if odd[0] != "list")
-    yield "list", [1], "either"
-    yield "numbers without axes", torch.tensor(1.0), "error"
-    yield "empty", torch.zeros(0), "either"
-    yield "a vector", torch.ones(3), "either"
-    yield "a matrix", torch.ones(3, 3), "either"
-    if hasattr(value, "cache_dict"):
-        yield "other depth", world(n_iterations=where.n_iterations + 1).cache, "either"
-        yield "feedforward", feedforward_cache(where.rows, where.n_pos), "either"
-        kept = {"names_filter": lambda name: name == "hook_embed"}
-        yield "embedding alone", where.model.run_with_cache(where.clean, **kept)[1], "error"
-
-
-def masks(value: Any, where: World) -> Iterator[Odd]:
-    """Masks [batch, pos]."""
-    ones = torch.ones(where.rows, where.n_pos, dtype=torch.long)
-    yield "ones", ones, "same"
-    yield "booleans", ones.bool(), "same"
-    yield "floats", ones.float(), "either"
-    yield "numpy", ones.numpy(), "either"
-    yield "lists", ones.tolist(), "either"
-    yield "zeros", 0 * ones, "error"
-    yield "NaN", ones * math.nan, "error"
-    yield "other numbers", 2 * ones, "either"
-    yield "other shape", ones[:, :-1], "error"
-    yield "one row", ones[0], "either"
-    yield "no rows", ones[:0], "error"
-    yield "text", "mask", "error"
-    yield "number", 5, "error"
-    yield "strange", Strange(), "error"
 
 
 def limits(value: Any, where: World) -> Iterator[Odd]:
@@ -413,45 +249,6 @@ def axis_values(value: Any, where: World) -> Iterator[Odd]:
     yield "strange", Strange(), "error"
 
 
-def token_texts(value: Any, where: World) -> Iterator[Odd]:
-    """A prompt whose tokens are shown."""
-    yield "text", "Dan likes Hal", "either"
-    yield "one token", torch.tensor([3]), "either"
-    yield "no tokens", torch.zeros(0, dtype=torch.long), "either"
-    yield "too large ids", torch.full((where.n_pos,), 10**6), "error"
-    yield "floats", torch.zeros(where.n_pos), "error"
-    yield "several prompts", where.clean[[0, 0, 0]], "either"
-    yield "numbers", list(range(where.n_pos)), "either"
-    yield "empty", [], "either"
-    yield "number", 5, "error"
-    yield "strange", Strange(), "error"
-
-
-def about(value: Any, where: World) -> Iterator[Odd]:
-    """What prompts a figure is about."""
-    yield "numpy integer", np.int64(3), "either"
-    yield "tokens", where.clean, "either"
-    yield "texts", ["a", "b"], "either"
-    yield "text", "a\nb", "either"
-    yield "boolean", True, "error"
-    yield "float", 1.5, "error"
-    yield "below 0", -1, "error"
-    yield "floats", torch.zeros(2, 3), "error"
-    yield "without axes", torch.tensor(3), "either"
-    yield "empty", [], "either"
-    yield "strange", Strange(), "error"
-
-
-def models_or_names(value: Any, where: World) -> Iterator[Odd]:
-    """A model, or its name, that a figure is about."""
-    yield "name", "my model", "either"
-    yield "number", 5, "error"
-    yield "module", torch.nn.Linear(2, 2), "error"
-    yield "strange", Strange(), "error"
-    yield "feedforward", feedforward(), "either"
-    yield "other depth", world(n_iterations=where.n_iterations + 1).model, "either"
-
-
 def positions(value: Any, where: World) -> Iterator[Odd]:
     """Where a lens reads: words, indices, or [batch, read]."""
     yield "last", "last", "either"
@@ -475,3 +272,49 @@ def shards(value: Any, where: World) -> Iterator[Odd]:
     yield "floats", (0.0, 2.0), "error"
     yield "text", "nope", "error"
     yield "strange", Strange(), "error"
+
+
+def counts(value: Any, where: World) -> Iterator[Odd]:
+    """Several counts."""
+    yield "numpy array", np.array([1, 2]), "either"
+    yield "tensor", torch.tensor([1, 2]), "either"
+    yield "tuple", (1, 2), "either"
+    yield "empty", [], "either"
+    yield "twice", [1, 1], "either"
+    yield "floats", [1.5], "error"
+    yield "booleans", [True], "error"
+    yield "below 0", [-1], "error"
+    yield "huge", [10**30], "error"
+    yield "texts", ["1"], "error"
+    yield "text", "12", "error"
+    yield "number", 5, "error"
+    yield "list with None", [None], "error"
+    yield "strange", Strange(), "error"
+
+
+def optional_choices(value: Any, where: World) -> Iterator[Odd]:
+    """One of some words, or none of them."""
+    yield from (odd for odd in choices(value, where) if odd[0] != "None")
+
+
+def log_bases(value: Any, where: World) -> Iterator[Odd]:
+    """The base of a logarithm: a number above 0, or "e"."""
+    yield from (odd for odd in choices(value, where) if odd[0] not in ("number", "NaN"))
+    yield "number", 5, "either"
+    yield "one", 1, "error"
+    yield "below 0", -2.0, "error"
+    yield "NaN", math.nan, "error"
+
+
+_RANGES = ("far too low", "far too high", "huge", "beyond", "beyond below", "too large ids")
+_RANGES += ("negative ids",)
+
+
+def unranged(kind: Kind) -> Kind:
+    """The same, where nothing says yet how far an index may go."""
+
+    def without_range(value: Any, where: World) -> Iterator[Odd]:
+        for name, odd, ends in kind(value, where):
+            yield name, odd, "either" if name in _RANGES else ends
+
+    return without_range

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformerConfig
 
-from tl_loops import LoopedTransformer, LoopedTransformerConfig, lens, measure
+from tl_loops import (
+    LoopedTransformer,
+    LoopedTransformerConfig,
+    circuits,
+    exit_curve,
+    lens,
+    measure,
+)
+from tl_loops.report import default_prompts
+from tl_loops.training import TrainingLog
 from tl_loops.upstream import HookedTransformer
 
 SIZES = dict(d_model=16, d_head=8, n_heads=2, d_mlp=32, d_vocab=20, n_ctx=12, seed=0)
@@ -35,6 +44,25 @@ def gated(n_iterations: int, dtype: torch.dtype) -> Any:
         **SIZES,
     )
     return LoopedTransformer(cfg).to(dtype).eval()
+
+
+@lru_cache
+def pondering(n_iterations: int, dtype: torch.dtype) -> Any:
+    """A core that halts by a gate."""
+    fields = dict(halting="ponder", injection="add", exit_gate=True, initializer_range=0.3)
+    cfg = LoopedTransformerConfig(n_core=2, n_iterations=n_iterations, **fields, **SIZES)
+    return LoopedTransformer(cfg).to(dtype).eval()
+
+
+@lru_cache
+def settling(dtype: torch.dtype) -> Any:
+    """A loop that is at its fixed point after 60 iterations."""
+    fields = dict(injection="gated_diagonal", initial_state="zeros", initializer_range=0.1)
+    cfg = LoopedTransformerConfig(n_core=1, n_iterations=60, **fields, **SIZES)
+    model = LoopedTransformer(cfg)
+    with torch.no_grad():
+        model.injection.A_log.fill_(2.0)  # the state is forgotten quickly
+    return model.to(dtype).eval()
 
 
 @lru_cache
@@ -75,6 +103,18 @@ class World:
     @property
     def gated(self) -> Any:
         return gated(self.n_iterations, self.dtype)
+
+    @property
+    def settling(self) -> Any:
+        return settling(self.dtype)
+
+    @property
+    def pondering(self) -> Any:
+        return pondering(self.n_iterations, self.dtype)
+
+    @property
+    def feedforward(self) -> Any:
+        return feedforward()
 
     def _draw(self, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -133,6 +173,39 @@ class World:
     def tracks(self) -> Any:
         with torch.no_grad():
             return lens.track_entities(self.model, self.clean, {"a": 3, "b": 4})
+
+    @cached_property
+    def scores(self) -> Any:
+        metric, reference = _first_logit, self.cache
+        return circuits.score(
+            self.model, self.tokens, metric, reference=reference, n_steps=2, progress=False
+        )
+
+    @cached_property
+    def circuit(self) -> Any:
+        return circuits.prune(self.scores, 6)
+
+    @cached_property
+    def effects(self) -> Any:
+        return circuits.PartEffects(("a", "b", "c"), torch.tensor([1.0, -3.0, 2.0]))
+
+    @cached_property
+    def training_log(self) -> Any:
+        log = TrainingLog()
+        log.add({"step": 1, "n_iterations": 2, "loss": 3.0}, [1.0, 2.0])
+        return log
+
+    @cached_property
+    def exit_curve(self) -> Any:
+        return exit_curve(self.model, list(self.clean), progress=False)
+
+    @cached_property
+    def default_prompts(self) -> Any:
+        return default_prompts(self.model)
+
+
+def _first_logit(logits: Tensor) -> Tensor:
+    return logits[:, -1, 3].float().mean()
 
 
 @lru_cache

@@ -6,7 +6,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "tl_loops"
 FLOORS = (
-    "arguments errors later metrics printing tasks version writing",
+    "argument_axes arguments errors later metrics printing tasks version writing",
     "layout upstream loop_losses",
     "mechanisms cache runs drawing loop_hooks",
     "config lens patching attribution measurements dynamics probes",

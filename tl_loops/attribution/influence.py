@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_loops.arguments import checked
 from tl_loops.attribution.gradients import (
     Metric,
     check_arguments,
@@ -28,6 +29,7 @@ ExampleLoss = Callable[[Tensor, Tensor], Tensor]
 """Maps the logits [1, pos, d_vocab] and tokens [1, pos] of one example to a scalar."""
 
 
+@checked
 def iteration_gradients(
     model: Model,
     input: Any,
@@ -102,6 +104,7 @@ class StepInfluence:
         return f"StepInfluence({n_train} examples on {n_query} queries, {T} iterations)"
 
 
+@checked
 def step_influence(
     model: Model,
     train: Iterable[Any],

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_loops.arguments import argument, checked, checked_fields
 from tl_loops.attribution.components import Component
 from tl_loops.circuits.formats import circuit_as_json, circuit_as_networkx, circuit_of_json
 from tl_loops.circuits.graph import EdgeGraph, folded_label
@@ -21,6 +22,7 @@ from tl_loops.writing import write_whole
 PartKind = Literal["edge", "node", "layer", "iteration"]
 
 
+@checked_fields
 @dataclass(frozen=True, eq=False)
 class Circuit:
     """Some edges of a graph.
@@ -55,11 +57,13 @@ class Circuit:
             object.__setattr__(self, "scores", self.scores.detach().cpu())
 
     @classmethod
+    @checked
     def whole(cls, graph: EdgeGraph) -> "Circuit":
         """The circuit of all edges."""
         return cls(graph, graph.exists.clone())
 
     @classmethod
+    @checked
     def empty(cls, graph: EdgeGraph) -> "Circuit":
         """The circuit without any edge."""
         return cls(graph, torch.zeros_like(graph.exists))
@@ -105,6 +109,7 @@ class Circuit:
                 counts[sender.iteration, receiver.iteration] += 1
         return counts
 
+    @checked
     def parts(self, by: str) -> dict[str, Bool[Tensor, "sender receiver"]]:
         """The circuit's edges in groups, by label; an edge can be in several.
 
@@ -156,6 +161,7 @@ class Circuit:
             return None  # without it nothing is left
         return folded_label(replace(component, label=node)) if self.graph.folded else node
 
+    @checked
     def without(
         self,
         nodes: str | Iterable[str] = (),
@@ -176,7 +182,7 @@ class Circuit:
         """
         graph = self.graph
         gone = torch.zeros_like(self.kept)
-        labels = [nodes] if isinstance(nodes, str) else list(nodes)
+        labels = argument("nodes", [nodes] if isinstance(nodes, str) else list(nodes), list[str])
         known = {c.label for c in graph.senders} | {c.label for c in graph.receivers}
         for label in labels:
             if label not in known:
@@ -241,6 +247,7 @@ class Circuit:
         return circuit_as_json(self)
 
     @classmethod
+    @checked
     def from_json(cls, text: str) -> "Circuit":
         """The inverse of :meth:`to_json`.
 
@@ -250,6 +257,7 @@ class Circuit:
         graph, kept, scores = circuit_of_json(text)
         return cls(graph, kept, scores)
 
+    @checked
     def save(self, path: str | PathLike[str]) -> None:
         """Write :meth:`to_json` to a file, whole or not at all.
 
@@ -259,6 +267,7 @@ class Circuit:
         write_whole(path, self.to_json().encode())
 
     @classmethod
+    @checked
     def load(cls, path: str | PathLike[str]) -> "Circuit":
         """Read what :meth:`save` wrote.
 

@@ -8,12 +8,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_loops.arguments import checked
+from tl_loops.arguments import check_at_least, checked
 from tl_loops.circuits.circuit import Circuit
 from tl_loops.circuits.pruned import PrunedRuns
 from tl_loops.circuits.pruning import prune
 from tl_loops.circuits.scores import EdgeScores
 from tl_loops.layout.model import Model
+from tl_loops.runs.removal import MeanOver
 from tl_loops.runs.scoring import Metric
 
 
@@ -81,8 +82,14 @@ class PartEffects:
     labels: tuple[str, ...]
     values: Float[Tensor, "part"]
 
+    @checked
     def top(self, k: int = 10) -> list[tuple[str, float]]:
-        """The k parts of largest magnitude, largest first."""
+        """The k parts of largest magnitude, largest first.
+
+        Raises:
+            ValueError: k is negative.
+        """
+        check_at_least(0, k=k)
         order = self.values.abs().argsort(descending=True, stable=True)[:k].tolist()
         return [(self.labels[i], float(self.values[i])) for i in order]
 
@@ -96,7 +103,7 @@ def faithfulness(
     rest: str = "paired",
     reference: Any = None,
     *,
-    mean_over: str = "batch",
+    mean_over: MeanOver = "batch",
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
@@ -151,7 +158,7 @@ def faithfulness_curve(
     n_edges: Sequence[int] | None = None,
     method: str = "greedy",
     signed: bool = False,
-    mean_over: str = "batch",
+    mean_over: MeanOver = "batch",
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
@@ -205,7 +212,7 @@ def minimality(
     reference: Any = None,
     *,
     by: str = "edge",
-    mean_over: str = "batch",
+    mean_over: MeanOver = "batch",
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
@@ -257,7 +264,7 @@ def completeness(
     reference: Any = None,
     *,
     by: str = "iteration",
-    mean_over: str = "batch",
+    mean_over: MeanOver = "batch",
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,

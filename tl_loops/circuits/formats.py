@@ -89,6 +89,8 @@ def circuit_of_json(text: str) -> tuple[EdgeGraph, Tensor, Tensor | None]:
     """
     try:
         content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is no JSON: {error}") from None
     except RecursionError:
         raise ValueError("its brackets are nested too deeply") from None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:

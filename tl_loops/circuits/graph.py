@@ -8,10 +8,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.attribution.components import Component, receivers_of, senders_of
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
+from tl_loops.layout.selection import one_index
 
 _PARTS = ("query", "key", "value")
 _MORE_READ = {
@@ -47,6 +49,7 @@ class EdgeGraph:
     parallel: bool = False
 
     @classmethod
+    @checked
     def of(
         cls, model: Model, *, heads: bool = False, split_qkv: bool = False, folded: bool = False
     ) -> "EdgeGraph":
@@ -134,9 +137,10 @@ class EdgeGraph:
         """Number of edges; of a folded graph, of folded edges."""
         return int(self.edge_classes.max()) + 1
 
+    @checked
     def node_of(self, receiver: int) -> str:
         """Label of the node that a receiver is part of: of ``"r3.L1H4.query"``, ``"r3.L1H4"``."""
-        component = self.receivers[receiver]
+        component = self.receivers[one_index("receiver", receiver, len(self.receivers))]
         return component.label.removesuffix(f".{component.kind}")
 
     def _moment(self, component: Component) -> float:

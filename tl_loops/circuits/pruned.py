@@ -18,7 +18,7 @@ from tl_loops.runs.activations import find_activation
 from tl_loops.runs.cells import scalar
 from tl_loops.runs.identity import tensors_fingerprint
 from tl_loops.runs.in_batches import PLAIN, Batch, Run, Split, run_in_batches
-from tl_loops.runs.removal import check_removal, removal_values
+from tl_loops.runs.removal import MeanOver, check_removal, removal_values
 from tl_loops.runs.rerun import BaseRun
 from tl_loops.runs.scoring import Metric, identify_cells, start_run
 
@@ -56,7 +56,7 @@ class PrunedRuns:
         metric: Metric,
         rest: str,
         reference: Any,
-        mean_over: str = "batch",
+        mean_over: MeanOver = "batch",
         seed: int = 0,
         batch_size: int | None = None,
         arguments: Mapping[str, Any] | None = None,
@@ -232,7 +232,7 @@ def rest_values(
     rest: str,
     reference: Any,
     shape: tuple[int, int],
-    mean_over: str = "batch",
+    mean_over: MeanOver = "batch",
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """What each sender is replaced by, by hook name; batch axis 1 or that of the prompts.

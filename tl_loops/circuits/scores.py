@@ -18,7 +18,7 @@ from tl_loops.patching.paths import path_patch
 from tl_loops.patching.site import Site
 from tl_loops.runs.cells import scalar
 from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
-from tl_loops.runs.removal import check_removal
+from tl_loops.runs.removal import MeanOver, check_removal
 from tl_loops.runs.rerun import BaseRun
 from tl_loops.runs.scoring import Metric, identify_cells, start_run
 from tl_loops.runs.shards import Shards
@@ -66,7 +66,7 @@ def score(
     split_qkv: bool = False,
     folded: bool = False,
     n_steps: int = 8,
-    mean_over: str = "batch",
+    mean_over: MeanOver = "batch",
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,

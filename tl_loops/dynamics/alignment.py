@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_loops.arguments import checked
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import layout_of, with_iterations
 from tl_loops.layout.selection import Selection, distinct_indices
@@ -64,6 +65,7 @@ class _Points:
     labels: tuple[str, ...]
 
 
+@checked
 def kernel_alignment(
     model: Model,
     prompts: Iterable[Any],
@@ -102,7 +104,8 @@ def kernel_alignment(
         The alignments, symmetric with ones on the diagonal within one model.
 
     Raises:
-        ValueError: A prompt cannot be fed, an activation is unknown or has heads, the two models
+        ValueError: ``other_activation`` or ``other_where`` without ``other``, a prompt cannot be
+            fed, an activation is unknown or has heads, the two models
             read a prompt as different numbers of tokens, or the sums would not fit into 2 GB.
         NoLoopError: ``n_iterations`` for a model without a loop.
         IndexError: There is no such iteration or block.
@@ -110,6 +113,11 @@ def kernel_alignment(
     Source: 1905.00414; between iterations as in 2602.11451.
     """
     check_batch_size(batch_size)
+    if other is None and not (other_activation is None and other_where is None):
+        raise ValueError(
+            "other_activation and other_where are about the model other, and there is none: pass "
+            "other=model to compare two kinds of points of one model"
+        )
     listed = list(prompts)
     tokens = token_prompts(model, listed)
     with with_iterations(model, n_iterations):

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
@@ -54,6 +55,7 @@ class ModelLoopMap:
     _initial_state: Float[Tensor, "1 pos d_model"] | None = field(repr=False)
     _whole: Float[Tensor, "stack pos d_model"] = field(repr=False)
 
+    @checked
     def __call__(
         self, state: Float[Tensor, "..."], injection: Float[Tensor, "pos d_model"] | None = None
     ) -> Float[Tensor, "..."]:
@@ -158,6 +160,7 @@ class ModelLoopMap:
         return hooks
 
 
+@checked
 def loop_map(
     model: Model,
     prompt: str | Int[Tensor, "pos"],
@@ -204,6 +207,7 @@ def loop_map(
     return _loop_maps(model, prompt, [t], span, pos, initial_state)[0]
 
 
+@checked
 def loop_maps(
     model: Model,
     prompt: str | Int[Tensor, "pos"],

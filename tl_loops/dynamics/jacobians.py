@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_loops.arguments import checked
 from tl_loops.dynamics.iteration_map import ModelLoopMap, loop_map, loop_maps
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.model import Model
@@ -79,6 +80,7 @@ class IterationJacobians:
         )
 
 
+@checked
 def iteration_jacobians(
     model: Model,
     prompt: str | Int[Tensor, "pos"],
@@ -146,6 +148,7 @@ def iteration_jacobians(
     return IterationJacobians(chosen, tuple(spectra), tuple(norms), maps[0].n_dimensions)
 
 
+@checked
 def run_exponents(
     model: Model,
     prompt: str | Int[Tensor, "pos"],
@@ -183,6 +186,7 @@ def run_exponents(
     return lyapunov_exponents(maps, maps[0].state, None, n_exponents, skip, seed)
 
 
+@checked
 def injection_sensitivity(
     model: Model,
     prompt: str | Int[Tensor, "pos"],

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_loops.arguments import checked
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout, with_iterations
@@ -43,11 +44,13 @@ class KeyValueSpectra:
     stacked: Stacked
     n_tokens: int
 
+    @checked
     def effective_rank(self, what: KeyOrValue) -> dict[str, Float[Tensor, "kv_head"]]:
         """By layer: exp of the entropy of σ² / Σ σ², from 1 to the number of values."""
         found = self.singular_values[what]
         return {layer: rank_of_spectrum(values) for layer, values in found.items()}
 
+    @checked
     def rank_for_share(
         self, what: KeyOrValue, share: float | int = 0.99
     ) -> dict[str, Float[Tensor, "kv_head"]]:
@@ -55,6 +58,7 @@ class KeyValueSpectra:
         found = self.singular_values[what]
         return {layer: rank_for_share(values, share) for layer, values in found.items()}
 
+    @checked
     def to_frame(self, share: float | int = 0.99) -> "pandas.DataFrame":
         """One row for each layer, head, and keys or values: both ranks, and the largest."""
         import pandas
@@ -76,6 +80,7 @@ class KeyValueSpectra:
         )
 
 
+@checked
 def key_value_spectra(
     model: Model,
     prompts: Iterable[Any],

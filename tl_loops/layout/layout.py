@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, SupportsIndex, TypeVar
 
+from tl_loops.arguments import argument, check_at_least, checked
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.coordinate import PHASES, BlockCoordinate
 from tl_loops.layout.names import activation_name, iteration_spec
@@ -56,14 +57,8 @@ class LoopLayout:
         Raises:
             ValueError: A size is too small, or there is not one stack per iteration.
         """
-        for name, value, least in (
-            ("n_prelude", n_prelude, 0),
-            ("n_coda", n_coda, 0),
-            ("n_core", n_core, 1),
-            ("n_iterations", n_iterations, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_at_least(0, n_prelude=n_prelude, n_coda=n_coda)
+        check_at_least(1, n_core=n_core, n_iterations=n_iterations)
         if stacks is not None and len(stacks) != n_iterations:
             raise ValueError(
                 f"stacks names {len(stacks)} calls, but n_iterations is {n_iterations}"
@@ -184,9 +179,8 @@ class LoopLayout:
 
     def state_path(self, iteration: int) -> str:
         """Which sequence of states an iteration's belongs to: with two stacks, that of its own."""
-        if self.stacks is None or self.segments is not None:
-            return "loop"
-        return self.stacks[iteration]
+        t = one_index("iteration", iteration, self.n_iterations)
+        return "loop" if self.stacks is None or self.segments is not None else self.stacks[t]
 
     @property
     def n_pass(self) -> int:
@@ -200,6 +194,7 @@ class LoopLayout:
             return self._calls[at.iteration].start + at.layer
         return at.layer + (self._loops[-1].stop if at.phase == "coda" else 0)
 
+    @checked
     def notation(self, injected: bool) -> str:
         """The paper's notation ``(p, k⊗t, c)``, with ``_I`` when the input is injected.
 
@@ -281,6 +276,7 @@ class LoopLayout:
         """Names of all physical layers, in the order of their first use."""
         return list(dict.fromkeys(self.physical_name(index) for index in range(self.n_layers)))
 
+    @checked
     def hook_name(
         self,
         name: str,
@@ -324,6 +320,7 @@ class LoopLayout:
         Raises:
             IndexError: The alias names a layer or an iteration that does not exist.
         """
+        name = argument("name", name, str)
         match, where = _ALIAS.match(name), f" in hook name {name!r}"
         if match is None:
             at_iteration = _ITERATION.match(name)
@@ -343,7 +340,7 @@ class LoopLayout:
 
     def alias(self, name: str) -> str:
         """The inverse of :meth:`canonical_name`: ``blocks.{i}.REST`` by its coordinate."""
-        match = _BLOCK.match(name)
+        match = _BLOCK.match(argument("name", name, str))
         if match is None:
             return name
         at = self.coordinate(int(match.group(1)))
@@ -371,15 +368,15 @@ class LoopLayout:
         Raises:
             ValueError: The first axis is not the unrolled depth.
         """
-        array: Any = values
-        shape = tuple(array.shape)
+        shape = tuple(getattr(values, "shape", ()))
         if not shape or shape[0] != self.n_layers:
             raise ValueError(
                 f"by_iteration() needs [{self.n_layers}, ...] (one entry per block), got {shape}"
             )
-        core = array[self.core_start : self.coda_start]
+        core: Any = values[self.core_start : self.coda_start]
         return core.reshape(self.n_iterations, self.n_core, *shape[1:])
 
+    @checked
     def with_iterations(self, n_iterations: int) -> "LoopLayout":
         """The same layout with another number of iterations.
 
@@ -397,5 +394,5 @@ class LoopLayout:
         stacks = self.stacks
         if stacks is not None:
             stacks = tuple(stacks[t % len(stacks)] for t in range(max(n_iterations, 0)))
-        sizes = self.n_prelude, self.n_core, self.n_coda
-        return LoopLayout(*sizes, n_iterations, stacks, self.shared_stacks)
+        sizes = self.n_prelude, self.n_core, self.n_coda, n_iterations
+        return LoopLayout(*sizes, stacks, self.shared_stacks)

@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from tl_loops.arguments import checked
+
 _PART = re.compile(r"(?:(?P<place>[^.\s]+)\.)?L(?P<layer>\d+)(?P<part>[HN])(?P<number>\d+)")
 _ITERATION = re.compile(r"r(?P<iteration>\d+)")
 
@@ -27,6 +29,7 @@ class PartLabel:
     number: int
 
 
+@checked
 def read_part_label(label: str) -> PartLabel | None:
     """What a label of a decomposition says, if it is that of a head or a neuron.
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.errors import did_you_mean
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.measurements.figure import plot_profile
@@ -71,10 +72,12 @@ class LoopProfile:
         """Unrolled depth."""
         return next(iter(self.moments.values())).count.shape[0]
 
+    @checked
     def mean(self, metric: str) -> Float[Tensor, "block"]:
         """Mean over prompts at each unrolled block; NaN where no prompt has a value."""
         return self._of(metric).mean
 
+    @checked
     def std(self, metric: str, ddof: int = 1) -> Float[Tensor, "block"]:
         """Standard deviation over prompts; NaN where ``ddof`` or fewer have a value.
 
@@ -84,10 +87,12 @@ class LoopProfile:
         """
         return self._of(metric).std(ddof)
 
+    @checked
     def count(self, metric: str) -> Int[Tensor, "block"]:
         """Number of prompts that have a value."""
         return self._of(metric).count
 
+    @checked
     def undefined(self, metric: str) -> Int[Tensor, "block"]:
         """Number of prompts whose value is undefined."""
         return self._of(metric).undefined
@@ -111,6 +116,7 @@ class LoopProfile:
         size = self.n_layers if self.layout is None else self.layout.n_pass
         return torch.arange(size, dtype=torch.float64) * (100.0 / max(size - 1, 1))
 
+    @checked
     def unrolled(self, metric: str, statistic: Statistic = "mean") -> Shaped[Tensor, "block"]:
         """A statistic at each unrolled block: no grouping, realised depth.
 
@@ -123,6 +129,7 @@ class LoopProfile:
             )
         return getattr(self, statistic)(metric)
 
+    @checked
     def by_iteration(
         self, metric: str, statistic: Statistic = "mean", outer: bool = False
     ) -> Shaped[Tensor, "iteration depth"]:
@@ -144,6 +151,7 @@ class LoopProfile:
             return at.by_iteration(values)
         return torch.stack([values[at.pass_blocks(t)] for t in range(at.n_iterations)])
 
+    @checked
     def by_layer(
         self, metric: str, statistic: Statistic = "mean"
     ) -> Shaped[Tensor, "layer iteration"]:
@@ -154,6 +162,7 @@ class LoopProfile:
         """
         return self.by_iteration(metric, statistic).T
 
+    @checked
     def to_frame(self, by: Grouping = "unrolled") -> "pandas.DataFrame":
         """A tidy table: one row for each metric and block that has a value.
 
@@ -237,6 +246,7 @@ class LoopProfile:
             ),
         )
 
+    @checked
     def align_stages(
         self, reference: "LoopProfile", metric: str, outer: bool = False, **options: Any
     ) -> stages.StageAlignment:
@@ -296,6 +306,7 @@ class LoopProfile:
         parts, shard = load_profile(path)
         return cls(*parts, shard)
 
+    @checked
     def plot(self, metric: str | None = None, by: Grouping = "iteration", **options: Any) -> Any:
         """Draw a metric; see :func:`tl_loops.plots.plot_profile`.
 

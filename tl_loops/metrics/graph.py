@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_loops.arguments import check_at_least
 from tl_loops.metrics.kmeans import kmeans
 from tl_loops.metrics.precision import full_precision
 from tl_loops.metrics.states import measured_states
@@ -162,6 +163,7 @@ def shuffled_graphs(
     Raises:
         ValueError: As `reasoning_graph`.
     """
+    check_at_least(0, n_shuffles=n_shuffles)
     generator = torch.Generator().manual_seed(seed)
     graphs = []
     for _ in range(n_shuffles):

@@ -52,6 +52,8 @@ class Jacobian:
             self._step, self._state = step, state.detach().clone()
         self._dtype = statistic_dtype(state)
         self.size = state.numel()
+        if not self.size:
+            raise ValueError(f"state of shape {list(state.shape)} has no entries to vary")
         self._graph: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
         self._seen_product = False
         if differentiation == "forward":
@@ -153,14 +155,3 @@ def orthogonalise(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, float]
     if beta <= 10 * torch.finfo(vector.dtype).eps * float(vector.norm()):
         beta = 0.0
     return rest / (beta if beta > 0 else 1.0), coefficients + again, beta
-
-
-def check_positive(**counts: int) -> None:
-    """Raise on counts below 1, by name.
-
-    Raises:
-        ValueError: If there is one.
-    """
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name}={count}; expected at least 1")

@@ -163,13 +163,15 @@ def attention_lipschitz_ratio(
 
 def _spectral(matrices: Tensor) -> Tensor:
     """Largest singular value of `[..., row, column]`."""
-    return torch.linalg.matrix_norm(matrices, ord=2)
+    finite = matrices.isfinite().all(-1).all(-1)
+    norms = torch.linalg.matrix_norm(torch.where(finite[..., None, None], matrices, 0.0), ord=2)
+    return torch.where(finite, norms, torch.nan)  # the decomposition itself raises
 
 
 def _per_query_head(keys: Tensor, n_heads: int, dim: int) -> Tensor:
     """Repeat each key head for the query heads that share it."""
     n_key_heads = keys.shape[dim]
-    if n_heads % n_key_heads:
+    if not n_key_heads or n_heads % n_key_heads:
         raise ValueError(
             f"{n_heads} query heads cannot share {n_key_heads} key heads; expected a multiple"
         )

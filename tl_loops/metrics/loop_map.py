@@ -19,11 +19,11 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
+from tl_loops.arguments import check_at_least
 from tl_loops.metrics.jacobian import (
     Differentiation,
     Jacobian,
     LoopMap,
-    check_positive,
     orthogonalise,
 )
 from tl_loops.metrics.padding import statistic_dtype
@@ -119,7 +119,7 @@ def loop_spectrum(
         ValueError: If `step` changes the shape or cuts gradients, or the counts are not positive.
         FloatingPointError: If the Jacobian holds NaN or inf.
     """
-    check_positive(n_eigenvalues=n_eigenvalues, krylov_dim=krylov_dim)
+    check_at_least(1, n_eigenvalues=n_eigenvalues, krylov_dim=krylov_dim)
     jacobian = Jacobian(step, state, differentiation)
     size = jacobian.size
     n_eigenvalues = min(n_eigenvalues, size)
@@ -172,7 +172,7 @@ def operator_norm(
         RuntimeError: If the tolerance is not reached within `krylov_dim` products.
         FloatingPointError: If the Jacobian holds NaN or inf.
     """
-    check_positive(krylov_dim=krylov_dim)
+    check_at_least(1, krylov_dim=krylov_dim)
     jacobian = Jacobian(step, state, "double_backward")
     limit = min(jacobian.size, krylov_dim)
     basis = jacobian.vector(torch.Generator().manual_seed(seed))[None]
@@ -235,14 +235,14 @@ def lyapunov_exponents(
     if callable(step):
         if n_iterations is None:
             raise ValueError("n_iterations is missing: one loop map can be followed for any number")
-        check_positive(n_iterations=n_iterations)
+        check_at_least(1, n_iterations=n_iterations)
         steps = [step] * n_iterations
     else:
         steps = list(step)
         if n_iterations not in (None, len(steps)):
             raise ValueError(f"n_iterations={n_iterations}, but there are {len(steps)} loop maps")
         n_iterations = len(steps)
-    check_positive(n_iterations=n_iterations, n_exponents=n_exponents)
+    check_at_least(1, n_iterations=n_iterations, n_exponents=n_exponents)
     if n_exponents > state.numel():
         raise ValueError(
             f"n_exponents={n_exponents} exceeds the {state.numel()} dimensions of the state"

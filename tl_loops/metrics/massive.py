@@ -63,6 +63,8 @@ def massive_activations(
     """
     if not (magnitude >= 0 and ratio >= 0):
         raise ValueError(f"got magnitude={magnitude!r}, ratio={ratio!r}, expected thresholds >= 0")
+    if not resid.shape[-1]:
+        raise ValueError("the residual stream has d_model = 0, so it holds no activations")
     size = resid.detach().to(statistic_dtype(resid)).abs()
 
     def span_median(span: Tensor) -> Tensor:

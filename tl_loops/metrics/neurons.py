@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_loops.errors import ArgumentError, shortened
 from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.metrics.precision import full_precision
 from tl_loops.printing import prints_short
@@ -232,6 +233,11 @@ def prediction_suppression_neurons(
         ValueError: no dense MLP neurons, a bad `vocab_size`, `fold_post_norm` without
             `post_norm_weight` or the reverse, and as `neuron_vocabulary_statistics`.
     """
+    if not hasattr(model, "cfg") or not hasattr(model, "W_U"):
+        raise ArgumentError(
+            f"model must have the weights W_out and W_U, as a HookedTransformer has, got "
+            f"{shortened(model)}"
+        )
     if getattr(model.cfg, "attn_only", False) or getattr(model.cfg, "num_experts", None):
         raise ValueError(
             "the model has no dense MLP in every layer, so there is no W_out of its neurons; call "

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.arguments import check_at_least
 from tl_loops.metrics.precision import full_precision
 from tl_loops.metrics.states import measured_states
 from tl_loops.printing import prints_short
@@ -73,7 +74,7 @@ def pca_trajectory(
 
     Raises:
         ValueError: If `n_components` is not positive, `skip_init` leaves no state, or an option is
-            unknown.
+            unknown, or a state that is fitted is not finite.
     """
     x = measured_states(states)
     if n_components < 1:
@@ -89,12 +90,14 @@ def pca_trajectory(
     if isinstance(fit_on, Tensor):
         rows = measured_states(fit_on).to(x)
     elif fit_on == "all":
-        rows = fitted.reshape(-1, x.shape[-1])
+        rows = fitted.flatten(0, -2)
     elif fit_on == "token":
         rows = fitted.movedim(0, -2)
     else:
         raise ValueError(f'got fit_on={fit_on!r}, expected "all", "token" or a tensor of rows')
 
+    if not bool(rows.isfinite().all()):
+        raise ValueError("states hold NaN or inf; leave those tokens or iterations out")
     mean, components, variance, total = _principal_components(rows, n_components)
     origin = mean if center == "fit" else fitted.mean(0)
     coordinates = torch.einsum("t...d,...cd->t...c", x - origin, components)
@@ -123,7 +126,11 @@ def random_walk_null(
 
     Returns:
         `[n_walks, iteration, ..., d_model]`, equal for equal seeds on every device.
+
+    Raises:
+        ValueError: If `n_walks` is not positive.
     """
+    check_at_least(1, n_walks=n_walks)
     x = measured_states(states)
     length = x.diff(dim=0).norm(dim=-1, keepdim=True)
     generator = torch.Generator().manual_seed(seed)

@@ -7,6 +7,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from tl_loops.arguments import checked
+
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -26,14 +28,17 @@ def without_autocast() -> Iterator[None]:
 def full_precision(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Let a function compute in the dtypes that it says, whatever autocast is on around it.
 
+    Its arguments are checked by their annotations; integers are no floating point numbers here.
+
     Args:
         function: Gives its result when it returns, not piece by piece. What it calls, such as a
             step of a model, runs without autocast as well.
     """
+    of_kinds = checked(function, integers_as_floats=False)
 
     @wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         with without_autocast():
-            return function(*args, **kwargs)
+            return of_kinds(*args, **kwargs)
 
     return call

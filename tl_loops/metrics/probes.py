@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.arguments import check_at_least
 from tl_loops.metrics.linear_probes import minimise_logistic_loss
 from tl_loops.metrics.precision import full_precision
 from tl_loops.metrics.states import measured_states
@@ -90,9 +91,14 @@ def step_decodability(
         raise ValueError(f'got probe={probe!r}, expected "linear" or "gated_mlp"')
     x = measured_states(states.detach())
     n_iterations, d_model = x.shape[0], x.shape[-1]
-    x = x.reshape(n_iterations, -1, d_model).transpose(0, 1)  # [token, iteration, d_model]
+    x = x.reshape(n_iterations, math.prod(x.shape[1:-1]), d_model).transpose(
+        0, 1
+    )  # [token, iteration, d_model]
     if n_iterations < 2:
         raise ValueError("one iteration given; there is nothing to tell apart, pass at least two")
+    check_at_least(1, n_steps=n_steps, batch_size=batch_size)
+    if not 0 < train_fraction < 1:
+        raise ValueError(f"train_fraction={train_fraction}; expected a share between 0 and 1")
     n_train = round(train_fraction * x.shape[0])
     if not 0 < n_train < x.shape[0]:
         raise ValueError(

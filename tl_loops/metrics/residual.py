@@ -276,11 +276,13 @@ def cosine_similarity(
             `drop_bos` with `agg="none"`.
     """
     _check_agg(agg, ("token_mean", "none"), mask, drop_bos)
+    shapes = f"got shapes {list(a.shape)} and {list(b.shape)}"
     if a.shape[-2:] != b.shape[-2:]:
-        raise ValueError(
-            f"got shapes {list(a.shape)} and {list(b.shape)}, "
-            "expected the same positions and d_model"
-        )
+        raise ValueError(f"{shapes}, expected the same positions and d_model")
+    try:
+        a, b = torch.broadcast_tensors(a, b)
+    except RuntimeError:
+        raise ValueError(f"{shapes}, expected batch axes that broadcast") from None
 
     def token_cosine(a: Tensor, b: Tensor) -> Tensor:
         return (unit_vectors(a) * unit_vectors(b)).sum(-1).clamp(-1, 1)
@@ -292,7 +294,6 @@ def cosine_similarity(
 
     if agg == "none":
         return token_cosine(a, b)
-    a, b = torch.broadcast_tensors(a, b)
     return map_spans(cosine, [a, b], mask, 2, position_dims=(-2,))
 
 

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_loops.metrics.jacobian import Differentiation, Jacobian, LoopMap, check_positive
+from tl_loops.arguments import check_at_least
+from tl_loops.metrics.jacobian import Differentiation, Jacobian, LoopMap
 from tl_loops.metrics.loop_map import loop_spectrum
 from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.metrics.precision import full_precision
@@ -85,7 +86,7 @@ def jacobian_norm(
             unit[i] = 1.0
             total += float(jacobian.jvp(unit).double().square().sum())
         return JacobianNorm(total**0.5, total, 0.0, size, size)
-    check_positive(n_probes=n_probes)
+    check_at_least(1, n_probes=n_probes)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     squares = torch.tensor(
         [
@@ -159,7 +160,7 @@ def fixed_point_sensitivity(
             series not within `max_terms` terms.
         FloatingPointError: If a Jacobian holds NaN or inf.
     """
-    check_positive(max_terms=max_terms)
+    check_at_least(1, max_terms=max_terms)
     if directions is None:
         n = injection.numel()
         directions = torch.eye(n, dtype=statistic_dtype(injection), device=injection.device)
@@ -212,6 +213,8 @@ def fixed_point_sensitivity(
         responses.append(total.reshape(state.shape))
         residuals.append(residual)
         most = max(most, n_terms)
+    if not responses:
+        raise ValueError("directions is empty; pass at least one")
     return FixedPointSensitivity(
         torch.stack(responses), most, torch.tensor(residuals), radius, distance
     )

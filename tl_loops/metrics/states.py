@@ -24,10 +24,10 @@ def measured_states(states: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         TypeError: If `states` is not floating point.
         ValueError: If an axis is missing or there is no state at all.
     """
-    if states.ndim < 2 or states.shape[0] == 0:
+    if states.ndim < 2 or states.shape[0] == 0 or states.shape[-1] == 0:
         raise ValueError(
             f"states has shape {list(states.shape)}, expected [iteration, ..., d_model] with at "
-            "least one iteration"
+            "least one iteration and one dimension"
         )
     states = states.to(statistic_dtype(states))
     return states.masked_fill(states.isinf(), torch.nan)

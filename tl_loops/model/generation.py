@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_loops.arguments import checked
 from tl_loops.model.checks import key_value_sharing
 from tl_loops.model.exits import SampledExits
 from tl_loops.model.iterations import at_iterations
@@ -33,6 +34,7 @@ _EVERY_STEP = ("exit_at", "exit_threshold", "weighted_exit", "kv_sharing", "pref
 """Arguments of the forward pass that generation passes on."""
 
 
+@checked
 @left_as_it_was
 @torch.no_grad()
 def generate(
@@ -140,6 +142,7 @@ def _returned(model: Any, prompt: Tensor, sampled: Tensor, return_type: str | No
     return texts[0] if len(texts) == 1 else texts
 
 
+@checked
 @torch.no_grad()
 def generate_stream(
     self: Any,

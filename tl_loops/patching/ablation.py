@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_loops.arguments import checked
+from tl_loops.arguments import checked, checked_fields
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import layout_of
 from tl_loops.layout.selection import Selection
@@ -19,7 +19,7 @@ from tl_loops.runs.cells import Cell, Edit
 from tl_loops.runs.grid import make_grid
 from tl_loops.runs.in_batches import Split
 from tl_loops.runs.inputs import Positions, run_inputs
-from tl_loops.runs.removal import check_removal, removal_values
+from tl_loops.runs.removal import MeanOver, check_removal, removal_values
 from tl_loops.runs.rerun import BaseRun
 from tl_loops.runs.scoring import Metric, identify_cells, logits_score, start_run
 from tl_loops.runs.shards import Shards
@@ -37,7 +37,7 @@ def ablate(
     method: str = "zero",
     reference: Any = None,
     *,
-    mean_over: str = "batch",
+    mean_over: MeanOver = "batch",
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
@@ -100,6 +100,7 @@ def ablate(
     return patch_grid(run, grid, values, score, batch_size, progress, (), split, identify)
 
 
+@checked_fields
 @dataclass(frozen=True)
 class MassiveSite:
     """One massive activation at the block that makes it.

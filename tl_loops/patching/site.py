@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tl_loops.arguments import checked
+from tl_loops.arguments import checked, checked_fields
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
 from tl_loops.layout.selection import Selection
 from tl_loops.runs.grid import Grid, make_grid
 
 
+@checked_fields
 @dataclass(frozen=True)
 class Site:
     """A place in the unrolled computation.

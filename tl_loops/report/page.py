@@ -12,6 +12,7 @@ import torch
 from jinja2 import Environment
 
 from tl_loops import tasks
+from tl_loops.arguments import checked, checked_fields
 from tl_loops.drawing.subject import given_name
 from tl_loops.drawing.views import circuitsvis_script
 from tl_loops.errors import LoopedSemanticsError
@@ -43,6 +44,7 @@ _EVALUATED = 240
 _SHOWN = 8
 
 
+@checked_fields
 @dataclass(frozen=True)
 class ReportPrompts:
     """What a report looks at.
@@ -64,6 +66,7 @@ class ReportPrompts:
             object.__setattr__(self, "evaluated", self.shown)
 
 
+@checked
 def default_prompts(model: Model) -> ReportPrompts:
     """The embedded model's task for the embedded model, else a few general sentences."""
     if model.cfg.model_name != EMBEDDED:
@@ -79,6 +82,7 @@ def default_prompts(model: Model) -> ReportPrompts:
     )
 
 
+@checked
 def report_html(
     model: Model,
     prompts: ReportPrompts | Sequence[PromptText | str] | None = None,
@@ -123,6 +127,7 @@ def report_html(
     return page
 
 
+@checked
 def write_report(
     model: Model,
     out: str | os.PathLike[str],

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.layout.model import Model
 from tl_loops.runs.identity import identity_of, tensors_fingerprint
 from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
@@ -15,6 +16,7 @@ from tl_loops.runs.shards import Shards
 _RESULT = "result"
 
 
+@checked
 def map_prompts(
     model: Model,
     function: Callable[[Any], Tensor],

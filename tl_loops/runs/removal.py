@@ -16,6 +16,9 @@ Removal = Literal["zero", "mean", "resample", "paired"]
 that is drawn at random for each prompt, the same one everywhere. ``"paired"``: what the reference
 prompt with the prompt's own number has."""
 
+MeanOver = Literal["batch", "batch_pos"]
+"""Whether a mean is over prompts, or over prompts and positions."""
+
 
 def check_removal(what: str, method: str, reference: Any) -> None:
     """Check the name of a method, and that it has the reference that it needs.
@@ -44,7 +47,7 @@ def removal_values(
     method: str,
     reference: Any,
     shape: tuple[int, int],
-    mean_over: str = "batch",
+    mean_over: MeanOver = "batch",
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """What stands in the place of an activation at some hook points.
@@ -98,10 +101,8 @@ def _means(
     heads: int | None,
     reference: Any,
     n_pos: int,
-    mean_over: str,
+    mean_over: MeanOver,
 ) -> dict[str, Tensor]:
-    if mean_over not in ("batch", "batch_pos"):
-        raise ValueError(f"mean_over must be 'batch' or 'batch_pos', got {mean_over!r}")
     if mean_over == "batch_pos" and activation.kind == "pattern":
         raise ValueError("a mean over positions has no meaning for patterns: use mean_over='batch'")
     values = {}

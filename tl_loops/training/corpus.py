@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_loops.arguments import check_at_least, checked
+
 
 def check_corpus(corpus: Tensor, n_context: int, d_vocab: int, name: str = "corpus") -> None:
     """Raise where a corpus gives no context, or holds what is no token of the model.
@@ -17,11 +19,7 @@ def check_corpus(corpus: Tensor, n_context: int, d_vocab: int, name: str = "corp
             f"{name} must be token ids in one line, an integer tensor [token], got "
             f"{list(corpus.shape)} of {corpus.dtype}"
         )
-    if corpus.shape[0] < n_context:
-        raise ValueError(
-            f"{name} has {corpus.shape[0]} tokens, fewer than one context of {n_context}: give "
-            "more text, or a smaller n_context"
-        )
+    _check_context(corpus, n_context, None, name)
     least, most = int(corpus.min()), int(corpus.max())
     if least < 0 or most >= d_vocab:
         raise ValueError(
@@ -30,6 +28,7 @@ def check_corpus(corpus: Tensor, n_context: int, d_vocab: int, name: str = "corp
         )
 
 
+@checked
 def draw_contexts(
     corpus: Int[Tensor, "token"],
     n_contexts: int,
@@ -45,11 +44,17 @@ def draw_contexts(
         n_context: Tokens per context.
         generator: On the CPU.
         first_token: Put before each context, whose last token falls away; ``None``: nothing is.
+
+    Raises:
+        ValueError: The corpus is shorter than one context, or a count is out of its range.
     """
+    check_at_least(1, n_contexts=n_contexts)
+    _check_context(corpus, n_context, first_token)
     starts = torch.randint(corpus.shape[0] - n_context + 1, (n_contexts,), generator=generator)
     return _after(first_token, corpus[starts[:, None] + torch.arange(n_context)].long())
 
 
+@checked
 def cut_contexts(
     corpus: Int[Tensor, "token"],
     n_context: int,
@@ -63,12 +68,29 @@ def cut_contexts(
         n_context: Tokens per context.
         most: At most this many; ``None``: all.
         first_token: As in :func:`draw_contexts`.
+
+    Raises:
+        ValueError: As :func:`draw_contexts`.
     """
+    check_at_least(1, most=most)
+    _check_context(corpus, n_context, first_token)
     n_all = corpus.shape[0] // n_context
     contexts = corpus[: n_all * n_context].view(n_all, n_context).long()
     if most is not None and most < n_all:
         contexts = contexts[torch.arange(most) * n_all // most]
     return _after(first_token, contexts)
+
+
+def _check_context(
+    corpus: Tensor, n_context: int, first_token: int | None, name: str = "corpus"
+) -> None:
+    check_at_least(1, n_context=n_context)
+    check_at_least(0, first_token=first_token)
+    if corpus.shape[0] < n_context:
+        raise ValueError(
+            f"{name} has {corpus.shape[0]} tokens, fewer than one context of {n_context}: give "
+            "more text, or a smaller n_context"
+        )
 
 
 def _after(first_token: int | None, contexts: Tensor) -> Tensor:

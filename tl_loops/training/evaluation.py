@@ -6,11 +6,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_loops.arguments import check_at_least, checked
 from tl_loops.layout.model import Model
 from tl_loops.training.corpus import check_corpus, cut_contexts
 from tl_loops.training.losses import token_losses
 
 
+@checked
 @torch.no_grad()
 def evaluate(
     model: Model,
@@ -36,8 +38,10 @@ def evaluate(
         first_token: What every context begins with; ``None``: with the text.
 
     Raises:
-        ValueError: The corpus is shorter than one context or holds no tokens of the model.
+        ValueError: The corpus is shorter than one context or holds no tokens of the model, or a
+            count is below 1.
     """
+    check_at_least(1, batch_size=batch_size, n_contexts=n_contexts)
     check_corpus(corpus, n_context, model.cfg.d_vocab)
     contexts = cut_contexts(corpus.cpu(), n_context, n_contexts, first_token)
     device = next(model.parameters()).device

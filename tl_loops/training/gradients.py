@@ -5,11 +5,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import functional_call
 
+from tl_loops.arguments import checked
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
 from tl_loops.training.losses import token_losses
 
 
+@checked
 def iteration_gradients(
     model: Model, tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "iteration weight"]:

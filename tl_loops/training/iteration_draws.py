@@ -6,6 +6,8 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from tl_loops.arguments import check_at_least, checked, checked_fields
+
 
 @runtime_checkable
 class IterationDraw(Protocol):
@@ -21,6 +23,7 @@ class IterationDraw(Protocol):
         ...
 
 
+@checked_fields
 @dataclass(frozen=True)
 class ConstantIterations:
     """The same number at every step.
@@ -35,8 +38,9 @@ class ConstantIterations:
     n: int
 
     def __post_init__(self) -> None:
-        _check_at_least("n", self.n, 1)
+        check_at_least(1, n=self.n)
 
+    @checked
     def draw(self, generator: torch.Generator) -> int:
         """``n``; the generator is not used."""
         return self.n
@@ -47,6 +51,7 @@ class ConstantIterations:
         return self.n
 
 
+@checked_fields
 @dataclass(frozen=True)
 class UniformIterations:
     """Every number from ``least`` to ``most`` equally often.
@@ -63,14 +68,16 @@ class UniformIterations:
     most: int
 
     def __post_init__(self) -> None:
-        _check_at_least("least", self.least, 1)
-        _check_at_least("most", self.most, self.least)
+        check_at_least(1, least=self.least)
+        check_at_least(self.least, most=self.most)
 
+    @checked
     def draw(self, generator: torch.Generator) -> int:
         """A draw."""
         return int(torch.randint(self.least, self.most + 1, (), generator=generator))
 
 
+@checked_fields
 @dataclass(frozen=True)
 class PoissonIterations:
     """1 + Poisson(mean - 1), cut at ``most``.
@@ -87,15 +94,17 @@ class PoissonIterations:
     most: int
 
     def __post_init__(self) -> None:
-        _check_at_least("mean", self.mean, 1)
-        _check_at_least("most", self.most, 1)
+        check_at_least(1, mean=self.mean)
+        check_at_least(1, most=self.most)
 
+    @checked
     def draw(self, generator: torch.Generator) -> int:
         """A draw."""
         rate = torch.tensor(self.mean - 1.0, dtype=torch.float64)
         return min(1 + int(torch.poisson(rate, generator=generator)), self.most)
 
 
+@checked_fields
 @dataclass(frozen=True)
 class LogNormalPoissonIterations:
     """1 + Poisson(λ) with a log-normal rate: mostly few iterations, with a heavy tail.
@@ -120,16 +129,12 @@ class LogNormalPoissonIterations:
     def __post_init__(self) -> None:
         if not self.mean > 0:
             raise ValueError(f"mean must be above 0, got {self.mean}")
-        _check_at_least("most", self.most, 1)
-        _check_at_least("sigma", self.sigma, 0)
+        check_at_least(1, most=self.most)
+        check_at_least(0, sigma=self.sigma)
 
+    @checked
     def draw(self, generator: torch.Generator) -> int:
         """A draw."""
         normal = torch.randn((), dtype=torch.float64, generator=generator)
         rate = torch.exp(math.log(self.mean) - self.sigma**2 / 2 + self.sigma * normal)
         return min(1 + int(torch.poisson(rate, generator=generator)), self.most)
-
-
-def _check_at_least(name: str, value: float | int, least: float | int) -> None:
-    if not least <= value < math.inf:
-        raise ValueError(f"{name} must be a number of at least {least}, got {value}")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tl_loops.arguments import checked
+
 if TYPE_CHECKING:
     import pandas
 
@@ -46,6 +48,7 @@ class TrainingLog:
         self.steps.append(tuple(float(row.get(name, math.nan)) for name in COLUMNS))
         self.state_gradients.append(list(state_gradients))
 
+    @checked
     def column(self, name: str) -> list[float]:
         """One column of ``steps``.
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.model import Model
 from tl_loops.loop_losses import expected_exit_loss
@@ -19,10 +20,20 @@ from tl_loops.training.settings import TrainingSettings
 from tl_loops.training.trajectory import TrainingPass, exit_logits
 
 
+@checked
 def token_losses(
     logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos_1"]:
-    """Cross entropy of every token but the first, in nats, in float32 or better."""
+    """Cross entropy of every token but the first, in nats, in float32 or better.
+
+    Raises:
+        IndexError: A token that the logits do not have.
+    """
+    outside = (tokens < 0) | (tokens >= logits.shape[-1])
+    if bool(outside.any()):
+        raise IndexError(
+            f"tokens holds {int(tokens[outside][0])}, but the logits are of {logits.shape[-1]} ids"
+        )
     wide = logits[:, :-1].to(statistic_dtype(logits))
     loss = F.cross_entropy(wide.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     return loss.view(tokens.shape[0], -1)
@@ -44,6 +55,7 @@ def check_can_train(model: Model, settings: TrainingSettings) -> None:
         model.cfg.readout.refuse_sum_of_states()
 
 
+@checked
 def step_losses(
     model: Model,
     tokens: Int[Tensor, "batch pos"],

@@ -4,9 +4,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.metrics.padding import statistic_dtype
 
 
+@checked
 def growth_penalty(states: Float[Tensor, "iteration batch pos d_model"]) -> Float[Tensor, ""]:
     """Mean over steps and positions of (log ‖s_{t+1}‖/‖s_t‖)², where the state grows.
 
@@ -25,6 +27,7 @@ def growth_penalty(states: Float[Tensor, "iteration batch pos d_model"]) -> Floa
     return growth.relu().square().mean()
 
 
+@checked
 def settling_penalty(states: Float[Tensor, "iteration batch pos d_model"]) -> Float[Tensor, ""]:
     """Mean over steps and positions of ‖s_{t+1} - s_t‖²/‖s_t‖², 0 at a fixed point.
 
@@ -42,6 +45,7 @@ def settling_penalty(states: Float[Tensor, "iteration batch pos d_model"]) -> Fl
     return (step / length.clamp_min(torch.finfo(length.dtype).tiny)).mean()
 
 
+@checked
 def jacobian_penalty(
     entering: Float[Tensor, "batch pos d_model"],
     leaving: Float[Tensor, "batch pos d_model"],

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from tl_loops.arguments import check_at_least, checked
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
 from tl_loops.runs.identity import prompts_fingerprint
@@ -27,6 +28,7 @@ class NotFiniteError(FloatingPointError):
     """The loss or its gradient is NaN or infinite; the weights are those before the step."""
 
 
+@checked
 def train(
     model: Model,
     corpus: Int[Tensor, "token"],
@@ -84,13 +86,8 @@ def train(
     check_corpus(corpus, n_context, model.cfg.d_vocab)
     if evaluation is not None:
         check_corpus(evaluation, n_context, model.cfg.d_vocab, "evaluation")
-    for name, every in (
-        ("evaluate_every", evaluate_every),
-        ("checkpoint_every", checkpoint_every),
-        ("stop_after", stop_after),
-    ):
-        if every is not None and every < 1:
-            raise ValueError(f"{name} must be at least 1, got {every}")
+    check_at_least(1, evaluate_every=evaluate_every, checkpoint_every=checkpoint_every)
+    check_at_least(1, stop_after=stop_after, n_evaluation=n_evaluation)
     parameters = _trained(model)
     optimiser = _optimiser(list(parameters.values()), settings)
     described = {
@@ -103,6 +100,7 @@ def train(
     end = min(settings.n_steps, settings.n_steps if stop_after is None else stop_after)
     mode = model.training
     with ExitStack() as stack:
+        stack.callback(model.train, mode)
         identity = {}
         if checkpoint is not None:
             check_writable(checkpoint)
@@ -114,7 +112,6 @@ def train(
         bar = stack.enter_context(
             tqdm(total=end, initial=done.n_done, desc="training", disable=not progress)
         )
-        stack.callback(model.train, mode)
         stack.enter_context(torch.enable_grad())
         while done.n_done < end:
             model.train()

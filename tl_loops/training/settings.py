@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tl_loops.arguments import check_at_least, checked, checked_fields
 from tl_loops.errors import did_you_mean
 from tl_loops.training.iteration_draws import ConstantIterations, IterationDraw
 
@@ -23,6 +24,7 @@ _NOT_NEGATIVE = (
 )
 
 
+@checked_fields
 @dataclass(frozen=True)
 class TrainingSettings:
     """Settings of a training run.
@@ -94,6 +96,9 @@ class TrainingSettings:
             )
         if self.n_gradient is not None and self.n_gradient < 1:
             raise ValueError(f"n_gradient must be at least 1 or None, got {self.n_gradient}")
+        check_at_least(0, first_token=self.first_token)
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas are two numbers from 0 to below 1, got {self.betas}")
         if not 0.0 <= self.decay <= 1.0:
             raise ValueError(f"decay is a share of the steps, from 0 to 1, got {self.decay}")
         for name, known in (
@@ -128,8 +133,14 @@ class TrainingSettings:
         """The type of ``autocast``."""
         return None if self.autocast is None else _AUTOCAST[self.autocast]
 
+    @checked
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0: warm-up, constant, decay to zero."""
+        """The learning rate of a step, counted from 0: warm-up, constant, decay to zero.
+
+        Raises:
+            ValueError: ``step`` is below 0.
+        """
+        check_at_least(0, step=step)
         warm = min(1.0, (step + 1) / max(self.warmup_steps, 1))
         n_decay = self.decay * self.n_steps
         left = min(1.0, (self.n_steps - step) / n_decay) if n_decay else 1.0

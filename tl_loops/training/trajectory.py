@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_loops.arguments import check_at_least, checked
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
@@ -35,6 +36,7 @@ class TrainingPass:
     gates: list[Tensor] = field(default_factory=list)
 
 
+@checked
 def training_pass(
     model: Model, tokens: Int[Tensor, "batch pos"], n_iterations: int, n_gradient: int | None = None
 ) -> TrainingPass:
@@ -52,8 +54,15 @@ def training_pass(
     Raises:
         NoLoopError: The model has no loop.
         LoopedSemanticsError: Gradients are cut in a loop that carries more than its state.
+        ValueError: The model runs another number of iterations, or ``n_gradient`` is below 1.
     """
-    require_layout(model)
+    layout = require_layout(model)
+    check_at_least(1, n_gradient=n_gradient)
+    if n_iterations != layout.n_iterations:
+        raise ValueError(
+            f"n_iterations is {n_iterations}, but the model runs {layout.n_iterations}: train "
+            "within `with model.iterations(n):`"
+        )
     first = 0 if n_gradient is None else max(0, n_iterations - n_gradient)
     if first and not getattr(model.cfg, "state_is_whole", True):
         raise LoopedSemanticsError(
@@ -99,6 +108,7 @@ def training_pass(
     return kept
 
 
+@checked
 def exit_logits(
     model: Model, tokens: Int[Tensor, "batch pos"], run: TrainingPass
 ) -> list[Float[Tensor, "batch pos d_vocab"]]:
@@ -108,7 +118,14 @@ def exit_logits(
 
     Raises:
         LoopedSemanticsError: The sum of all states leaves the loop, and no single one.
+        ValueError: The run is of other tokens, or of another model.
     """
+    state = run.states[-1]
+    if (*tokens.shape, model.cfg.d_model) != tuple(state.shape):
+        raise ValueError(
+            f"the run's states are [batch, pos, d_model] = {list(state.shape)}, but the tokens are "
+            f"{list(tokens.shape)} and the model is {model.cfg.d_model} wide: pass those of the run"
+        )
     lens = CodaLens()
     points = select_points(model, "states")[run.first :]
     lens.check(model, points)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tl_loops.arguments import checked
 from tl_loops.errors import ConfigError, LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.segments import Segment
@@ -12,6 +13,7 @@ from tl_loops.model.repeated.transformer import RepeatedTransformer
 from tl_loops.upstream import HAS_HOOKED_TRANSFORMER, HookedTransformer
 
 
+@checked
 def loop(
     model: Any,
     start: int | None = None,
