@@ -103,13 +103,20 @@ RISKY = tuple(
         "interrupts.py",
         "iterations.py",
         "cells.py",
+        "read_positions.py",
+        "weight_uses.py",
+        "evaluation.py",
+        "trajectory.py",
+        os.path.join("attention", "__init__.py"),
+        os.path.join("_functorch", "functional_call.py"),
+        "stateless.py",
     )
 )
 """Files that change a model for a while, and change it back."""
 
 
-def interrupted_at(number, action, spared=()):
-    """Run an action, and interrupt it at the n-th line that it runs in a file of ``RISKY``.
+def interrupted_at(number, action, spared=(), files=RISKY):
+    """Run an action, and interrupt it at the n-th line that it runs in some files.
 
     Always the same line, and always in the code that an interrupt could catch half-way.
 
@@ -117,6 +124,7 @@ def interrupted_at(number, action, spared=()):
         number: Of the line; ``None``: run all of it.
         action: What is run.
         spared: Functions that are not interrupted themselves; what they call is.
+        files: The ends of their paths.
 
     Returns:
         ``None`` where it was interrupted, else the number of lines.
@@ -134,7 +142,7 @@ def interrupted_at(number, action, spared=()):
 
     def called(frame, event, argument):
         code = frame.f_code
-        if not code.co_filename.endswith(RISKY) or code.co_name in spared:
+        if not code.co_filename.endswith(files) or code.co_name in spared:
             return None
         return line(frame, event, argument)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from tl_loops.arguments import check_at_least, checked
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.model import Model
+from tl_loops.upstream import left_as_it_was
 
 
 @checked
@@ -110,6 +111,7 @@ def expected_exit_loss(
 
 
 @checked
+@left_as_it_was
 def ponder_training_loss(
     model: Model, tokens: Int[Tensor, "batch pos"], rate: float = 0.2, beta: float = 0.01
 ) -> Float[Tensor, ""]:

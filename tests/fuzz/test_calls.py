@@ -19,6 +19,9 @@ from tests.fuzz.kinds import arguments_of
 from tests.fuzz.loop_calls import score
 from tests.fuzz.public_names import (
     ELSEWHERE,
+    NOT_HERE,
+    OF_THE_PACKAGE,
+    ROOMS,
     public_functions,
 )
 from tests.fuzz.test_arguments import raised_here

@@ -24,12 +24,14 @@ from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.runs.batches import check_batch_size, token_prompts
 from tl_loops.runs.inputs import run_inputs
 from tl_loops.runs.scoring import logits_shape
+from tl_loops.upstream import left_as_it_was
 
 ExampleLoss = Callable[[Tensor, Tensor], Tensor]
 """Maps the logits [1, pos, d_vocab] and tokens [1, pos] of one example to a scalar."""
 
 
 @checked
+@left_as_it_was
 def iteration_gradients(
     model: Model,
     input: Any,
@@ -105,6 +107,7 @@ class StepInfluence:
 
 
 @checked
+@left_as_it_was
 def step_influence(
     model: Model,
     train: Iterable[Any],

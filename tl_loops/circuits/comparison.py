@@ -16,6 +16,7 @@ from tl_loops.circuits.scores import EdgeScores
 from tl_loops.layout.model import Model
 from tl_loops.runs.removal import MeanOver
 from tl_loops.runs.scoring import Metric
+from tl_loops.upstream import left_as_it_was
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +96,7 @@ class PartEffects:
 
 
 @checked
+@left_as_it_was
 def faithfulness(
     model: Model,
     tokens: Any,
@@ -147,6 +149,7 @@ def faithfulness(
 
 
 @checked
+@left_as_it_was
 def faithfulness_curve(
     model: Model,
     tokens: Any,
@@ -203,6 +206,7 @@ def faithfulness_curve(
 
 
 @checked
+@left_as_it_was
 def minimality(
     model: Model,
     tokens: Any,
@@ -255,6 +259,7 @@ def minimality(
 
 
 @checked
+@left_as_it_was
 def completeness(
     model: Model,
     tokens: Any,

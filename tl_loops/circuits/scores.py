@@ -22,6 +22,7 @@ from tl_loops.runs.removal import MeanOver, check_removal
 from tl_loops.runs.rerun import BaseRun
 from tl_loops.runs.scoring import Metric, identify_cells, start_run
 from tl_loops.runs.shards import Shards
+from tl_loops.upstream import left_as_it_was
 
 ScoredBy = Literal["gradient", "integrated_inputs", "exact"]
 _READS = {"attn": "attn_out", "mlp": "mlp_out", "query": "q", "key": "k", "value": "v", "head": "z"}
@@ -54,6 +55,7 @@ class EdgeScores(EdgeAttribution):
 
 
 @checked
+@left_as_it_was
 def score(
     model: Model,
     tokens: Any,

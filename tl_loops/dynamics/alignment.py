@@ -18,6 +18,7 @@ from tl_loops.metrics.precision import without_autocast
 from tl_loops.runs.activations import find_activation
 from tl_loops.runs.batches import batches, check_batch_size, longest_first, token_prompts
 from tl_loops.runs.cells import hooked
+from tl_loops.upstream import left_as_it_was
 
 if TYPE_CHECKING:
     import pandas
@@ -66,6 +67,7 @@ class _Points:
 
 
 @checked
+@left_as_it_was
 def kernel_alignment(
     model: Model,
     prompts: Iterable[Any],

@@ -18,7 +18,7 @@ from tl_loops.layout.selection import Selection, distinct_indices, one_index
 from tl_loops.metrics.jacobian import differentiable_attention
 from tl_loops.runs.batches import tokens_alone
 from tl_loops.runs.cells import hooked
-from tl_loops.upstream import can_restart, has_hooks
+from tl_loops.upstream import can_restart, has_hooks, left_as_it_was
 
 Hooks = list[tuple[str, Callable[..., Any]]]
 
@@ -91,8 +91,7 @@ class ModelLoopMap:
                 f"the model now has {require_layout(self._model)!r}, but this map was made with "
                 f"{self._layout!r}: use it inside `with model.iterations(n):`, as it was made"
             )
-        with differentiable_attention():
-            after = self._run(whole, injection)
+        after = _iterated(self._model, self, whole, injection)
         if self.pos is not None:
             after = after[:, list(self.pos)]
         return after if self.stacks else after[0]
@@ -160,7 +159,14 @@ class ModelLoopMap:
         return hooks
 
 
+@left_as_it_was
+def _iterated(model: Model, step: ModelLoopMap, whole: Tensor, injection: Tensor | None) -> Tensor:
+    with differentiable_attention():
+        return step._run(whole, injection)
+
+
 @checked
+@left_as_it_was
 def loop_map(
     model: Model,
     prompt: str | Int[Tensor, "pos"],
@@ -208,6 +214,7 @@ def loop_map(
 
 
 @checked
+@left_as_it_was
 def loop_maps(
     model: Model,
     prompt: str | Int[Tensor, "pos"],

@@ -26,6 +26,7 @@ from tl_loops.metrics import (
     lyapunov_exponents,
 )
 from tl_loops.metrics.jacobian import Differentiation
+from tl_loops.upstream import left_as_it_was
 
 if TYPE_CHECKING:
     import pandas
@@ -81,6 +82,7 @@ class IterationJacobians:
 
 
 @checked
+@left_as_it_was
 def iteration_jacobians(
     model: Model,
     prompt: str | Int[Tensor, "pos"],
@@ -149,6 +151,7 @@ def iteration_jacobians(
 
 
 @checked
+@left_as_it_was
 def run_exponents(
     model: Model,
     prompt: str | Int[Tensor, "pos"],
@@ -187,6 +190,7 @@ def run_exponents(
 
 
 @checked
+@left_as_it_was
 def injection_sensitivity(
     model: Model,
     prompt: str | Int[Tensor, "pos"],

@@ -18,6 +18,7 @@ from tl_loops.metrics.precision import without_autocast
 from tl_loops.runs.activations import find_activation
 from tl_loops.runs.batches import batches, check_batch_size, longest_first, token_prompts
 from tl_loops.runs.cells import hooked
+from tl_loops.upstream import left_as_it_was
 
 if TYPE_CHECKING:
     import pandas
@@ -81,6 +82,7 @@ class KeyValueSpectra:
 
 
 @checked
+@left_as_it_was
 def key_value_spectra(
     model: Model,
     prompts: Iterable[Any],

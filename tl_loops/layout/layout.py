@@ -368,12 +368,13 @@ class LoopLayout:
         Raises:
             ValueError: The first axis is not the unrolled depth.
         """
-        shape = tuple(getattr(values, "shape", ()))
+        array: Any = values
+        shape = tuple(getattr(array, "shape", ()))
         if not shape or shape[0] != self.n_layers:
             raise ValueError(
                 f"by_iteration() needs [{self.n_layers}, ...] (one entry per block), got {shape}"
             )
-        core: Any = values[self.core_start : self.coda_start]
+        core = array[self.core_start : self.coda_start]
         return core.reshape(self.n_iterations, self.n_core, *shape[1:])
 
     @checked

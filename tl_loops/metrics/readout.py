@@ -265,7 +265,7 @@ def _real_vocabulary(logits: Tensor, vocab_size: int | None) -> Tensor:
 
 def _token_index(logits: Tensor, tokens: Tensor | int) -> Tensor:
     if isinstance(tokens, int) and not 0 <= tokens < logits.shape[-1]:
-        raise ValueError(f"token {tokens}, expected an id in 0 to {logits.shape[-1] - 1}")
+        raise ValueError(f"token {tokens}, expected ids in 0 to {logits.shape[-1] - 1}")
     index = torch.as_tensor(tokens, device=logits.device).long()
     if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < logits.shape[-1]:
         raise ValueError(

@@ -33,6 +33,7 @@ from tl_loops.report.patching import patching_section
 from tl_loops.report.probes import TITLE, probes_section
 from tl_loops.report.section import Section, last_tokens, shortened, times
 from tl_loops.tasks.prompts import SAMPLE, PromptText, from_task
+from tl_loops.upstream import left_as_it_was
 from tl_loops.version import __version__
 from tl_loops.writing import check_writable, write_whole
 
@@ -83,6 +84,7 @@ def default_prompts(model: Model) -> ReportPrompts:
 
 
 @checked
+@left_as_it_was
 def report_html(
     model: Model,
     prompts: ReportPrompts | Sequence[PromptText | str] | None = None,

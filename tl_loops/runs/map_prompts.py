@@ -12,11 +12,13 @@ from tl_loops.layout.model import Model
 from tl_loops.runs.identity import identity_of, tensors_fingerprint
 from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
 from tl_loops.runs.shards import Shards
+from tl_loops.upstream import left_as_it_was
 
 _RESULT = "result"
 
 
 @checked
+@left_as_it_was
 def map_prompts(
     model: Model,
     function: Callable[[Any], Tensor],

@@ -10,9 +10,11 @@ from tl_loops.arguments import check_at_least, checked
 from tl_loops.layout.model import Model
 from tl_loops.training.corpus import check_corpus, cut_contexts
 from tl_loops.training.losses import token_losses
+from tl_loops.upstream import left_as_it_was
 
 
 @checked
+@left_as_it_was
 @torch.no_grad()
 def evaluate(
     model: Model,

@@ -9,9 +9,11 @@ from tl_loops.arguments import checked
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
 from tl_loops.training.losses import token_losses
+from tl_loops.upstream import left_as_it_was
 
 
 @checked
+@left_as_it_was
 def iteration_gradients(
     model: Model, tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "iteration weight"]:

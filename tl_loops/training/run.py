@@ -21,6 +21,7 @@ from tl_loops.training.log import TrainingLog
 from tl_loops.training.losses import attention_for, check_can_train, step_losses
 from tl_loops.training.settings import TrainingSettings
 from tl_loops.training.trajectory import TrainingPass, training_pass
+from tl_loops.upstream import left_as_it_was
 from tl_loops.writing import check_writable, in_use
 
 
@@ -29,6 +30,7 @@ class NotFiniteError(FloatingPointError):
 
 
 @checked
+@left_as_it_was
 def train(
     model: Model,
     corpus: Int[Tensor, "token"],

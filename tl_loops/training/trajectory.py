@@ -14,6 +14,7 @@ from tl_loops.layout.of_model import require_layout
 from tl_loops.lens.decode import CodaLens
 from tl_loops.lens.points import select_points
 from tl_loops.runs.inputs import LensInputs
+from tl_loops.upstream import left_as_it_was
 
 
 @dataclass(eq=False)
@@ -37,6 +38,7 @@ class TrainingPass:
 
 
 @checked
+@left_as_it_was
 def training_pass(
     model: Model, tokens: Int[Tensor, "batch pos"], n_iterations: int, n_gradient: int | None = None
 ) -> TrainingPass:

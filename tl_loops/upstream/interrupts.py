@@ -1,4 +1,4 @@
-"""What an interrupt must not leave: hooks of the run, its number of iterations, its gradient mode.
+"""What an interrupt must not leave: hooks, iterations, modes and stand-ins of weights of a run.
 
 ``finally`` is not enough: an interrupt may come between adding a hook and noting it, while hooks
 are taken away, or as a context manager is entered or left. What is done here needs no moment to be
@@ -30,13 +30,16 @@ _HOLDERS = (
 CONTEXTS = "_iteration_contexts"
 """Where a model keeps the contexts that changed its number of iterations, the last one last; each
 has a method ``leave``."""
+_KERNELS = ("flash_sdp", "mem_efficient_sdp", "math_sdp", "cudnn_sdp")
 
 
 def left_as_it_was(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Let an interrupt at any moment of a function leave the model as it was before the call.
 
-    That is: the hooks at every hook point, the number of iterations, and whether gradients are
-    recorded. What another error leaves is the function's own.
+    That is: the hooks of every module, the number of iterations (of a bridge also that of the
+    Hugging Face model behind it), training mode, which tensors stand
+    as weights, whether gradients are recorded, and which kernels attention may take. What another
+    error leaves is the function's own.
 
     Args:
         function: Its first argument is a model.
@@ -72,18 +75,26 @@ class _Condition:
 
     def __init__(self, model: Any):
         self.gradients = torch.is_grad_enabled()
+        kernels = torch.backends.cuda
+        self.kernels = {name: getattr(kernels, f"{name}_enabled")() for name in _KERNELS}
         self.model = model if hasattr(model, "hook_dict") else None
         if self.model is None:
             return
         # A bridge that is not looped keeps neither.
         self.flags = {name: getattr(model, name) for name in _FLAGS if hasattr(model, name)}
         self.n_contexts = len(vars(model).get(CONTEXTS, ()))
-        self.modules = tuple(_hooked_modules(model))
+        counts = getattr(model, "counts_of_a_run", tuple)()  # of an unrolled bridge
+        self.counts = [(held, name, getattr(held, name)) for held, name in counts]
+        self.modules = tuple(_modules(model))
+        self.training = [module.training for module in self.modules]
+        self.weights = {m: dict(m._parameters) for m in self.modules if m._parameters}
         self.hooks = {module: _hooks(module) for module in self.modules if any(_lists(module))}
 
     def restore(self) -> None:
         """Take away what is new, and put back what is gone."""
         torch.set_grad_enabled(self.gradients)
+        for name, value in self.kernels.items():
+            getattr(torch.backends.cuda, f"enable_{name}")(value)
         if self.model is None:
             return
         contexts = vars(self.model).get(CONTEXTS, [])
@@ -96,13 +107,23 @@ class _Condition:
             else:
                 for now in _lists(module):
                     now.clear()
+        for module, training in zip(self.modules, self.training, strict=True):
+            module.training = training
+        for module, weights in self.weights.items():
+            module._parameters.update(weights)
+        for held, name, value in self.counts:
+            setattr(held, name, value)
         for name, value in self.flags.items():
             setattr(self.model, name, value)
 
 
-def _hooked_modules(model: Any) -> Iterator[nn.Module]:
-    """Where a run of the model adds hooks."""
-    yield from model.hook_dict.values()
+def _modules(model: Any) -> Iterator[nn.Module]:
+    """Every module that a run of the model may change for a while."""
+    held = [*model.modules(), *model.hook_dict.values()]
+    bridge = vars(model).get("bridge")  # the engine of a bridged looped model
+    if bridge is not None:
+        held += bridge.modules()
+    yield from dict.fromkeys(held)
     bridge = vars(model).get("bridge")  # the engine of a bridged looped model
     if bridge is not None:
         yield from bridge.modules()

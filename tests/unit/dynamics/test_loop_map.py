@@ -9,7 +9,7 @@ import tl_loops
 from tests.feedforward import only_before_4, plain_model
 from tests.models import ARCHITECTURES, MECHANISMS, SIZES, STACKS, tiny_model, tiny_tokens
 from tl_loops import LoopedSemanticsError, dynamics
-from tl_loops.errors import NoLoopError
+from tl_loops.errors import ArgumentError
 from tl_loops.metrics import loop_spectrum
 
 TOKENS = tiny_tokens()[0]
@@ -185,7 +185,7 @@ def test_bad_arguments():
         (lambda: dynamics.loop_map(model, "text"), ValueError, "tokenizer"),
         (lambda: step(step.state[:2]), ValueError, r"state must have shape \[9, 32\]"),
         (lambda: step(step.state, step.state), ValueError, "injects nothing"),
-        (lambda: dynamics.loop_map(torch.nn.Linear(1, 1), TOKENS), NoLoopError, "no loop layout"),
+        (lambda: dynamics.loop_map(torch.nn.Linear(1, 1), TOKENS), ArgumentError, "no loop layout"),
     ):
         with pytest.raises(error, match=message):
             call()

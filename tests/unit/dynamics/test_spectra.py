@@ -5,7 +5,7 @@ import torch
 
 from tests.models import tiny_model, tiny_tokens
 from tl_loops.dynamics import key_value_spectra
-from tl_loops.errors import NoLoopError
+from tl_loops.errors import ArgumentError
 
 PROMPTS = [tiny_tokens(1, n, seed=n)[0] for n in (9, 5, 9, 7)]
 
@@ -93,5 +93,5 @@ def test_bad_input():
         key_value_spectra(model, [])
     with pytest.raises(ValueError, match="batch_size"):
         key_value_spectra(model, PROMPTS, batch_size=0)
-    with pytest.raises(NoLoopError):
+    with pytest.raises(ArgumentError, match="no loop layout"):
         key_value_spectra(torch.nn.Linear(1, 1), PROMPTS)

@@ -63,7 +63,7 @@ class TestNorm:
         default = jacobian_norm(step, randn(1, 6), 3)
         assert default.square == one(0)
         assert math.isnan(jacobian_norm(step, randn(1, 6), 1).standard_error)
-        with pytest.raises(ValueError, match="n_probes=0"):
+        with pytest.raises(ValueError, match="n_probes must be at least 1, got 0"):
             jacobian_norm(step, randn(1, 6), 0)
 
 

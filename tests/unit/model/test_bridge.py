@@ -1,6 +1,7 @@
 """A bridged looped model, unrolled, is the looped model: names, values, edits, gradients."""
 
 import dataclasses
+import os
 import warnings
 from functools import cache
 
@@ -11,6 +12,7 @@ from transformer_lens import patching as upstream_patching
 from tests.bridged.models import FIXTURES, bridged, reference
 from tests.closeness import assert_close
 from tests.feedforward import plain_model
+from tests.kills import interrupted_at
 from tl_loops import (
     ConfigError,
     HookNameError,
@@ -267,6 +269,33 @@ def test_the_bridge_stays_as_it_is(unrolled, tokens):
     assert not any(type(m).__name__ == "Linear" and m._forward_hooks for m in modules)
     torch.manual_seed(0)
     assert torch.equal(bridge(tokens, **state), before)
+
+
+def test_an_interrupt_leaves_the_bridge_as_it_was(family, unrolled, tokens):
+    n = unrolled.cfg.n_iterations * 2
+    files = tuple(
+        os.path.join("bridged", name) for name in ("ouro.py", "hrm_text.py", "unrolled.py")
+    )
+    tokens = tokens[:1, :3]
+
+    def use():
+        return unrolled(tokens, n_iterations=n)
+
+    def condition():
+        modules = [*unrolled.bridge.modules(), *unrolled.hook_dict.values()]
+        hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules]
+        counts = [getattr(held, name) for held, name in unrolled.counts_of_a_run()]
+        return hooks, counts, unrolled.cfg.n_iterations, torch.is_grad_enabled()
+
+    logits, longer, before = unrolled(tokens), use(), condition()
+    n_lines = interrupted_at(None, use, files=files)
+    spread = range(0, n_lines, 1 + n_lines // 6)
+    came = 0
+    for moment in sorted({*spread, *range(n_lines - 6, n_lines)}):
+        came += interrupted_at(moment, use, files=files) is None
+        assert condition() == before, moment
+    assert came > 5
+    assert torch.equal(unrolled(tokens), logits) and torch.equal(use(), longer)
 
 
 def test_weights_are_seen_and_not_copied(family, tokens):

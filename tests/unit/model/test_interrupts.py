@@ -1,5 +1,6 @@
 """Ctrl-C at chosen moments of every tool: the model is as before, and its numbers are right."""
 
+import os
 import random
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from tests.kills import N_MOMENTS, interrupted_at
 from tests.models import tiny_model, tiny_tokens
 from tests.unit.measurements.test_measure import prompts, quiet
-from tl_loops.attribution import attribution_patch
+from tl_loops import dynamics, steering, training
+from tl_loops.attribution import attribution_patch, iteration_gradients
 from tl_loops.lens import coda_lens, logit_lens
 from tl_loops.lens.exit_curve import exit_curve
 from tl_loops.patching import ablate, activation_patch
@@ -42,6 +44,24 @@ def measured(model):
     )
 
 
+def last_logit(logits):
+    return logits[:, -1, 0].float().mean()
+
+
+def with_gradients(tool):
+    def use(model):
+        with torch.enable_grad():
+            return tool(model)
+
+    return use
+
+
+def mapped(model):
+    with torch.no_grad():
+        step = dynamics.loop_map(model, TOKENS[0])
+        return step(step.state)
+
+
 TOOLS = {
     "measure": measured,
     "call": lambda model: model(TOKENS, n_iterations=3),
@@ -58,6 +78,34 @@ TOOLS = {
     "exit_curve": lambda model: exit_curve(model, list(TOKENS), progress=False).loss,
     "logit_lens": lambda model: logit_lens(model, TOKENS, keep_logits=True).logits,
     "coda_lens": lambda model: coda_lens(model, TOKENS, keep_logits=True).logits,
+    "logits_only_at": lambda model: (
+        logit_lens(model, TOKENS, positions=[-1], keep_logits=True).logits
+    ),
+    "grid_of_read_positions": lambda model: ablate(
+        model, TOKENS, loss, "mlp_out", axes=("iteration",), logits_at="last", progress=False
+    ),
+    "steering_effect": lambda model: steering.steering_effect(
+        model,
+        TOKENS,
+        direction=torch.ones(32),
+        metric=loss,
+        axes=("iteration",),
+        progress=False,
+    ),
+    "kernel_alignment": lambda model: dynamics.kernel_alignment(model, list(TOKENS)).matrix,
+    "key_value_spectra": lambda model: dynamics.key_value_spectra(
+        model, list(TOKENS)
+    ).singular_values["k"]["core.0"],
+    "loop_map": lambda model: dynamics.loop_map(model, TOKENS[0]).state,
+    "map of an iteration": mapped,
+    "iteration_gradients": with_gradients(
+        lambda model: iteration_gradients(model, TOKENS, last_logit).norms()
+    ),
+    "training.iteration_gradients": lambda model: training.iteration_gradients(model, TOKENS),
+    "training_pass": lambda model: training.training_pass(model, TOKENS, 3, 1).logits.detach(),
+    "evaluate": lambda model: torch.tensor(
+        list(training.evaluate(model, TOKENS.flatten(), 4, (1, 2)).values())
+    ),
     "generate": lambda model: model.generate(
         TOKENS, 2, verbose=False, do_sample=False, stop_at_eos=False
     ),
@@ -100,3 +148,19 @@ def test_an_interrupt_leaves_everything_as_it_was(tool):
         assert [key for key in before if after[key] != before[key]] == [], moment
     assert torch.equal(model(TOKENS), logits)
     assert torch.equal(use(model).nan_to_num(), numbers.nan_to_num())
+
+
+@pytest.mark.parametrize("lines", ["read_positions.py", "weight_uses.py"])
+def test_an_interrupt_at_every_line_of_what_acts_on_a_module_itself(lines):
+    """A hook before the unembedding is no hook of a hook point; nor is a stand-in for a weight."""
+    tool = {"read_positions.py": "logits_only_at", "weight_uses.py": "iteration_gradients"}[lines]
+    model, use, files = tiny_model("huginn"), TOOLS[tool], (os.sep + lines,)
+    logits, weights = model(TOKENS).detach(), list(model.parameters())
+    n_lines = interrupted_at(None, lambda: use(model), files=files)
+    # Every line where there are few, and otherwise the first ones, the last ones and some between.
+    chosen = {*range(16), *range(n_lines - 10, n_lines), *range(0, n_lines, 1 + n_lines // 8)}
+    for moment in sorted(chosen & {*range(n_lines)}):
+        assert interrupted_at(moment, lambda: use(model), files=files) is None
+        assert not model.unembed._forward_pre_hooks and not model._forward_pre_hooks, moment
+        assert all(x is y for x, y in zip(model.parameters(), weights, strict=True)), moment
+        assert torch.equal(model(TOKENS), logits), moment

@@ -1,6 +1,6 @@
 """What a bridged family is: where its tensors fire, and how its Hugging Face model is run."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,10 @@ def _nothing(bridge: Any, n_iterations: int) -> AbstractContextManager:
     return nullcontext()
 
 
+def _no_counts(bridge: Any) -> tuple[()]:
+    return ()
+
+
 @dataclass(frozen=True)
 class BridgedFamily:
     """How TransformerBridge runs a looped family.
@@ -30,6 +34,7 @@ class BridgedFamily:
         arguments: Further arguments of the bridge's forward pass, from the unrolled bridge, the
             tokens [batch, pos] and the initial state that was asked for, if any.
         iterations: Makes the Hugging Face model run a number of iterations, for a block of code.
+        counts: What ``iterations`` sets for a time: objects and names of their attributes.
         masks: Whether the Hugging Face model honours an attention mask.
     """
 
@@ -39,6 +44,7 @@ class BridgedFamily:
     missing: Mapping[str, str] = field(default_factory=dict)
     arguments: Callable[[Any, Tensor, Tensor | None], dict[str, Any]] = _no_arguments
     iterations: Callable[[Any, int], AbstractContextManager] = _nothing
+    counts: Callable[[Any], Sequence[tuple[Any, str]]] = _no_counts
     masks: bool = True
 
 

@@ -107,6 +107,11 @@ def _arguments(model: Any, tokens: Tensor, initial_state: Tensor | None) -> dict
     return {"use_cache": False}
 
 
+def _counts(bridge: Any) -> list[tuple[Any, str]]:
+    stacks = bridge.original_model.model
+    return [(stacks.config, "H_cycles"), (stacks, "L_bp_cycles_padded")]
+
+
 @contextmanager
 def _iterations(bridge: Any, n_iterations: int) -> Iterator[None]:
     """As many cycles as that many calls are, with gradients through all of them."""
@@ -129,4 +134,5 @@ BRIDGED_HRM_TEXT = BridgedFamily(
     missing=SPLIT_INPUTS,
     arguments=_arguments,
     iterations=_iterations,
+    counts=_counts,
 )

@@ -76,4 +76,5 @@ BRIDGED_OURO = BridgedFamily(
     missing=SPLIT_INPUTS,
     arguments=_arguments,
     iterations=_iterations,
+    counts=lambda bridge: [(bridge.original_model.model, "total_ut_steps")],
 )

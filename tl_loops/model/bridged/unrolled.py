@@ -2,6 +2,7 @@
 
 import re
 import threading
+from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
 from jaxtyping import Float, Int
@@ -240,6 +241,10 @@ class UnrolledBridge(LoopedTransformer):
         ):
             logits = run.call(lambda: self.bridge(tokens, return_type="logits", **arguments))
         return logits if stop is None else run.stopped
+
+    def counts_of_a_run(self) -> Sequence[tuple[Any, str]]:
+        """What a run sets in the Hugging Face model for a time: objects and attributes."""
+        return self._bridged.counts(self.bridge)
 
     def _source(self, name: str) -> HookPoint | nn.Module:
         """The hook point of the bridge, or the module behind an ``@``, that a tap listens at."""
