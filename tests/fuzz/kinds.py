@@ -108,6 +108,19 @@ OWN_KINDS = {
     ("map_prompts", "what"): odd.words,
     ("map_prompts", "prompts"): inputs.any_prompts,
     ("read_part_label", "label"): odd.words,
+    ("probes.task_probes", "states"): odd.objects,
+    ("probes.task_probes", "labels"): odd.words_or_labels,
+    ("probes.pair_probes", "preferred"): odd.objects,
+    ("probes.pair_probes", "other"): odd.objects,
+    ("probes.concept_directions", "positive"): odd.objects,
+    ("probes.concept_directions", "negative"): odd.objects,
+    ("probes.TaskProbes.predict", "states"): odd.objects,
+    ("probes.PromptStates.rows", "prompts"): odd.selections,
+    ("probes.PromptStates.label", "iteration"): odd.indices,
+    ("probes.flip_test", "given"): inputs.tensors,
+    ("probes.PromptStates.of", "activation"): odd.words,
+    ("lens.LensResult.text", "tokens"): inputs.tensors,
+    ("plots.plot_curves", "bounds"): odd.bounds,
     ("LoopLayout.alias", "name"): odd.words,
     ("LoopLayout.canonical_name", "name"): odd.words,
     ("LoopLayout.by_iteration", "values"): inputs.tensors,
@@ -176,7 +189,13 @@ _OF_TYPES = {
     frozenset({bool}): odd.flags,
     frozenset({SupportsIndex}): odd.indices,
 }
-BY_ANNOTATION = ("metrics.", "loop_losses.", "training.token_losses", "training.growth_penalty")
+BY_ANNOTATION = (
+    "probes.",
+    "metrics.",
+    "loop_losses.",
+    "training.token_losses",
+    "training.growth_penalty",
+)
 """Where a name says less than the annotation."""
 
 

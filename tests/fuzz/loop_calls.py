@@ -11,6 +11,7 @@ from tests.fuzz.world import World
 from tl_loops import training
 from tl_loops.circuits import Circuit, EdgeGraph
 from tl_loops.dynamics import key_value_spectra
+from tl_loops.probes import PromptStates, task_probes
 from tl_loops.tasks import sample_pair
 from tl_loops.training import ConstantIterations, TrainingSettings, training_pass
 
@@ -56,6 +57,15 @@ def _spectra(w: World) -> Any:
 def _jacobian(w: World) -> dict[str, Any]:
     entering = _values(1, 3, 4).requires_grad_()
     return dict(entering=entering, leaving=entering.sin(), generator=_generator())
+
+
+def _states(seed: int = 0) -> PromptStates:
+    values = torch.randn(3, 2, 12, 4, generator=torch.Generator().manual_seed(seed))
+    return PromptStates.of(values)
+
+
+def _probes() -> Any:
+    return task_probes(_states(), [0, 1] * 6, n_shuffles=2)
 
 
 _DRAWS = {
@@ -160,6 +170,18 @@ LOOP_CALLS: dict[str, Callable[[World], dict[str, Any]]] = {
     "patching.MassiveSite": lambda w: dict(
         block=1, label="r0.0", row=0, pos=0, dim=3, value=9.0
     ),
+    "probes.gather_states": lambda w: dict(model=w.model, prompts=list(w.clean)),
+    "probes.task_probes": lambda w: dict(states=_states(), labels=[0, 1] * 6, n_shuffles=2),
+    "probes.pair_probes": lambda w: dict(preferred=_states(), other=_states(1), n_shuffles=2),
+    "probes.flip_test": lambda w: dict(given=_values(3, 4), swapped=-_values(3, 4)),
+    "probes.concept_directions": lambda w: dict(
+        positive=_states(), negative=_states(1), n_shuffles=2
+    ),
+    "probes.PromptStates.label": lambda w: dict(self=_states(), iteration=0, layer=0),
+    "probes.PromptStates.of": lambda w: dict(values=_values(3, 2, 12, 4)),
+    "probes.PromptStates.rows": lambda w: dict(self=_states(), prompts=[0, 1]),
+    "probes.TaskProbes.interval": lambda w: dict(self=_probes()),
+    "probes.TaskProbes.predict": lambda w: dict(self=_probes(), states=_states()),
     "loop": lambda w: dict(model=w.feedforward, start=0, stop=1, n_iterations=2),
     "map_prompts": lambda w: dict(
         model=w.gated, function=lambda tokens: torch.tensor(1.0), prompts=list(w.clean),

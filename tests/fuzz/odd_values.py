@@ -318,3 +318,23 @@ def unranged(kind: Kind) -> Kind:
             yield name, odd, "either" if name in _RANGES else ends
 
     return without_range
+
+
+def words_or_labels(value: Any, where: World) -> Iterator[Odd]:
+    """One label for each of twelve prompts."""
+    yield "texts", ["a", "b"] * 6, "either"
+    yield "numpy", np.array([0, 1] * 6), "same"
+    yield "tensor", torch.tensor([0, 1] * 6), "same"
+    yield "booleans", [False, True] * 6, "either"
+    yield "one class", [0] * 12, "error"
+    yield "too few", [0, 1], "error"
+    yield "empty", [], "error"
+    yield "number", 5, "error"
+    yield "None", None, "error"
+    yield "strange", Strange(), "error"
+
+
+def bounds(value: Any, where: World) -> Iterator[Odd]:
+    """The least and the largest value that there can be, which may be infinite."""
+    yield from (odd for odd in limits(value, where) if odd[0] != "infinite")
+    yield "infinite", (0.0, math.inf), "either"

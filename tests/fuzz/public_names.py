@@ -16,6 +16,7 @@ from tl_loops import (
     metrics,
     patching,
     plots,
+    probes,
     report,
     steering,
     training,
@@ -35,6 +36,7 @@ ROOMS: dict[str, ModuleType] = {
     "loop_losses": loop_losses,
     "report": report,
     "metrics": metrics,
+    "probes": probes,
 }
 OF_THE_PACKAGE = (
     "ExitCurve",
@@ -153,6 +155,16 @@ _WHY: dict[str, tuple[str, ...]] = {
         "lens.LensResult.to_frame",
         "lens.TunedLens.load",
         "lens.TunedLens.save",
+        "probes.ConceptDirections.load",
+        "probes.ConceptDirections.save",
+        "probes.ConceptDirections.to_frame",
+        "probes.PairProbes.to_frame",
+        "probes.PromptStates.load",
+        "probes.PromptStates.save",
+        "probes.TaskProbes.load",
+        "probes.TaskProbes.save",
+        "probes.TaskProbes.to_frame",
+        "probes.TaskProbes.transfer_to_frame",
         "training.TrainingLog.evaluation_frame",
         "training.TrainingLog.tensors",
         "training.TrainingLog.to_frame",
@@ -177,6 +189,9 @@ _WHY: dict[str, tuple[str, ...]] = {
     "takes segments, which users do not make: tests/unit/layout": ("LoopLayout.of_segments",),
     "is report_html and a path: tests/unit/report, tests/unit/test_full_disks.py": (
         "report.write_report",
+    ),
+    "called by the probes with the names of their arguments: tests/unit/probes": (
+        "probes.PromptStates.check_like",
     ),
     "gives text: tests/unit/plots": (
         "plots.CircuitsView.element",

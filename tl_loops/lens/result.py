@@ -78,8 +78,14 @@ class LensResult:
 
     @checked
     def text(self, tokens: Int[Tensor, "..."]) -> list[str]:
-        """One text per token, in the order of memory; without a tokenizer its id."""
+        """One text per token, in the order of memory; without a tokenizer its id.
+
+        Raises:
+            ValueError: A token is below 0.
+        """
         ids = tokens.flatten().tolist()
+        if min(ids, default=0) < 0:
+            raise ValueError(f"tokens holds {min(ids)}, expected ids of at least 0")
         if self.tokenizer is None:
             return [str(token) for token in ids]
         known = {token: str(self.tokenizer.decode([token])) for token in dict.fromkeys(ids)}

@@ -92,6 +92,8 @@ def plot_curves(
         colour = palette[colours][i]
         marks.append(Line(places, y, name, colour, spread=spread, in_legend=in_legend(i)))
     known = model is not None or prompts is not None
+    if bounds is not None and not bounds[0] <= bounds[1]:
+        raise ValueError(f"bounds must be the least and the largest value, got {bounds}")
     y = Axis(y_label, log=log, bounds=bounds or (-math.inf, math.inf))
     figure = Figure(
         title,

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_loops.arguments import checked
+from tl_loops.arguments import argument, checked
 from tl_loops.drawing.colours import layer_colours
 from tl_loops.drawing.depth import iteration_values
 from tl_loops.drawing.draw import draw
@@ -69,6 +69,7 @@ def plot_fixed_points(
             for name in names
         )
     else:
+        source = argument("source", source, Float[Tensor, "..."])
         panels = _of_states(source)
     n_iterations = None if isinstance(source, LoopProfile) else source.shape[0]
     subject = subject_of(given, model=model, prompts=prompts, n_iterations=n_iterations)

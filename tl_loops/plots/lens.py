@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tl_loops.arguments import checked
+from tl_loops.arguments import argument, check_at_least, checked
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import ColourScale, Figure, Heat, Panel, as_array
 from tl_loops.drawing.subject import shown_text, subject_of
@@ -81,8 +81,10 @@ def plot_lens(
     numbers = torch.where(result.real[row], numbers[:, row].double(), torch.nan)
     words = _words(result, row)
     columns = named_axis("token", words)
+    check_at_least(0, most_hovered=most_hovered)
     width = max(300, min(1600, 62 * len(words)))
-    room = (options.get("width") or min(width, _PAGE)) / max(1, len(words))
+    given = argument("width", options.get("width"), float | int | None)
+    room = (given or min(width, _PAGE)) / max(1, len(words))
     panels = []
     for heading, points in _groups(result, facet):
         labels = [result.points[point].label for point in points]

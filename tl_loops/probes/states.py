@@ -66,6 +66,7 @@ class PromptStates:
             raise ValueError(f"{len(self.points)} points for a grid of {grid[0]} x {grid[1]}")
 
     @classmethod
+    @checked
     def of(
         cls, values: Float[Tensor, "iteration layer prompt width"], activation: str = "state"
     ) -> "PromptStates":
@@ -80,8 +81,13 @@ class PromptStates:
         return cls(values, activation, tuple(range(T)), tuple(range(L)), points, tuple(range(n)))
 
     def label(self, iteration: int, layer: int) -> str:
-        """Label of the place in a row and a column of the grid."""
-        return self.points[iteration * len(self.layers) + layer]
+        """Label of the place in a row and a column of the grid.
+
+        Raises:
+            IndexError: There is no such place.
+        """
+        row = one_index("row of the grid", iteration, len(self.iterations))
+        return self.points[row * len(self.layers) + one_index("column", layer, len(self.layers))]
 
     @checked
     def rows(self, prompts: Selection) -> "PromptStates":

@@ -106,6 +106,7 @@ class TaskProbes:
             raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
         return wilson_interval(self.accuracy, len(self.labels), confidence)
 
+    @checked
     def predict(self, states: PromptStates) -> Int[Tensor, "iteration layer prompt"]:
         """The class that each probe gives each prompt, as an index into :attr:`classes`.
 

@@ -86,8 +86,11 @@ class _Condition:
         counts = getattr(model, "counts_of_a_run", tuple)()  # of an unrolled bridge
         self.counts = [(held, name, getattr(held, name)) for held, name in counts]
         self.modules = tuple(_modules(model))
-        self.training = [module.training for module in self.modules]
-        self.weights = {m: dict(m._parameters) for m in self.modules if m._parameters}
+        held = [(module, vars(module)) for module in self.modules]
+        self.training = [fields["training"] for _, fields in held]
+        self.weights = {
+            m: dict(fields["_parameters"]) for m, fields in held if fields["_parameters"]
+        }
         self.hooks = {module: _hooks(module) for module in self.modules if any(_lists(module))}
 
     def restore(self) -> None:
@@ -119,14 +122,12 @@ class _Condition:
 
 def _modules(model: Any) -> Iterator[nn.Module]:
     """Every module that a run of the model may change for a while."""
-    held = [*model.modules(), *model.hook_dict.values()]
+    held = dict.fromkeys(model.modules())
+    held.update(dict.fromkeys(model.hook_dict.values()))
     bridge = vars(model).get("bridge")  # the engine of a bridged looped model
     if bridge is not None:
-        held += bridge.modules()
-    yield from dict.fromkeys(held)
-    bridge = vars(model).get("bridge")  # the engine of a bridged looped model
-    if bridge is not None:
-        yield from bridge.modules()
+        held.update(dict.fromkeys(bridge.modules()))
+    yield from held
 
 
 def _lists(module: nn.Module) -> list[Any]:
