@@ -369,7 +369,7 @@ class LoopLayout:
             ValueError: The first axis is not the unrolled depth.
         """
         array: Any = values
-        shape = tuple(getattr(array, "shape", ()))
+        shape: tuple[int, ...] = tuple(getattr(array, "shape", ()))
         if not shape or shape[0] != self.n_layers:
             raise ValueError(
                 f"by_iteration() needs [{self.n_layers}, ...] (one entry per block), got {shape}"

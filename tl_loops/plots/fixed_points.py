@@ -100,7 +100,7 @@ def _available(profile: LoopProfile) -> tuple[str, ...]:
     )
 
 
-def _of_states(states: Tensor) -> tuple[Panel, ...]:
+def _of_states(states: Any) -> tuple[Panel, ...]:
     if states.ndim < 2:
         raise ValueError(
             f"states has shape {list(states.shape)}, expected [iteration, layer, ..., d_model]"
