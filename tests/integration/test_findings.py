@@ -121,6 +121,30 @@ def test_path_independence(quick):
             assert all(a < b for a, b in zip(near, far, strict=True))
 
 
+def test_neurons(quick):
+    """Shares are counted over neurons; a random direction is peaked by chance alone."""
+    for models in (quick("neurons")["models"], committed("neurons")["models"]):
+        for of in models.values():
+            n = of["neurons_per_layer"]
+            for kind in ("prediction", "suppression"):
+                shares = of[kind]["mean"]
+                assert len(shares) == len(of["layers"])
+                assert shares == pytest.approx([round(s * n) / n for s in shares], rel=1e-4)
+            assert of["random_above_threshold"] < 0.01
+            medians, largest = of["kurtosis_median"], of["kurtosis_largest"]
+            assert all(a < b for a, b in zip(medians, largest, strict=True))
+
+
+def test_massive_activations(quick):
+    for models in (quick("massive")["models"], committed("massive")["models"]):
+        for of in models.values():
+            assert of["massive"] == (of["largest_ratio"] >= 1000)
+            assert of["n_sites"] >= 1
+            for change in of["change_by_block"].values():
+                for row in change.values():
+                    assert row["low"] - 1e-6 <= row["mean"] <= row["high"] + 1e-6
+
+
 def small_model():
     return LoopedTransformer(
         LoopedTransformerConfig(
