@@ -9,8 +9,10 @@ from functools import partial
 from typing import Any, Literal, get_args, get_origin
 
 import jaxtyping
-from beartype import beartype
-from jaxtyping import AbstractArray, install_import_hook
+from beartype import BeartypeConf, beartype
+from jaxtyping import AbstractArray, TypeCheckError, install_import_hook
+
+_BY_BEARTYPE = beartype(conf=BeartypeConf(violation_type=TypeCheckError))
 
 
 def check_annotations(packages: Iterable[str]) -> None:
@@ -22,7 +24,7 @@ def check_annotations(packages: Iterable[str]) -> None:
 def _checked(jaxtyped: Callable, /, *, typechecker: Callable) -> Callable:
     def check(made: Any) -> Any:
         if inspect.isfunction(made) and not any(map(_has_axes, _annotations(made))):
-            return beartype(made)
+            return _BY_BEARTYPE(made)
         return jaxtyped(made, typechecker=typechecker)
 
     return check

@@ -5,13 +5,12 @@ medians of the ratios of neighbouring runs.
 """
 
 import argparse
-import statistics
-import time
+from collections.abc import Callable
 
 import torch
 
-from tests.benchmarks.plain_ouro import PlainOuro
-from tl_loops import LoopedTransformer, LoopedTransformerConfig
+from tests.benchmarks.plain_ouro import ouro
+from tests.benchmarks.turns import compare
 
 
 def main() -> None:
@@ -22,52 +21,27 @@ def main() -> None:
     parser.add_argument("--pos", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", action="store_true", help="also by torch.compile")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    d, heads, d_mlp, vocab = args.d_model, args.d_model // 64, args.d_model * 11 // 4, 4096
-
-    cfg = LoopedTransformerConfig(
-        n_core=args.layers,
-        n_iterations=args.loops,
-        d_model=d,
-        d_head=64,
-        n_heads=heads,
-        d_mlp=d_mlp,
-        d_vocab=vocab,
-        n_ctx=2048,
-        block_norm="sandwich",
-        norm_between_iterations=True,
-        exit_gate=True,
-        rotary_base=1e6,
-        seed=0,
-        device="cpu",
-    )
-    model = LoopedTransformer(cfg)
-    plain = PlainOuro(d, heads, d_mlp, args.layers, args.loops, vocab)
-    plain.load(model.physical_state_dict())
+    d, vocab = args.d_model, 4096
+    model, plain = ouro(d, args.layers, args.loops, vocab)
     tokens = torch.randint(0, vocab, (1, args.pos), generator=torch.Generator().manual_seed(0))
 
+    print(f"{model.cfg.notation} d_model={d} pos={args.pos} threads={args.threads}")
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), plain(tokens), rtol=1e-4, atol=1e-4)
-        sides = {
+        sides: dict[str, Callable[[], object]] = {
             "plain": lambda: plain(tokens),
             "no hooks": lambda: model(tokens),
             "all cached": lambda: model.run_with_cache(tokens),
         }
-        times: dict[str, list[float]] = {name: [] for name in sides}
-        for repeat in range(args.repeats + 2):
-            for name, run in sides.items():
-                start = time.perf_counter()
-                run()
-                if repeat >= 2:
-                    times[name].append(time.perf_counter() - start)
-    print(f"{cfg.notation} d_model={d} pos={args.pos} threads={args.threads}")
-    for name, seconds in times.items():
-        ratios = [a / b for a, b in zip(seconds, times["plain"], strict=True)]
-        print(
-            f"{name:12s} median {1e3 * statistics.median(seconds):8.1f} ms, "
-            f"{statistics.median(ratios):.3f} x plain"
-        )
+        if args.compile:
+            ours, theirs = torch.compile(model), torch.compile(plain)
+            torch.testing.assert_close(ours(tokens), plain(tokens), rtol=1e-4, atol=1e-4)
+            sides["plain, compiled"] = lambda: theirs(tokens)
+            sides["no hooks, compiled"] = lambda: ours(tokens)
+        compare(sides, "plain", args.repeats)
 
 
 if __name__ == "__main__":
