@@ -17,6 +17,7 @@ from tl_loops.layout.names import activation_name, iteration_spec
 from tl_loops.layout.of_model import require_layout
 from tl_loops.layout.selection import Selection, chosen_indices, each_index
 from tl_loops.runs.activations import check_cache
+from tl_loops.upstream import Cache
 
 HookFunction = Callable[..., Any]
 
@@ -184,7 +185,7 @@ def coordinate_of(model: Model, name: str) -> BlockCoordinate | None:
 
 @checked
 def stack_iterations(
-    cache: Any, model: Model, name: str, layer: int | None = None
+    cache: Cache, model: Model, name: str, layer: int | None = None
 ) -> Float[Tensor, "iteration *rest"]:
     """One activation of a cache in every iteration, stacked.
 

@@ -19,7 +19,7 @@ from tl_loops.runs.cells import Cell, Edit
 from tl_loops.runs.grid import Region, make_grid
 from tl_loops.runs.inputs import real_positions
 from tl_loops.runs.scoring import Metric, logits_score, start_run
-from tl_loops.upstream import left_as_it_was
+from tl_loops.upstream import TextOrTokens, left_as_it_was
 
 HookList = list[tuple[str, Callable]]
 Direction = Float[Tensor, "*iteration_layer d_model"]
@@ -158,7 +158,7 @@ def difference_directions(
 @left_as_it_was
 def steering_effect(
     model: Model,
-    tokens: Any,
+    tokens: TextOrTokens,
     metric: Metric,
     direction: Float[Tensor, "*iteration d_model"],
     activation: str = "resid_post",

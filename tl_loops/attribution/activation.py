@@ -29,7 +29,7 @@ from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
 from tl_loops.runs.inputs import Positions, run_inputs
 from tl_loops.runs.scoring import identify_runs, logits_shape, read_at
 from tl_loops.runs.shards import Shards
-from tl_loops.upstream import left_as_it_was
+from tl_loops.upstream import Cache, TextOrTokens, left_as_it_was
 
 _EMBED = "hook_embed"
 
@@ -38,8 +38,8 @@ _EMBED = "hook_embed"
 @left_as_it_was
 def attribution_patch(
     model: Model,
-    corrupted_tokens: Any,
-    clean_cache: Any,
+    corrupted_tokens: TextOrTokens,
+    clean_cache: Cache,
     metric: Metric,
     activation: str = "resid_pre",
     axes: Sequence[str] = ("block", "pos"),

@@ -33,7 +33,7 @@ from tl_loops.runs.inputs import Positions, run_inputs
 from tl_loops.runs.read_positions import ReadPositions
 from tl_loops.runs.scoring import identify_runs, logits_shape, read_at
 from tl_loops.runs.shards import Shards
-from tl_loops.upstream import left_as_it_was
+from tl_loops.upstream import Cache, TextOrTokens, left_as_it_was
 
 _EMBED = "hook_embed"
 
@@ -83,8 +83,8 @@ class EdgeAttribution:
 @left_as_it_was
 def edge_attribution(
     model: Model,
-    corrupted_tokens: Any,
-    clean_cache: Any,
+    corrupted_tokens: TextOrTokens,
+    clean_cache: Cache,
     metric: Metric,
     *,
     heads: bool = False,
@@ -279,7 +279,7 @@ def _column(
     )
 
 
-def _clean(model: Model, cache: Any, name: str, shape: tuple[int, int]) -> Tensor:
+def _clean(model: Model, cache: Cache, name: str, shape: tuple[int, int]) -> Tensor:
     short = name.rsplit("hook_", 1)[-1]
     activation = find_activation(model, short)
     return take(cache, activation, name, shape, activation.n_heads(model.cfg))

@@ -24,7 +24,7 @@ from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.runs.batches import check_batch_size, token_prompts
 from tl_loops.runs.inputs import run_inputs
 from tl_loops.runs.scoring import logits_shape
-from tl_loops.upstream import left_as_it_was
+from tl_loops.upstream import TextOrTokens, left_as_it_was
 
 ExampleLoss = Callable[[Tensor, Tensor], Tensor]
 """Maps the logits [1, pos, d_vocab] and tokens [1, pos] of one example to a scalar."""
@@ -34,7 +34,7 @@ ExampleLoss = Callable[[Tensor, Tensor], Tensor]
 @left_as_it_was
 def iteration_gradients(
     model: Model,
-    input: Any,
+    input: TextOrTokens,
     metric: Metric,
     weights: str | Sequence[str] = "core",
     **forward_arguments: Any,

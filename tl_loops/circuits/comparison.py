@@ -16,7 +16,7 @@ from tl_loops.circuits.scores import EdgeScores
 from tl_loops.layout.model import Model
 from tl_loops.runs.removal import MeanOver
 from tl_loops.runs.scoring import Metric
-from tl_loops.upstream import left_as_it_was
+from tl_loops.upstream import Cache, TextOrTokens, left_as_it_was
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,11 +99,11 @@ class PartEffects:
 @left_as_it_was
 def faithfulness(
     model: Model,
-    tokens: Any,
+    tokens: TextOrTokens,
     metric: Metric,
     circuits: Circuit | Sequence[Circuit],
     rest: str = "paired",
-    reference: Any = None,
+    reference: Cache | None = None,
     *,
     mean_over: MeanOver = "batch",
     seed: int = 0,
@@ -152,11 +152,11 @@ def faithfulness(
 @left_as_it_was
 def faithfulness_curve(
     model: Model,
-    tokens: Any,
+    tokens: TextOrTokens,
     metric: Metric,
     scores: EdgeScores,
     rest: str = "paired",
-    reference: Any = None,
+    reference: Cache | None = None,
     *,
     n_edges: Sequence[int] | None = None,
     method: str = "greedy",
@@ -209,11 +209,11 @@ def faithfulness_curve(
 @left_as_it_was
 def minimality(
     model: Model,
-    tokens: Any,
+    tokens: TextOrTokens,
     metric: Metric,
     circuit: Circuit,
     rest: str = "paired",
-    reference: Any = None,
+    reference: Cache | None = None,
     *,
     by: str = "edge",
     mean_over: MeanOver = "batch",
@@ -262,11 +262,11 @@ def minimality(
 @left_as_it_was
 def completeness(
     model: Model,
-    tokens: Any,
+    tokens: TextOrTokens,
     metric: Metric,
     circuit: Circuit,
     rest: str = "paired",
-    reference: Any = None,
+    reference: Cache | None = None,
     *,
     by: str = "iteration",
     mean_over: MeanOver = "batch",

@@ -21,6 +21,7 @@ from tl_loops.runs.in_batches import PLAIN, Batch, Run, Split, run_in_batches
 from tl_loops.runs.removal import MeanOver, check_removal, removal_values
 from tl_loops.runs.rerun import BaseRun
 from tl_loops.runs.scoring import Metric, identify_cells, start_run
+from tl_loops.upstream import Cache, TextOrTokens
 
 
 class PrunedRuns:
@@ -52,10 +53,10 @@ class PrunedRuns:
         self,
         model: Model,
         graph: EdgeGraph,
-        tokens: Any,
+        tokens: TextOrTokens,
         metric: Metric,
         rest: str,
-        reference: Any,
+        reference: Cache | None,
         mean_over: MeanOver = "batch",
         seed: int = 0,
         batch_size: int | None = None,
@@ -230,7 +231,7 @@ def rest_values(
     model: Model,
     graph: EdgeGraph,
     rest: str,
-    reference: Any,
+    reference: Cache | None,
     shape: tuple[int, int],
     mean_over: MeanOver = "batch",
     seed: int = 0,

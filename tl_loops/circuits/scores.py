@@ -22,7 +22,7 @@ from tl_loops.runs.removal import MeanOver, check_removal
 from tl_loops.runs.rerun import BaseRun
 from tl_loops.runs.scoring import Metric, identify_cells, start_run
 from tl_loops.runs.shards import Shards
-from tl_loops.upstream import left_as_it_was
+from tl_loops.upstream import Cache, TextOrTokens, left_as_it_was
 
 ScoredBy = Literal["gradient", "integrated_inputs", "exact"]
 _READS = {"attn": "attn_out", "mlp": "mlp_out", "query": "q", "key": "k", "value": "v", "head": "z"}
@@ -58,10 +58,10 @@ class EdgeScores(EdgeAttribution):
 @left_as_it_was
 def score(
     model: Model,
-    tokens: Any,
+    tokens: TextOrTokens,
     metric: Metric,
     rest: str = "paired",
-    reference: Any = None,
+    reference: Cache | None = None,
     *,
     by: str = "integrated_inputs",
     heads: bool = False,

@@ -1,6 +1,5 @@
 """Likeness of the geometry at all points of a loop, or of two models: streamed kernel alignment."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from tl_loops.metrics.precision import without_autocast
 from tl_loops.runs.activations import find_activation
 from tl_loops.runs.batches import batches, check_batch_size, longest_first, token_prompts
 from tl_loops.runs.cells import hooked
-from tl_loops.upstream import left_as_it_was
+from tl_loops.upstream import Prompts, left_as_it_was
 
 if TYPE_CHECKING:
     import pandas
@@ -70,7 +69,7 @@ class _Points:
 @left_as_it_was
 def kernel_alignment(
     model: Model,
-    prompts: Iterable[Any],
+    prompts: Prompts,
     other: Model | None = None,
     *,
     activation: str | None = None,

@@ -1,6 +1,5 @@
 """Keys and values of all iterations in one matrix: how many directions the loop needs of them."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +17,7 @@ from tl_loops.metrics.precision import without_autocast
 from tl_loops.runs.activations import find_activation
 from tl_loops.runs.batches import batches, check_batch_size, longest_first, token_prompts
 from tl_loops.runs.cells import hooked
-from tl_loops.upstream import left_as_it_was
+from tl_loops.upstream import Prompts, left_as_it_was
 
 if TYPE_CHECKING:
     import pandas
@@ -85,7 +84,7 @@ class KeyValueSpectra:
 @left_as_it_was
 def key_value_spectra(
     model: Model,
-    prompts: Iterable[Any],
+    prompts: Prompts,
     *,
     stacked: Stacked = "iterations",
     keys: Literal["k", "rot_k"] = "k",

@@ -1,7 +1,7 @@
 """Forced-exit curves: what the model would have said had it left the loop at each iteration."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ from tl_loops.runs.merge import merge_runs
 from tl_loops.runs.moments import Moments
 from tl_loops.runs.running_moments import RunningMoments, batch_moments
 from tl_loops.runs.shards import Shards
-from tl_loops.upstream import left_as_it_was
+from tl_loops.upstream import Prompts, left_as_it_was
 
 if TYPE_CHECKING:
     import pandas
@@ -164,7 +164,7 @@ def _curve(
 @torch.no_grad()
 def exit_curve(
     model: Model,
-    prompts: Iterable[Any],
+    prompts: Prompts,
     answers: Sequence[Any] | None = None,
     n_iterations: int | None = None,
     batch_size: int = 8,
@@ -251,7 +251,7 @@ def _check_exits(cfg: Any) -> None:
 
 
 def _with_answers(
-    model: Model, prompts: Iterable[Any], answers: Sequence[Any] | None
+    model: Model, prompts: Prompts, answers: Sequence[Any] | None
 ) -> tuple[list[Int[Tensor, "_"]], list[int]]:
     """Prompts with their answers after them, and how many of the last tokens are targets."""
     if answers is None:

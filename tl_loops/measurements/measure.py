@@ -1,7 +1,7 @@
 """Measure a model on prompts: every metric at every unrolled block, streamed."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from tl_loops.runs.identity import identity_of, prompts_fingerprint
 from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
 from tl_loops.runs.running_moments import batch_moments
 from tl_loops.runs.shards import Shards
-from tl_loops.upstream import left_as_it_was
+from tl_loops.upstream import Prompts, left_as_it_was
 from tl_loops.version import __version__
 
 Metrics = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
@@ -40,7 +40,7 @@ Metrics = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
 @left_as_it_was
 def measure(
     model: Model,
-    prompts: Iterable[Any],
+    prompts: Prompts,
     metrics: Metrics = DEFAULT_METRICS,
     n_iterations: int | None = None,
     batch_size: int = 8,

@@ -23,19 +23,19 @@ from tl_loops.runs.removal import MeanOver, check_removal, removal_values
 from tl_loops.runs.rerun import BaseRun
 from tl_loops.runs.scoring import Metric, identify_cells, logits_score, start_run
 from tl_loops.runs.shards import Shards
-from tl_loops.upstream import left_as_it_was
+from tl_loops.upstream import Cache, TextOrTokens, left_as_it_was
 
 
 @checked
 @left_as_it_was
 def ablate(
     model: Model,
-    tokens: Any,
+    tokens: TextOrTokens,
     metric: Metric,
     activation: str = "z",
     axes: Sequence[str] = ("block", "head"),
     method: str = "zero",
-    reference: Any = None,
+    reference: Cache | None = None,
     *,
     mean_over: MeanOver = "batch",
     seed: int = 0,
@@ -127,7 +127,7 @@ class MassiveSite:
 @left_as_it_was
 def find_massive_sites(
     model: Model,
-    tokens: Any,
+    tokens: TextOrTokens,
     magnitude: float | int = 100,
     ratio: float | int = 1000,
     **forward_arguments: Any,
@@ -176,7 +176,7 @@ def find_massive_sites(
 @left_as_it_was
 def ablate_massive(
     model: Model,
-    tokens: Any,
+    tokens: TextOrTokens,
     metric: Metric,
     sites: Sequence[MassiveSite],
     method: str = "zero",

@@ -19,15 +19,15 @@ from tl_loops.runs.inputs import Positions
 from tl_loops.runs.rerun import BaseRun
 from tl_loops.runs.scoring import Metric, identify_cells, logits_score, start_run
 from tl_loops.runs.shards import Shards
-from tl_loops.upstream import left_as_it_was
+from tl_loops.upstream import Cache, TextOrTokens, left_as_it_was
 
 
 @checked
 @left_as_it_was
 def activation_patch(
     model: Model,
-    corrupted_tokens: Any,
-    clean_cache: Any,
+    corrupted_tokens: TextOrTokens,
+    clean_cache: Cache,
     metric: Metric,
     activation: str = "resid_pre",
     axes: Sequence[str] = ("block", "pos"),
@@ -199,7 +199,7 @@ def replace(
     return edit
 
 
-def take_all(model: Model, grid: Grid, cache: Any, shape: tuple[int, int]) -> dict[str, Tensor]:
+def take_all(model: Model, grid: Grid, cache: Cache, shape: tuple[int, int]) -> dict[str, Tensor]:
     """All that a grid puts in, from a cache; see :func:`tl_loops.runs.activations.take`."""
     heads = grid.activation.n_heads(model.cfg)
     return {name: take(cache, grid.activation, name, shape, heads) for name in grid.names}

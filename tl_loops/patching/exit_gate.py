@@ -26,7 +26,7 @@ from tl_loops.runs.read_positions import ReadPositions
 from tl_loops.runs.rerun import BaseRun
 from tl_loops.runs.scoring import Metric, check_metric, identify_cells
 from tl_loops.runs.shards import Shards
-from tl_loops.upstream import left_as_it_was
+from tl_loops.upstream import Cache, TextOrTokens, left_as_it_was
 
 FORCED = 100.0
 """Halting logit of a forced decision: its sigmoid is 0 or 1 in every floating point type."""
@@ -35,7 +35,7 @@ FORCED = 100.0
 @checked
 @left_as_it_was
 def exit_gate_logits(
-    model: Model, tokens: Any, **forward_arguments: Any
+    model: Model, tokens: TextOrTokens, **forward_arguments: Any
 ) -> Float[Tensor, "iteration batch pos"]:
     """The halting logit after every iteration (positive: stop).
 
@@ -56,7 +56,7 @@ def exit_gate_logits(
 @checked
 @left_as_it_was
 def probe_exit_gate(
-    model: Model, cache: Any, activation: str = "resid_post"
+    model: Model, cache: Cache, activation: str = "resid_post"
 ) -> Float[Tensor, "iteration layer batch pos"]:
     """The halting logit that the gate would give if it read the stream inside an iteration.
 
@@ -97,8 +97,8 @@ def probe_exit_gate(
 @left_as_it_was
 def patch_exit_gate(
     model: Model,
-    corrupted_tokens: Any,
-    clean_cache: Any,
+    corrupted_tokens: TextOrTokens,
+    clean_cache: Cache,
     metric: Metric,
     activation: str = "resid_pre",
     axes: Sequence[str] = ("block", "pos"),

@@ -1,10 +1,8 @@
 """What a transplant takes and where it puts it: sites of two runs, matched part by part."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -25,6 +23,7 @@ from tl_loops.runs.activations import (
     known_axes,
 )
 from tl_loops.runs.cells import Edit
+from tl_loops.upstream import Cache
 
 Parts = tuple[tuple[slice, slice], ...]
 """Contiguous parts of an axis: of the source, of the target."""
@@ -40,12 +39,12 @@ class SourceRun:
         layout: Of that run; ``None``: of a feedforward model.
     """
 
-    cache: Any
+    cache: Cache
     model: Model
     layout: LoopLayout | None
 
     @classmethod
-    def of(cls, cache: Mapping[str, Tensor] | Any, target: Model) -> "SourceRun":
+    def of(cls, cache: Cache, target: Model) -> "SourceRun":
         """The run that a cache is of.
 
         Raises:

@@ -19,7 +19,7 @@ from tl_loops.runs.in_batches import PLAIN
 from tl_loops.runs.inputs import Positions
 from tl_loops.runs.rerun import BaseRun
 from tl_loops.runs.scoring import Metric, logits_score, start_run
-from tl_loops.upstream import left_as_it_was
+from tl_loops.upstream import Cache, TextOrTokens, left_as_it_was
 
 Receiver = Sites | str
 
@@ -28,8 +28,8 @@ Receiver = Sites | str
 @left_as_it_was
 def path_patch(
     model: Model,
-    corrupted_tokens: Any,
-    clean_cache: Any,
+    corrupted_tokens: TextOrTokens,
+    clean_cache: Cache,
     metric: Metric,
     senders: Sequence[Sites],
     receivers: Sequence[Receiver],
@@ -140,7 +140,7 @@ def path_patch(
 
 
 def _clean_edits(
-    model: Model, grid: Grid, cache: Any, shape: tuple[int, int]
+    model: Model, grid: Grid, cache: Cache, shape: tuple[int, int]
 ) -> list[tuple[str, Edit]]:
     activation, (region,) = grid.activation, grid.regions
     heads = activation.n_heads(model.cfg)

@@ -18,6 +18,7 @@ from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
 from tl_loops.layout.selection import distinct_indices
 from tl_loops.runs.activations import check_held
+from tl_loops.upstream import Cache, TextOrTokens
 
 HookList = list[tuple[str, Callable]]
 
@@ -27,7 +28,7 @@ _AT_ITERATION = re.compile(r"^(iter\.(\d+)\.|blocks\.(\d+)\.)(.+)$")
 @checked
 def run_schedule(
     model: Model,
-    tokens: Any,
+    tokens: TextOrTokens,
     schedule: Sequence[int],
     fwd_hooks: Sequence[tuple[str, Callable]] = (),
     *,
@@ -146,7 +147,7 @@ def skip_hooks(model: Model, iterations: int | Sequence[int]) -> HookList:
 
 
 @checked
-def swap_hooks(model: Model, cache: Any, a: int, b: int, what: str = "state") -> HookList:
+def swap_hooks(model: Model, cache: Cache, a: int, b: int, what: str = "state") -> HookList:
     """Hooks by which two iterations trade what a recorded run shows of them.
 
     Args:

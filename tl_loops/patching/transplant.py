@@ -22,14 +22,14 @@ from tl_loops.runs.inputs import Positions
 from tl_loops.runs.rerun import BaseRun
 from tl_loops.runs.scoring import Metric, identify_cells, logits_score, start_run
 from tl_loops.runs.shards import Shards
-from tl_loops.upstream import left_as_it_was
+from tl_loops.upstream import Cache, TextOrTokens, left_as_it_was
 
 HookList = list[tuple[str, Callable]]
 
 
 @checked
 def transplant_hooks(
-    model: Model, cache: Any, source: Sites, target: Sites | None = None
+    model: Model, cache: Cache, source: Sites, target: Sites | None = None
 ) -> HookList:
     """Hooks that put what a site held in a recorded run into a site of the run they act in.
 
@@ -69,8 +69,8 @@ def transplant_hooks(
 @left_as_it_was
 def transplant_sites(
     model: Model,
-    corrupted_tokens: Any,
-    clean_cache: Any,
+    corrupted_tokens: TextOrTokens,
+    clean_cache: Cache,
     metric: Metric,
     sources: Sequence[Sites],
     targets: Sequence[Sites] | None = None,
@@ -124,8 +124,8 @@ def transplant_sites(
 @left_as_it_was
 def transplant_states(
     model: Model,
-    corrupted_tokens: Any,
-    clean_cache: Any,
+    corrupted_tokens: TextOrTokens,
+    clean_cache: Cache,
     metric: Metric,
     activation: str = "state_out",
     *,

@@ -17,6 +17,7 @@ from tl_loops.errors import shortened
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
 from tl_loops.layout.selection import Selection, chosen_indices, one_index
+from tl_loops.upstream import TextOrTokens
 from tl_loops.upstream.inputs import token_ids
 
 
@@ -58,7 +59,7 @@ def attention_view(
 @checked
 def attention_heads(
     source: Any,
-    tokens: Any = None,
+    tokens: TextOrTokens | None = None,
     *,
     iterations: Selection | None = None,
     layers: Selection | None = None,
@@ -122,7 +123,7 @@ def attention_heads(
 @checked
 def attention_patterns(
     source: Any,
-    tokens: Any = None,
+    tokens: TextOrTokens | None = None,
     *,
     layer: int = 0,
     head: int = 0,
@@ -194,7 +195,7 @@ def attention_patterns(
     return _side_by_side(source, model, words, parts, notes, heading, height, width)
 
 
-def _texts_of(source: Any, model: Model | None, tokens: Any, row: int) -> list[str]:
+def _texts_of(source: Any, model: Model | None, tokens: TextOrTokens | None, row: int) -> list[str]:
     """Tokens as text; without tokens those of the run that filled the cache."""
     if tokens is not None:
         return token_texts(source if model is None else model, tokens)
@@ -210,7 +211,7 @@ def _texts_of(source: Any, model: Model | None, tokens: Any, row: int) -> list[s
     return token_texts(source, chosen)
 
 
-def token_texts(source: Any, tokens: Any) -> list[str]:
+def token_texts(source: Any, tokens: TextOrTokens) -> list[str]:
     """Tokens as text.
 
     Args:

@@ -15,6 +15,7 @@ from tl_loops.drawing.figure import Axis, Figure, Line, Panel, Rule, Ticks
 from tl_loops.drawing.subject import subject_of
 from tl_loops.layout.coordinate import PHASES
 from tl_loops.layout.model import Model
+from tl_loops.upstream import PromptsShown
 
 _HELPS, _HURTS = DISTINCT[0], DISTINCT[1]
 _WIDEST = 7.0
@@ -27,7 +28,7 @@ def plot_circuit(
     *,
     most_edges: int = 200,
     model: Model | str | None = None,
-    prompts: Any = None,
+    prompts: PromptsShown | None = None,
     title: str | None = None,
     backend: str | None = None,
     **options: Any,

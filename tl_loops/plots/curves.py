@@ -16,6 +16,7 @@ from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, as_array, e
 from tl_loops.drawing.quantities import ITERATION, named
 from tl_loops.drawing.subject import subject_of
 from tl_loops.layout.model import Model
+from tl_loops.upstream import PromptsShown
 
 
 @checked
@@ -32,7 +33,7 @@ def plot_curves(
     log: bool = False,
     std: Mapping[str, Float[Tensor, "point"]] | None = None,
     model: Model | str | None = None,
-    prompts: Any = None,
+    prompts: PromptsShown | None = None,
     backend: str | None = None,
     **options: Any,
 ) -> Any:

@@ -18,6 +18,7 @@ from tl_loops.drawing.subject import subject_of
 from tl_loops.layout.model import Model
 from tl_loops.lens.exit_curve import ExitCurve
 from tl_loops.measurements.profile import LoopProfile
+from tl_loops.upstream import PromptsShown
 
 _CURVES = {
     "loss": ("Loss", Axis("cross entropy (nats per token)", bounds=(0, math.inf))),
@@ -46,7 +47,7 @@ def plot_exits(
     *,
     n_iterations: int | None = None,
     model: Model | str | None = None,
-    prompts: Any = None,
+    prompts: PromptsShown | None = None,
     title: str | None = None,
     backend: str | None = None,
     **options: Any,
@@ -126,7 +127,7 @@ def plot_exit_curves(
     *,
     std: bool = False,
     model: Model | str | None = None,
-    prompts: Any = None,
+    prompts: PromptsShown | None = None,
     title: str | None = None,
     backend: str | None = None,
     **options: Any,

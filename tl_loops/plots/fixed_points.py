@@ -19,6 +19,7 @@ from tl_loops.measurements.figure import profile_panel
 from tl_loops.measurements.labels import metric_axis, metric_title, spans_decades
 from tl_loops.measurements.profile import LoopProfile
 from tl_loops.metrics.dynamics import fixed_point_distance, successive_difference
+from tl_loops.upstream import PromptsShown
 
 _DEFAULT = ("successive_difference", "fixed_point_distance")
 
@@ -30,7 +31,7 @@ def plot_fixed_points(
     *,
     std: bool = False,
     model: Model | str | None = None,
-    prompts: Any = None,
+    prompts: PromptsShown | None = None,
     title: str | None = None,
     backend: str | None = None,
     **options: Any,

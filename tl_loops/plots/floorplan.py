@@ -17,6 +17,7 @@ from tl_loops.drawing.figure import Axis, Box, ColourScale, Figure, Heat, Mark, 
 from tl_loops.drawing.subject import Subject, subject_of
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
+from tl_loops.upstream import PromptsShown
 
 _BETWEEN_TILES, _BETWEEN_GROUPS = 1, 4
 _WIDEST = 1400
@@ -31,7 +32,7 @@ def plot_floorplan(
     tile: int = 64,
     iterations_per_row: int | None = None,
     model: Model | str | None = None,
-    prompts: Any = None,
+    prompts: PromptsShown | None = None,
     title: str | None = None,
     backend: str | None = None,
     **options: Any,

@@ -15,6 +15,7 @@ from tl_loops.layout.model import Model
 from tl_loops.layout.selection import one_index
 from tl_loops.lens.result import LensResult
 from tl_loops.plots.pairs import named_axis
+from tl_loops.upstream import PromptsShown
 
 _VALUES = {
     "probability": "probability of the top token (0 to 1)",
@@ -36,7 +37,7 @@ def plot_lens(
     facet: str | None = None,
     most_hovered: int = 5,
     model: Model | str | None = None,
-    prompts: Any = None,
+    prompts: PromptsShown | None = None,
     limits: tuple[float | int, float | int] | None = None,
     title: str | None = None,
     backend: str | None = None,

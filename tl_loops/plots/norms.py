@@ -17,6 +17,7 @@ from tl_loops.errors import shortened
 from tl_loops.layout.model import Model
 from tl_loops.measurements.figure import profile_panel
 from tl_loops.measurements.profile import LoopProfile
+from tl_loops.upstream import PromptsShown
 
 _CURVES = ("first token", "largest of the others", "mean of the others")
 
@@ -27,7 +28,7 @@ def plot_residual_norms(
     *,
     std: bool = False,
     model: Model | str | None = None,
-    prompts: Any = None,
+    prompts: PromptsShown | None = None,
     title: str | None = None,
     backend: str | None = None,
     **options: Any,

@@ -15,6 +15,7 @@ from tl_loops.drawing.quantities import BLOCK
 from tl_loops.drawing.subject import shown_text, subject_of
 from tl_loops.layout.model import Model
 from tl_loops.metrics.pairwise import pairwise_cosine, pairwise_pattern_distance
+from tl_loops.upstream import PromptsShown
 
 _WHAT = {
     "cosine": ("Residual stream: cosine between all pairs of blocks", "cosine, mean over tokens"),
@@ -32,7 +33,7 @@ def plot_pairs(
     what: str = "cosine",
     *,
     model: Model | str | None = None,
-    prompts: Any = None,
+    prompts: PromptsShown | None = None,
     title: str | None = None,
     backend: str | None = None,
     **options: Any,

@@ -15,6 +15,7 @@ from tl_loops.drawing.subject import subject_of
 from tl_loops.layout.model import Model
 from tl_loops.plots.pairs import named_axis
 from tl_loops.runs.grid import axis_labels
+from tl_loops.upstream import PromptsShown
 
 _SYNONYMS = {"head_index": "head", "dest_pos": "pos"}
 _NAMES = {
@@ -41,7 +42,7 @@ def plot_patching(
     animate: bool = False,
     unit: str = "effect on the metric",
     limits: tuple[float | int, float | int] | None = None,
-    prompts: Any = None,
+    prompts: PromptsShown | None = None,
     title: str | None = None,
     backend: str | None = None,
     **options: Any,

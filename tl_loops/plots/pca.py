@@ -15,6 +15,7 @@ from tl_loops.drawing.subject import Subject, subject_of
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
 from tl_loops.metrics.pca import PCATrajectory, pca_trajectory, random_walk_null
+from tl_loops.upstream import PromptsShown
 
 
 @checked
@@ -27,7 +28,7 @@ def plot_pca(
     position: int = -1,
     row: int = 0,
     model: Model | str | None = None,
-    prompts: Any = None,
+    prompts: PromptsShown | None = None,
     title: str | None = None,
     backend: str | None = None,
     **options: Any,

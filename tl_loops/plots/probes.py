@@ -14,6 +14,7 @@ from tl_loops.plots.pairs import named_axis
 from tl_loops.probes.directions import ConceptDirections
 from tl_loops.probes.pairs import PairProbes
 from tl_loops.probes.task import TaskProbes
+from tl_loops.upstream import PromptsShown
 
 _SHARE, _SIGNED = ("sequential", (0.0, 1.0)), ("diverging", (-1.0, 1.0))
 _OF_PROBES: dict[str, tuple[str, str, Any]] = {
@@ -44,7 +45,7 @@ def plot_probes(
     what: str | None = None,
     *,
     model: Model | str | None = None,
-    prompts: Any = None,
+    prompts: PromptsShown | None = None,
     limits: tuple[float | int, float | int] | None = None,
     title: str | None = None,
     backend: str | None = None,

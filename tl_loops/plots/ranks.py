@@ -14,6 +14,7 @@ from tl_loops.layout.model import Model
 from tl_loops.lens.points import LensPoint
 from tl_loops.lens.result import LensResult, point_series
 from tl_loops.lens.tracking import EntityTracks
+from tl_loops.upstream import PromptsShown
 
 _MOST_LABELS = 30
 
@@ -24,7 +25,7 @@ def plot_ranks(
     by: str = "depth",
     *,
     model: Model | str | None = None,
-    prompts: Any = None,
+    prompts: PromptsShown | None = None,
     title: str | None = None,
     backend: str | None = None,
     **options: Any,

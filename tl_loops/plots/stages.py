@@ -19,6 +19,7 @@ from tl_loops.measurements.figure import pass_spans
 from tl_loops.measurements.labels import metric_axis, metric_title
 from tl_loops.measurements.profile import LoopProfile
 from tl_loops.metrics.stages import StageAlignment, align_stages
+from tl_loops.upstream import PromptsShown
 
 Curves = Float[Tensor, "depth"] | Float[Tensor, "iteration depth"]
 
@@ -32,7 +33,7 @@ def plot_stages(
     *,
     outer: bool = True,
     model: Model | str | None = None,
-    prompts: Any = None,
+    prompts: PromptsShown | None = None,
     title: str | None = None,
     backend: str | None = None,
     **options: Any,

@@ -19,13 +19,14 @@ from tl_loops.layout.selection import Selection, chosen_indices, one_index
 from tl_loops.lens.result import LensResult
 from tl_loops.metrics.readout import token_rank
 from tl_loops.plots.attention import prompt_text, token_texts
+from tl_loops.upstream import TextOrTokens
 
 _BLUE, _ORANGE = "#1f6fb4", "#d1642b"
 
 
 @checked
 def colored_tokens(
-    tokens: Any,
+    tokens: TextOrTokens,
     values: Float[Tensor, "pos"] | Int[Tensor, "pos"] | Mapping[str, Tensor],
     title: str,
     *,
@@ -98,7 +99,7 @@ def colored_tokens(
 @checked
 def token_log_probs(
     source: LensResult | Float[Tensor, "iteration pos d_vocab"],
-    tokens: Any,
+    tokens: TextOrTokens,
     model: Model,
     *,
     iterations: Selection | None = None,

@@ -19,6 +19,7 @@ from tl_loops.metrics.trajectories import (
     TrajectoryClassification,
     classify_trajectory,
 )
+from tl_loops.upstream import PromptsShown
 
 _TYPICAL = {
     # The example of a class is the token for which this is largest.
@@ -35,7 +36,7 @@ def plot_trajectories(
     *,
     examples: int = 1,
     model: Model | str | None = None,
-    prompts: Any = None,
+    prompts: PromptsShown | None = None,
     title: str | None = None,
     backend: str | None = None,
     **options: Any,

@@ -1,7 +1,7 @@
 """One activation at one position of each prompt, at every iteration and layer: what probes read."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from tl_loops.runs.identity import identity_of, prompts_fingerprint
 from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
 from tl_loops.runs.shards import Shards
 from tl_loops.runs.storage import load_artefact, save_artefact
-from tl_loops.upstream import left_as_it_was
+from tl_loops.upstream import Prompts, left_as_it_was
 
 Phase = Literal["prelude", "core", "coda", "all"]
 _KIND = "prompt_states"
@@ -154,7 +154,7 @@ class _Grid:
 @torch.no_grad()
 def gather_states(
     model: Model,
-    prompts: Iterable[Any],
+    prompts: Prompts,
     activation: str = "resid_post",
     *,
     positions: int | Sequence[int] | Literal["last"] = "last",

@@ -1,7 +1,7 @@
 """What can be patched: named activations, the axes that each has, and the hook points after it."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from tl_loops.errors import LoopedSemanticsError, did_you_mean, shortened
 from tl_loops.layout.model import Model
 from tl_loops.layout.names import Place, activation_name, hook_specs, spec_of
 from tl_loops.layout.of_model import layout_of
-from tl_loops.upstream import is_bridge
+from tl_loops.upstream import Cache, is_bridge
 
 Kind = Literal["stream", "heads", "pattern", "iteration", "run"]
 
@@ -164,7 +164,7 @@ def _rest(name: str) -> tuple[Place, str]:
 
 
 def take(
-    cache: Mapping[str, Tensor] | Any,
+    cache: Cache,
     activation: Activation,
     name: str,
     shape: tuple[int, int],
@@ -205,7 +205,7 @@ def take(
     return value
 
 
-def check_cache(cache: Mapping[str, Tensor] | Any, model: Model, names: list[str]) -> None:
+def check_cache(cache: Cache, model: Model, names: list[str]) -> None:
     """Raise on a cache that does not hold what is to be patched.
 
     Raises:
@@ -228,7 +228,7 @@ def check_cache(cache: Mapping[str, Tensor] | Any, model: Model, names: list[str
     check_held(cache, model, names)
 
 
-def cached_names(cache: Mapping[str, Tensor] | Any) -> set[str]:
+def cached_names(cache: Cache) -> set[str]:
     """Every hook name that a cache holds.
 
     Raises:
@@ -242,9 +242,7 @@ def cached_names(cache: Mapping[str, Tensor] | Any) -> set[str]:
     return set(cache.keys())
 
 
-def check_held(
-    cache: Mapping[str, Tensor] | Any, model: Model, names: Sequence[str], what: str = "the clean"
-) -> None:
+def check_held(cache: Cache, model: Model, names: Sequence[str], what: str = "the clean") -> None:
     """Raise on a cache that lacks an activation, or holds one of another shape.
 
     Args:
@@ -268,7 +266,7 @@ def check_held(
         _check_axes(cache, model, name)
 
 
-def _check_axes(cache: Mapping[str, Tensor] | Any, model: Model, name: str) -> None:
+def _check_axes(cache: Cache, model: Model, name: str) -> None:
     """Raise on an entry that has not the axes of its hook point, or another width."""
     value = cache[name]
     if not isinstance(value, Tensor):

@@ -13,7 +13,7 @@ from tl_loops.errors import shortened
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import layout_of
 from tl_loops.layout.selection import Selection, distinct_indices
-from tl_loops.upstream import attention_needs, model_input
+from tl_loops.upstream import Cache, TextOrTokens, attention_needs, model_input
 
 FORWARD_ARGUMENTS = (
     "attention_mask",
@@ -70,7 +70,9 @@ class RunInputs:
         )
 
 
-def run_inputs(model: Model, input: Any, arguments: Mapping[str, Any] | None = None) -> RunInputs:
+def run_inputs(
+    model: Model, input: TextOrTokens, arguments: Mapping[str, Any] | None = None
+) -> RunInputs:
     """Tokenise, find the padding, and check the forward arguments of every run.
 
     Args:
@@ -175,7 +177,7 @@ def lens_inputs(
 
 
 def real_positions(
-    cache: Any, batch: int, n_pos: int, pos: Selection | None = None
+    cache: Cache, batch: int, n_pos: int, pos: Selection | None = None
 ) -> Bool[Tensor, "batch pos"]:
     """Which positions of a cached run a selection names, counted along each prompt's real tokens.
 

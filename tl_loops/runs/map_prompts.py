@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from tl_loops.layout.model import Model
 from tl_loops.runs.identity import identity_of, tensors_fingerprint
 from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
 from tl_loops.runs.shards import Shards
-from tl_loops.upstream import left_as_it_was
+from tl_loops.upstream import Prompts, left_as_it_was
 
 _RESULT = "result"
 
@@ -22,7 +22,7 @@ _RESULT = "result"
 def map_prompts(
     model: Model,
     function: Callable[[Any], Tensor],
-    prompts: Iterable[Any],
+    prompts: Prompts,
     what: str,
     *,
     checkpoint: str | os.PathLike[str] | None = None,

@@ -15,13 +15,14 @@ from tl_loops.runs.in_batches import PLAIN, Split
 from tl_loops.runs.inputs import Positions, RunInputs, resolve_positions, run_inputs
 from tl_loops.runs.read_positions import ReadPositions
 from tl_loops.runs.rerun import BaseRun
+from tl_loops.upstream import TextOrTokens
 
 Metric = Callable[[Tensor], Any]
 
 
 def start_run(
     model: Model,
-    input: Any,
+    input: TextOrTokens,
     metric: Metric,
     batch_size: int | None,
     arguments: Mapping[str, Any],

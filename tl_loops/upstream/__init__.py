@@ -28,6 +28,7 @@ from transformer_lens.utilities import (
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from tl_loops.later import at_end
+from tl_loops.upstream.annotations import Cache, Prompts, PromptsShown, TextOrTokens
 from tl_loops.upstream.bridges import is_bridge
 from tl_loops.upstream.classes import BaseConfig, HookedTransformer, Output, TransformerBase
 from tl_loops.upstream.from_pretrained import install_from_pretrained, uninstall_from_pretrained
@@ -60,6 +61,7 @@ __all__ = [
     "USE_DEFAULT_VALUE",
     "ActivationCache",
     "BaseConfig",
+    "Cache",
     "FactoredMatrix",
     "HookPoint",
     "HookedRootModule",
@@ -69,6 +71,8 @@ __all__ = [
     "LocallyOverridenDefaults",
     "ModelInput",
     "Output",
+    "Prompts",
+    "PromptsShown",
     "Slice",
     "TransformerBase",
     "apply_softcap",
@@ -96,6 +100,7 @@ __all__ = [
     "as_given",
     "TemporaryHooks",
     "TextMethods",
+    "TextOrTokens",
     "remember",
     "uninstall_from_pretrained",
     "uninstall_guards",

@@ -37,7 +37,7 @@ def left_as_it_was(function: Callable[Arguments, Result]) -> Callable[Arguments,
     """Let an interrupt at any moment of a function leave the model as it was before the call.
 
     That is: the hooks of every module, the number of iterations (of a bridge also that of the
-    Hugging Face model behind it), training mode, which tensors stand
+    Hugging Face model that it holds), training mode, which tensors stand
     as weights, whether gradients are recorded, and which kernels attention may take. What another
     error leaves is the function's own.
 
