@@ -21,13 +21,14 @@ CLASSES: dict[str, Any] = {
 _NOT_FOR_THE_CLASS = ("architectures", "auto_map", "model_type", "dtype")
 
 
-def build_bridge(model: Any, config: Any) -> Any:
+def build_bridge(model: Any, config: Any, tokenizer: Any = None) -> Any:
     """A TransformerBridge around a Hugging Face model, by the adapter of its class name."""
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return build_bridge_from_module(model, type(model).__name__, hf_config=config)
+        name = type(model).__name__
+        return build_bridge_from_module(model, name, hf_config=config, tokenizer=tokenizer)
 
 
 def bridged(family: str, **changes: Any) -> Any:

@@ -1,21 +1,28 @@
-"""The examples of every page run as they stand, and print what the page says that they print."""
+"""The examples of every page run as they stand, and print what the page says that they print.
+
+They run with both lines of TransformerLens, but for what a page itself marks:
+
+- ``*TransformerLens 3.9 only.*``, on a line of its own before a block: it uses what 4 lacks.
+- ``<!-- examples: long -->``, anywhere in a page: its examples take more than about 5 seconds, and
+  run with 3.9 alone.
+"""
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from tl_loops import LoopedTransformer
+from tests.bridged.models import build_bridge
+from tl_loops import HookedTransformer, LoopedTransformer
 from tl_loops.upstream import HAS_HOOKED_TRANSFORMER
-
-if not HAS_HOOKED_TRANSFORMER:
-    pytest.skip("the pages import HookedTransformer, which 4.0 removed", allow_module_level=True)
-
-from transformer_lens import HookedTransformer
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.S | re.M)
+FENCE = re.compile(r"^(?:\*TransformerLens 3\.9 (only)\.\*\n+)?```(\w+)\n(.*?)^```$", re.S | re.M)
+LONG = "<!-- examples: long -->"
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 ELSEWHERE = {"figures.md"}  # run by test_figures_page.py
 WITH_EXAMPLES = [
@@ -34,17 +41,33 @@ def assert_prints(printed: str, shown: str) -> None:
             assert found == expected, printed
 
 
+def small_bridge(tokenizer: Any) -> Any:
+    """A bridge of a random GPT-2 of the released one's depth."""
+    sizes = {"n_layer": 12, "n_embd": 24, "n_head": 4, "n_positions": 64}
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id"), 0)
+    config = GPT2Config(vocab_size=len(tokenizer), **sizes, **ids)
+    return build_bridge(GPT2LMHeadModel(config).eval(), config, tokenizer)
+
+
 @pytest.fixture
 def _gpt2_is_small(monkeypatch):
     """The pages load GPT-2, which is on no disk here: a random model of its depth stands in."""
+
+    def tokenizer():
+        return LoopedTransformer.from_pretrained_no_processing("tl-loops-tiny").tokenizer
+
+    def boot(name, *args, **kwargs):
+        assert name == "gpt2"
+        return small_bridge(tokenizer())
+
+    monkeypatch.setattr(TransformerBridge, "boot_transformers", staticmethod(boot))
     load = HookedTransformer.from_pretrained
 
     def from_pretrained(name, *args, **kwargs):
         if name != "gpt2":
             return load(name, *args, **kwargs)
-        tokenizer = LoopedTransformer.from_pretrained_no_processing("tl-loops-tiny").tokenizer
         sizes = {"n_layers": 12, "d_model": 24, "d_head": 6, "n_heads": 4, "n_ctx": 64}
-        return HookedTransformer({**sizes, "act_fn": "gelu_new", "seed": 0}, tokenizer=tokenizer)
+        return HookedTransformer({**sizes, "act_fn": "gelu_new", "seed": 0}, tokenizer=tokenizer())
 
     monkeypatch.setattr(HookedTransformer, "from_pretrained", staticmethod(from_pretrained))
 
@@ -60,7 +83,12 @@ def test_examples(page, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict = {"__name__": "example"}
     kind_before = ""
-    for number, (kind, text) in enumerate(FENCE.findall(page.read_text("utf-8"))):
+    content = page.read_text("utf-8")
+    if LONG in content and not HAS_HOOKED_TRANSFORMER:
+        pytest.skip("long examples run with one line of TransformerLens")
+    for number, (only, kind, text) in enumerate(FENCE.findall(content)):
+        if only and not HAS_HOOKED_TRANSFORMER:
+            kind = f"{kind} of the other line"
         if kind == "python":
             capsys.readouterr()
             exec(compile(text, f"{page.name}, block {number + 1}", "exec"), namespace)

@@ -14,7 +14,7 @@ def _no_arguments(model: Any, tokens: Tensor, initial_state: Tensor | None) -> d
     return {}
 
 
-def _nothing(bridge: Any, n_iterations: int) -> AbstractContextManager:
+def _nothing(model: Any) -> AbstractContextManager:
     return nullcontext()
 
 
@@ -24,7 +24,7 @@ def _no_counts(bridge: Any) -> tuple[()]:
 
 @dataclass(frozen=True)
 class BridgedFamily:
-    """How TransformerBridge runs a looped family.
+    """How TransformerBridge runs a family.
 
     Attributes:
         name: Name of the family in ``tl_loops.families``.
@@ -33,9 +33,14 @@ class BridgedFamily:
         missing: Ends of hook names that cannot be given, with the reason.
         arguments: Further arguments of the bridge's forward pass, from the unrolled bridge, the
             tokens [batch, pos] and the initial state that was asked for, if any.
-        iterations: Makes the Hugging Face model run a number of iterations, for a block of code.
+        iterations: Makes the Hugging Face model run the iterations of the unrolled bridge, for a
+            block of code.
         counts: What ``iterations`` sets for a time: objects and names of their attributes.
         masks: Whether the Hugging Face model honours an attention mask.
+        spellings: Beginnings of parameter names in the Hugging Face model, each with the one that
+            the family's checkpoints have for it.
+        split: Modules whose weights the bridge runs as several ``[out, in]`` matrices, and the
+            modules that hold these.
     """
 
     name: str
@@ -43,9 +48,11 @@ class BridgedFamily:
     taps: Callable[[Any], Iterable[Tap]]
     missing: Mapping[str, str] = field(default_factory=dict)
     arguments: Callable[[Any, Tensor, Tensor | None], dict[str, Any]] = _no_arguments
-    iterations: Callable[[Any, int], AbstractContextManager] = _nothing
+    iterations: Callable[[Any], AbstractContextManager] = _nothing
     counts: Callable[[Any], Sequence[tuple[Any, str]]] = _no_counts
     masks: bool = True
+    spellings: tuple[tuple[str, str], ...] = ()
+    split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 SPLIT_INPUTS: dict[str, str] = dict.fromkeys(

@@ -113,11 +113,11 @@ def _counts(bridge: Any) -> list[tuple[Any, str]]:
 
 
 @contextmanager
-def _iterations(bridge: Any, n_iterations: int) -> Iterator[None]:
+def _iterations(model: Any) -> Iterator[None]:
     """As many cycles as that many calls are, with gradients through all of them."""
-    stacks = bridge.original_model.model
+    stacks = model.bridge.original_model.model
     config = stacks.config
-    H_cycles = n_iterations // (config.L_cycles + 1)
+    H_cycles = model.cfg.n_iterations // (config.L_cycles + 1)
     before = config.H_cycles, stacks.L_bp_cycles_padded
     # As released, the first calls of every cycle run without gradients.
     config.H_cycles, stacks.L_bp_cycles_padded = H_cycles, [config.L_cycles] * H_cycles

@@ -60,9 +60,9 @@ def _arguments(model: Any, tokens: Tensor, initial_state: Tensor | None) -> dict
 
 
 @contextmanager
-def _iterations(bridge: Any, n_iterations: int) -> Iterator[None]:
-    stack = bridge.original_model.model
-    before, stack.total_ut_steps = stack.total_ut_steps, n_iterations
+def _iterations(model: Any) -> Iterator[None]:
+    stack = model.bridge.original_model.model
+    before, stack.total_ut_steps = stack.total_ut_steps, model.cfg.n_iterations
     try:
         yield
     finally:

@@ -57,6 +57,19 @@ class Columns(View):
         return torch.cat([fired[..., : self.start], part.to(fired), fired[..., stop:]], dim=-1)
 
 
+class HeadsFirst(View):
+    """Positions before heads, where the bridge has them the other way round."""
+
+    def get(self, fired: Tensor, kept: Kept) -> Tensor:
+        return fired.transpose(1, 2)
+
+    def put(self, fired: Tensor, value: Tensor, kept: Kept) -> Tensor:
+        return value.transpose(1, 2)
+
+
+HEADS_FIRST = HeadsFirst()
+
+
 @dataclass(frozen=True)
 class SumWith(View):
     """The stream after an addition, seen at the branch that is added.

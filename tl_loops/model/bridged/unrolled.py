@@ -1,6 +1,5 @@
-"""A bridged looped model under the names of its iterations."""
+"""A bridged model with a loop under the names of its iterations."""
 
-import re
 import threading
 from collections.abc import Sequence
 from typing import Any, SupportsIndex
@@ -15,12 +14,12 @@ from tl_loops.model import readout
 from tl_loops.model.bridged.family import BridgedFamily
 from tl_loops.model.bridged.routing import routed
 from tl_loops.model.bridged.taps import Tap
+from tl_loops.model.bridged.weights import check_unprocessed, shared_weights
 from tl_loops.model.checks import block_index, check_return_type
 from tl_loops.model.hooks import HookNameError
 from tl_loops.model.iterations import at_iterations
 from tl_loops.model.looped import LoopedTransformer
 from tl_loops.model.start import read_tokens
-from tl_loops.model.weights import Weights
 from tl_loops.upstream import (
     USE_DEFAULT_VALUE,
     HookPoint,
@@ -28,7 +27,6 @@ from tl_loops.upstream import (
     left_as_it_was,
 )
 
-_WRAPPED = re.compile(r"\._original_component\b")
 _OWN_BLOCKS = "call model.looped(), a LoopedTransformer over the same weights in memory, which can"
 
 
@@ -39,10 +37,11 @@ _ENGINE = threading.RLock()
 class UnrolledBridge(LoopedTransformer):
     """A TransformerBridge of a looped model, with a hook point for every pass of every layer.
 
-    The Hugging Face model behind the bridge is what runs; each firing of one of its hook points is
-    routed to the hook point of its iteration. Names, aliases, cache and measurements are those of
-    :class:`LoopedTransformer`. Weights are those of the Hugging Face model, seen without a copy;
-    gradients gather at ``bridge.parameters()``.
+    The loop is the model's own (:func:`tl_loops.unroll`), or one over the layers of a feedforward
+    model (:func:`tl_loops.loop`). The Hugging Face model behind the bridge is what runs; each
+    firing of one of its hook points is routed to the hook point of its iteration. Names, aliases,
+    cache and measurements are those of :class:`LoopedTransformer`. Weights are those of the Hugging
+    Face model, seen without a copy; gradients gather at ``bridge.parameters()``.
 
     What the Hugging Face implementation never makes has no hook point: ``missing`` says which
     names and why. Hooks that were added to the bridge itself fire as before, at every iteration.
@@ -67,7 +66,8 @@ class UnrolledBridge(LoopedTransformer):
         # which is not yet initialised.
         for name, value in (("bridge", bridge), ("_family", family), ("_bridged", bridged)):
             object.__setattr__(self, name, value)
-        super().__init__(cfg, move_to_device=False, weights=_shared_weights(bridge, family, cfg))
+        weights = shared_weights(bridge, family, bridged, cfg)
+        super().__init__(cfg, move_to_device=False, weights=weights)
         self.tokenizer = bridge.tokenizer
         self.cfg.tokenizer_prepends_bos = getattr(bridge.cfg, "tokenizer_prepends_bos", None)
         self.cfg.default_prepend_bos = bool(bridge.cfg.default_prepend_bos)
@@ -236,7 +236,7 @@ class UnrolledBridge(LoopedTransformer):
     def _run(self, tokens: Tensor, arguments: dict[str, Any], stop: int | None) -> Any:
         """The bridge's logits, or what enters the unrolled block that a run stops before."""
         with (
-            self._bridged.iterations(self.bridge, self.cfg.n_iterations),
+            self._bridged.iterations(self),
             routed(self._taps, self.hook_dict, self._source, self._stop_name(stop)) as run,
         ):
             logits = run.call(lambda: self.bridge(tokens, return_type="logits", **arguments))
@@ -267,7 +267,7 @@ class UnrolledBridge(LoopedTransformer):
         model = LoopedTransformer(
             self.cfg,
             move_to_device=False,
-            weights=_shared_weights(self.bridge, self._family, self.cfg),
+            weights=shared_weights(self.bridge, self._family, self._bridged, self.cfg),
         )
         model.tokenizer = self.tokenizer
         return model.requires_grad_(False).train(self.training)
@@ -280,13 +280,14 @@ class UnrolledBridge(LoopedTransformer):
         return super().train(mode)
 
     def to(self, *args: Any, print_details: bool = False, **kwargs: Any) -> "UnrolledBridge":
-        """Not supported: move the bridge and unroll it again.
+        """Not supported: move the bridge, and unroll or loop it again.
 
         Raises:
             LoopedSemanticsError: Always.
         """
         raise LoopedSemanticsError(
-            "the weights belong to the bridge: call bridge.to(...) and then tl_loops.unroll(bridge)"
+            "the weights belong to the bridge: call bridge.to(...), and then "
+            "tl_loops.unroll(bridge) or tl_loops.loop(bridge, ...) again"
         )
 
     def process_weights_(self, *args: Any, **kwargs: Any) -> None:
@@ -299,40 +300,3 @@ class UnrolledBridge(LoopedTransformer):
             "the weights belong to the bridge: process those of a model of its own, made by "
             "model.save_pretrained(directory) and LoopedTransformer.from_pretrained(directory)"
         )
-
-
-def check_unprocessed(bridge: Any) -> None:
-    """Raise on a bridge whose weights TransformerLens has folded or centred.
-
-    Raises:
-        LoopedSemanticsError: It has.
-    """
-    if getattr(bridge, "_weights_processed", False):
-        raise LoopedSemanticsError(
-            "enable_compatibility_mode() has processed this bridge's weights, which then differ "
-            "from those of the Hugging Face model: boot it anew, and pass no_processing=True"
-        )
-
-
-def _shared_weights(bridge: Any, family: Family, cfg: LoopedTransformerConfig) -> Weights:
-    """The Hugging Face model's parameters as physical weights, each a view of its memory.
-
-    Raises:
-        LoopedSemanticsError: A parameter is missing or of another shape.
-    """
-    parameters = {
-        _WRAPPED.sub("", name): parameter.detach()
-        for name, parameter in bridge.original_model.named_parameters(remove_duplicate=False)
-    }
-    for spec in family.tensors(cfg):
-        stored = parameters.get(spec.key)
-        if stored is None or tuple(stored.shape) != spec.shape:
-            found = "is missing" if stored is None else f"has shape {tuple(stored.shape)}"
-            raise LoopedSemanticsError(
-                f"the Hugging Face model is no {family.name} as tl_loops knows it: parameter "
-                f"{spec.key} {found}, expected shape {spec.shape}"
-            )
-        start = 0
-        for part in spec.parts:
-            yield part.name, part.view(stored[start : start + part.rows])
-            start += part.rows

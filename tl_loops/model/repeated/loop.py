@@ -7,10 +7,13 @@ from tl_loops.arguments import checked
 from tl_loops.errors import ConfigError, LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.segments import Segment
+from tl_loops.model.bridged.unrolled import UnrolledBridge
 from tl_loops.model.looped import LoopedTransformer
+from tl_loops.model.repeated.over_bridge import bridge_to_loop, loop_over_bridge
 from tl_loops.model.repeated.over_own_blocks import loop_over_own_blocks
 from tl_loops.model.repeated.transformer import RepeatedTransformer
 from tl_loops.upstream import HAS_HOOKED_TRANSFORMER, HookedTransformer
+from tl_loops.upstream.bridges import is_bridge
 
 
 @checked
@@ -41,10 +44,14 @@ def loop(
     one of several loops (:meth:`LoopLayout.of_segments`), whose coordinates name the loop
     (``"A"``, ``"B"``, ...).
 
+    Of a bridge the Hugging Face model stays what runs: its layers are called again, and each pass
+    has the names of its iteration (:class:`tl_loops.UnrolledBridge`).
+
     Args:
-        model: Any HookedTransformer, of any config; or a LoopedTransformer of one iteration, such
-            as a feedforward checkpoint on TransformerLens 4, for one loop. Not one that is looped
-            already.
+        model: Any HookedTransformer, of any config. Or, for one loop, a TransformerBridge of a
+            feedforward family (GPT-2, GPT-NeoX, Llama, Mistral, Qwen2, Qwen3, OLMo-2), or a
+            LoopedTransformer of one iteration, such as a feedforward checkpoint. Not one that is
+            looped already.
         start: First block that repeats.
         stop: The block after the last one that repeats.
         n_iterations: How often they run, at least 1.
@@ -57,13 +64,13 @@ def loop(
     Raises:
         ConfigError: Blocks out of range, in the wrong order, overlapping or none; more than one way
             of saying what repeats.
-        LoopedSemanticsError: A model that cannot be looped: neither of these, looped already,
-            spread over devices, or quantised to four bits; or a LoopedTransformer with more than
-            its blocks between prelude and coda, or asked for several loops.
+        LoopedSemanticsError: A model that cannot be looped: none of these, looped already,
+            spread over devices, or quantised to four bits; a bridge whose weights were processed;
+            a LoopedTransformer with more than its blocks between prelude and coda; or one of the
+            two asked for several loops.
     """
-    own = isinstance(model, LoopedTransformer)
-    if not own:
-        _check_model(model)
+    _check_model(model)
+    bridged = bridge_to_loop(model) if is_bridge(model) else None
     depth = len(model.blocks)
     single = (start, stop, n_iterations)
     given = [any(x is not None for x in single), repeats is not None, loops is not None]
@@ -79,23 +86,36 @@ def loop(
         layout = LoopLayout(
             segment.start, segment.n_layers, depth - segment.stop, segment.n_iterations
         )
-        return loop_over_own_blocks(model, layout) if own else RepeatedTransformer(model, layout)
-    if own:
+        if bridged is not None:
+            return loop_over_bridge(model, bridged, layout)
+        if isinstance(model, LoopedTransformer):
+            return loop_over_own_blocks(model, layout)
+        return RepeatedTransformer(model, layout)
+    if bridged is not None or isinstance(model, LoopedTransformer):
         raise LoopedSemanticsError(
-            "a LoopedTransformer has one loop: give start, stop and n_iterations. Several loops, "
-            "and blocks that repeat each by itself, are for a HookedTransformer (TransformerLens "
-            "3.9)"
+            f"a {type(model).__name__} has one loop: give start, stop and n_iterations. Several "
+            "loops, and blocks that repeat each by itself, are for a HookedTransformer "
+            "(TransformerLens 3.9)"
         )
     segments = _filled([_segment(given, depth) for given in loops])
     return RepeatedTransformer(model, LoopLayout.of_segments(segments, depth - segments[-1].stop))
 
 
 def _check_model(model: Any) -> None:
-    if isinstance(model, RepeatedTransformer):
+    """Raise for a model whose blocks cannot repeat, whichever these are.
+
+    Raises:
+        LoopedSemanticsError: It is one.
+    """
+    if isinstance(model, (RepeatedTransformer, UnrolledBridge)):
+        original = "the original" if isinstance(model, RepeatedTransformer) else "model.bridge"
         raise LoopedSemanticsError(
-            "this model repeats blocks already: loop the original with other arguments, which "
-            "copies no weight"
+            f"this model repeats blocks already: change its number of iterations with "
+            f"model.set_iterations(n), or loop {original} with other arguments, which copies no "
+            "weight"
         )
+    if isinstance(model, LoopedTransformer) or is_bridge(model):
+        return
     if hasattr(model, "layout"):
         raise LoopedSemanticsError(
             "this model is looped already: change its number of iterations with "
@@ -105,12 +125,12 @@ def _check_model(model: Any) -> None:
         instead = "load the model with HookedTransformer.from_pretrained"
         if not HAS_HOOKED_TRANSFORMER:
             instead = (
-                "TransformerLens 4 has none, so load a feedforward checkpoint with "
-                "LoopedTransformer.from_pretrained(directory), and loop that"
+                "load the model with TransformerBridge.boot_transformers(name), or with "
+                "LoopedTransformer.from_pretrained(name)"
             )
         raise LoopedSemanticsError(
-            f"loop() repeats the blocks of a HookedTransformer, got {type(model).__name__}: "
-            f"{instead}"
+            "loop() repeats the blocks of a HookedTransformer, a TransformerBridge, or a "
+            f"LoopedTransformer of one iteration, got {type(model).__name__}: {instead}"
         )
     if model.cfg.n_devices != 1:
         raise LoopedSemanticsError(

@@ -36,13 +36,7 @@ def loop_over_own_blocks(model: LoopedTransformer, layout: LoopLayout) -> Looped
             f"({', '.join(between)}), which a loop over other blocks would move: build it from a "
             "LoopedTransformerConfig with the loop that you want"
         )
-    sizes = dict(
-        n_prelude=layout.n_prelude,
-        n_core=layout.n_core,
-        n_coda=layout.n_coda,
-        n_iterations=layout.n_iterations,
-    )
-    fields = {**cfg.to_dict(), **sizes}
+    fields = {**cfg.to_dict(), **layout.sizes()}
     fields.pop("n_layers", None)
     looped = LoopedTransformer(
         LoopedTransformerConfig.from_dict(fields),
