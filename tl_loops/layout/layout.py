@@ -131,15 +131,6 @@ class LoopLayout:
             )
         return self._n_core
 
-    def sizes(self) -> dict[str, int]:
-        """The config fields of a layout of one loop.
-
-        Raises:
-            LoopedSemanticsError: The iterations have different numbers of blocks.
-        """
-        names = ("n_prelude", "n_core", "n_coda", "n_iterations")
-        return {name: getattr(self, name) for name in names}
-
     @property
     def n_layers(self) -> int:
         """Unrolled depth: the number of ``blocks``."""

@@ -9,6 +9,7 @@ from tl_loops.model.bridged.feedforward import BRIDGED_FEEDFORWARD
 from tl_loops.model.bridged.opening import bridged_family, open_bridge
 from tl_loops.model.bridged.unrolled import UnrolledBridge
 from tl_loops.model.bridged.unrolling import BRIDGED
+from tl_loops.model.repeated.over_own_blocks import sizes
 
 
 def bridge_to_loop(bridge: Any) -> BridgedFamily:
@@ -44,4 +45,4 @@ def loop_over_bridge(bridge: Any, bridged: BridgedFamily, layout: LoopLayout) ->
     Raises:
         LoopedSemanticsError: As :func:`open_bridge`.
     """
-    return open_bridge(bridge, bridged, layout.sizes())
+    return open_bridge(bridge, bridged, sizes(layout))

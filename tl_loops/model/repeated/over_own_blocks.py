@@ -36,7 +36,7 @@ def loop_over_own_blocks(model: LoopedTransformer, layout: LoopLayout) -> Looped
             f"({', '.join(between)}), which a loop over other blocks would move: build it from a "
             "LoopedTransformerConfig with the loop that you want"
         )
-    fields = {**cfg.to_dict(), **layout.sizes()}
+    fields = {**cfg.to_dict(), **sizes(layout)}
     fields.pop("n_layers", None)
     looped = LoopedTransformer(
         LoopedTransformerConfig.from_dict(fields),
@@ -44,6 +44,12 @@ def loop_over_own_blocks(model: LoopedTransformer, layout: LoopLayout) -> Looped
         weights=_renamed(model, layout),
     )
     return looped.train(model.training)
+
+
+def sizes(layout: LoopLayout) -> dict[str, int]:
+    """The config fields that say a layout of one loop."""
+    names = ("n_prelude", "n_core", "n_coda", "n_iterations")
+    return {name: getattr(layout, name) for name in names}
 
 
 def _between(model: LoopedTransformer) -> list[str]:
