@@ -1,5 +1,6 @@
 """Tiny models of every architecture that tests run over."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -132,6 +133,16 @@ def tiny_tokens(batch: int = 2, pos: int = 9, seed: int = 3) -> torch.Tensor:
     """Random token ids."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, SIZES["d_vocab"], (batch, pos), generator=generator)
+
+
+def padded_tokens(lengths: Sequence[int], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random token ids [batch, pos] of prompts of several lengths, and 0 where they are padding."""
+    n_pos = max(lengths)
+    starts = [n_pos - length if side == "left" else 0 for length in lengths]
+    mask = torch.zeros(len(lengths), n_pos, dtype=torch.long)
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        mask[row, start : start + length] = 1
+    return tiny_tokens(*mask.shape, seed=sum(lengths)), mask
 
 
 MECHANISMS: dict[str, dict[str, Any]] = {

@@ -1,5 +1,7 @@
 """One iteration is a feedforward model: its cache gives what HookedTransformer's gives."""
 
+import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -213,12 +215,11 @@ def test_norms_of_stacks_and_attributions(fields, tokens, data):
     rows = data.draw(st.sampled_from([None, 0, (0, 1)]))
     stack = theirs.decompose_resid(pos_slice=pos)
     where = dict(layer=layer, mlp_input=mlp_input, pos_slice=pos, batch_slice=rows)
-    gain = 1.0
-    norm = plain.ln_final
-    if layer in range(depth):
-        norm = plain.blocks[layer].ln2 if mlp_input else plain.blocks[layer].ln1
-    gain = getattr(norm, "w", 1.0)
+    gain = getattr(_norm(plain, layer, mlp_input), "w", 1.0)
     close(ours.apply_ln_to_stack(stack, **where), theirs.apply_ln_to_stack(stack, **where) * gain)
+    if layer in (None, -1, depth):  # Elsewhere TransformerLens does not read recompute_ln.
+        where["recompute_ln"] = True
+        close(ours.apply_ln_to_stack(stack, **where), theirs.apply_ln_to_stack(stack, **where))
     answers = tokens[:, -1]
     wrong = data.draw(st.sampled_from([None, tokens[:, 0]]))
     if hasattr(plain.ln_final, "w"):
@@ -230,6 +231,119 @@ def test_norms_of_stacks_and_attributions(fields, tokens, data):
         ours.logit_attrs(stack, answers, incorrect_tokens=wrong, pos_slice=pos),
         theirs.logit_attrs(stack, answers, incorrect_tokens=wrong, pos_slice=pos),
     )
+
+
+def _norm(plain: Any, layer: int | None, mlp_input: bool) -> Any:
+    """The norm of a place, of which TransformerLens applies neither gain nor bias to a stack."""
+    if layer not in range(plain.cfg.n_layers):
+        return plain.ln_final
+    return plain.blocks[layer].ln2 if mlp_input else plain.blocks[layer].ln1
+
+
+NORMED = [
+    "decompose_resid",
+    "stack_head_results",
+    "stack_neuron_results",
+    "get_full_resid_decomposition",
+]
+
+
+@pytest.mark.parametrize("method", NORMED)
+@sample
+@given(architectures(), prompts(), st.data())
+def test_decompositions_after_the_norm(method, fields, tokens, data):
+    _, plain, ours, theirs = both(fields, tokens)
+    if plain.cfg.use_normalization_before_and_after:
+        return  # TransformerLens leaves out the norm behind each branch.
+    depth = plain.cfg.n_layers
+    arguments = dict(
+        layer=data.draw(st.sampled_from([-1, *range(1, depth + 1)])),
+        pos_slice=data.draw(st.sampled_from([None, -1, (0, 2)])),
+        apply_ln=True,
+    )
+    mlp_input = method in ("decompose_resid", "get_full_resid_decomposition")
+    if mlp_input:
+        arguments["mlp_input"] = arguments["layer"] in range(depth) and data.draw(st.booleans())
+    stack, labels = getattr(ours, method)(return_labels=True, **arguments)
+    expected, names = getattr(theirs, method)(return_labels=True, **arguments)
+    norm = _norm(plain, arguments["layer"], arguments.get("mlp_input", False))
+    expected = expected * getattr(norm, "w", 1.0)
+    if names[-1] == "bias":
+        expected = torch.cat([expected[:-1], expected[-1:] + getattr(norm, "b", 0.0)])
+    # In a decomposition into blocks the bias of the norm is a component of its own.
+    kept = [i for i, label in enumerate(labels) if label != "ln_bias"]
+    assert len(kept) == len(names), (labels, names)
+    close(stack[kept], expected)
+
+
+@sample
+@given(architectures(), st.sampled_from(["left", "right"]), prompts(batch=3), st.data())
+def test_caches_of_padded_prompts(fields, side, tokens, data):
+    looped, plain = pair(fields)
+    mask = torch.ones_like(tokens)
+    for row in mask:
+        count = data.draw(st.integers(0, len(row) - 1))
+        row[slice(count) if side == "left" else slice(len(row) - count, None)] = 0
+    ours, theirs = (cached(m, tokens, attention_mask=mask) for m in (looped, plain))
+    real = mask.bool()
+    for short in ("resid_pre", "z", "attn_out", "mlp_out", "resid_post"):
+        close(ours[short, -1][real], theirs[short, -1][real])
+    close(ours.accumulated_resid()[:, real], theirs.accumulated_resid()[:, real])
+    close(ours.decompose_resid()[:, real], theirs.decompose_resid()[:, real])
+    if not plain.cfg.use_normalization_before_and_after:
+        for method in ("stack_head_results", "get_full_resid_decomposition"):
+            close(getattr(ours, method)()[:, real], getattr(theirs, method)()[:, real])
+
+
+@sample
+@given(architectures(), prompts(), st.data())
+def test_projections_of_neurons(fields, tokens, data):
+    # In float64 TransformerLens's full decomposition multiplies by a bias in float32.
+    looped, plain = pair(fields, dtype=torch.float32)
+    ours, theirs = cached(looped, tokens), cached(plain, tokens)
+    if plain.cfg.use_normalization_before_and_after:
+        return
+    onto = data.draw(st.sampled_from([plain.W_U[:, 5], plain.W_U[:, :3]]))
+    pos = data.draw(st.sampled_from([None, -1, (0, 2)]))
+    block = data.draw(st.integers(0, plain.cfg.n_layers - 1))
+    arguments = dict(pos_slice=pos, project_output_onto=onto)
+    a, b = (c.get_neuron_results(block, **arguments) for c in (ours, theirs))
+    close(a, b, 1e-4)
+    a, b = (c.get_full_resid_decomposition(**arguments) for c in (ours, theirs))
+    close(a, b, 1e-4)
+
+
+@sample
+@given(architectures(), prompts(), st.booleans())
+def test_places_and_the_switch_of_gradients(fields, tokens, mode):
+    _, _, ours, theirs = both(fields, tokens)
+    before = torch.is_grad_enabled()
+    a, b = (cache.to("cpu") for cache in (ours, theirs))
+    close(a["resid_post", -1], b["resid_post", -1])
+    assert list(a.keys()) == list(ours.keys())
+    try:
+        found = []
+        for cache in (ours, theirs):
+            torch.set_grad_enabled(not mode)
+            cache.toggle_autodiff(mode)
+            found.append(torch.is_grad_enabled())
+        assert found == [mode, mode]
+    finally:
+        torch.set_grad_enabled(before)
+
+
+def test_every_method_of_the_cache_is_called_here():
+    from transformer_lens import ActivationCache
+
+    source = Path(__file__).read_text()
+    refused = {"compute_ssm_state", "compute_ssm_effective_attention"}  # no state-space mixers
+    names = {name for name, value in vars(ActivationCache).items() if inspect.isfunction(value)}
+    missing = {
+        name
+        for name in names - refused
+        if not name.startswith("_") and f".{name}(" not in source and f'"{name}"' not in source
+    }
+    assert not missing
 
 
 @sample

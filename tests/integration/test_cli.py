@@ -128,6 +128,8 @@ def test_float16_and_a_device_load(capsys):
         (["report", "--prompts", "absent.txt"], "absent.txt: no such file"),
         (["report", "--n-iterations", "0"], "--n-iterations must be at least 1, got 0"),
         (["report", "--out", "/no/such/place/report.html"], "/no/such/place does not exist"),
+        (["report", "--out", "/dev/null"], "/dev/null is a device"),
+        (["measure", "tl-loops-tiny", "--checkpoint", "/dev/null"], "/dev/null is a device"),
         (["measure", "tl-loops-tiny", "--metrics", "sink_rat"], "sink_rate"),
         (["measure", "tl-loops-tiny", "--rows", "--out", "-"], "--rows prints"),
         (["check", "tl-loops-tiny", "--device", "cud"], "--device cud: there is no such device"),

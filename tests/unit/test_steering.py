@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.closeness import assert_close
-from tests.models import tiny_model, tiny_tokens
+from tests.models import padded_tokens, tiny_model, tiny_tokens
 from tl_loops.steering import (
     ablate_direction,
     difference_directions,
@@ -153,6 +153,34 @@ def test_difference_directions(model):
         layer=1,
     )
     assert halves.dtype == torch.float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_averages_over_prompts_of_several_lengths_leave_padding_out(model, side):
+    name, caches, real = "iter.1.1.hook_resid_post", [], []
+    for lengths in ((5, 3, 2), (6, 2)):
+        tokens, mask = padded_tokens(lengths, side)
+        caches.append(model.run_with_cache(tokens, attention_mask=mask)[1])
+        rows = zip(caches[-1][name], mask.bool(), strict=True)
+        real.append([row[kept] for row, kept in rows])  # [pos, d_model] of each prompt
+
+    def expected(chosen, first=0):
+        plus, minus = (torch.cat([chosen(row) for row in rows[first:]]).mean(0) for rows in real)
+        return plus - minus
+
+    last, every = expected(lambda row: row[-1:]), expected(lambda row: row)
+    close(difference_directions(model, *caches, layer=1)[1], last)
+    close(difference_directions(model, *caches, layer=1, pos=None)[1], every)
+    second = expected(lambda row: row[1:2])
+    close(difference_directions(model, *caches, layer=1, pos=1)[1], second)
+    # Rows of a cache keep their padding; a padded mean would be another.
+    rows = [cache.apply_slice_to_batch_dim(slice(1, None)) for cache in caches]
+    close(difference_directions(model, *rows, layer=1)[1], expected(lambda row: row[-1:], 1))
+    counted = caches[0][name][:, -1].mean(0) - caches[1][name][:, -1].mean(0)
+    assert (side == "left") == torch.allclose(counted, last, atol=1e-4)
+    with pytest.raises(IndexError, match="2"):
+        difference_directions(model, *caches, layer=1, pos=2)
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """What a saved run is a run of."""
 
+import os
+
 import pytest
 import torch
 
@@ -41,3 +43,31 @@ def test_one_run_at_a_time_has_a_checkpoint(tmp_path):
     path = tmp_path / "run.ckpt"
     with in_use(path), pytest.raises(FileInUseError, match=r"run\.ckpt is in use"):
         quiet(tiny_model("ouro"), prompts(), FAST_METRICS, checkpoint=path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_checkpoint_that_is_no_file_is_neither_waited_for_nor_replaced(tmp_path, kind):
+    path = tmp_path / "run.ckpt"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/null")
+    with pytest.raises(ValueError, match=rf"is a {kind}"):
+        quiet(tiny_model("ouro"), prompts(), FAST_METRICS, checkpoint=path)
+    assert path.is_fifo() or path.is_symlink()
+
+
+def test_a_half_done_run_of_the_intact_model_is_not_gone_on_with_by_another(tmp_path):
+    path, model = tmp_path / "run.ckpt", tiny_model("ouro")
+    quiet(model, prompts(), FAST_METRICS, batch_size=1, checkpoint=path)
+    whole = path.read_bytes()
+    half = path.read_bytes()[: -len(whole) // 4]
+    model.blocks[1].hook_mlp_out.add_hook(lambda x, hook: 0 * x)
+    for autocast in (False, True):
+        path.write_bytes(half)
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            pytest.raises(CheckpointError, match="hooks" if not autocast else "another run"),
+        ):
+            quiet(model, prompts(), FAST_METRICS, batch_size=1, checkpoint=path)
+        assert path.read_bytes() == half
+        model.reset_hooks()
+    quiet(model, prompts(), FAST_METRICS, batch_size=1, checkpoint=path)
+    assert path.read_bytes() == whole

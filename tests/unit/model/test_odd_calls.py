@@ -6,6 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.models import tiny_config, tiny_model, tiny_tokens
+from tests.unit.loading.files_of import FIXTURES
 from tl_loops import HookedTransformer, LoopedTransformer
 
 TINY = "tl-loops-tiny"
@@ -118,6 +119,21 @@ def test_torchs_defaults_do_not_move_a_draw(name):
         torch.set_default_dtype(torch.float64)
         try:
             found = LoopedTransformer(cfg)(tokens)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+def test_torchs_defaults_do_not_move_a_loaded_model():
+    def load():
+        return LoopedTransformer.from_pretrained_no_processing(FIXTURES / "huginn", device="cpu")
+
+    tokens = tiny_tokens()
+    with torch.no_grad(), pytest.warns(UserWarning, match="no tokenizer files"):
+        expected = load()(tokens)
+        torch.set_default_dtype(torch.float64)
+        try:
+            found = load()(tokens)
         finally:
             torch.set_default_dtype(torch.float32)
     assert found.dtype == expected.dtype and torch.equal(found, expected)

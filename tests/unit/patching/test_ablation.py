@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.closeness import assert_close
-from tests.models import tiny_model, tiny_tokens
+from tests.models import padded_tokens, tiny_model, tiny_tokens
 from tl_loops.patching import (
     MassiveSite,
     ablate,
@@ -102,6 +102,34 @@ def test_mean_ablation(model):
             over_positions[block],
             run_with(model, tokens, name, lambda x, m=everywhere: x.copy_(m.expand_as(x))),
         )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_averages_of_reference_prompts_leave_padding_out(model, side):
+    tokens, (others, mask) = tiny_tokens(2, 5), padded_tokens((5, 3, 2), side)
+    _, reference = model.run_with_cache(others, attention_mask=mask)
+    name, real = "blocks.1.hook_attn_out", mask.bool()
+
+    def of(mean_over):
+        where = {"block": 1}
+        axes = ("pos",) if mean_over == "batch" else ("block",)
+        return ablate(
+            model, tokens, metric, "attn_out", axes, "mean", reference,
+            mean_over=mean_over, where=where, progress=False,
+        )  # fmt: skip
+
+    found = of("batch")
+    for pos in range(5):
+        mean = reference[name][real[:, pos], pos].mean(0)
+        expected = run_with(
+            model, tokens, name, lambda x, p=pos, m=mean: x[:, p].copy_(m.expand_as(x[:, p]))
+        )
+        close(found[pos], expected)
+    everywhere = reference[name][real].mean(0)
+    expected = run_with(model, tokens, name, lambda x: x.copy_(everywhere.expand_as(x)))
+    close(of("batch_pos").squeeze(), expected)
+    assert not torch.allclose(reference[name].mean((0, 1)), everywhere, atol=1e-4)
 
 
 @torch.no_grad()

@@ -119,6 +119,30 @@ def test_rows_say_what_they_must(known_tests):
             assert function in known_tests.get(file, ()), f"{where}: there is no test {test}"
 
 
+def wild_rows():
+    """Rows of "Found in the wild": kind, what happened, what happens now, tests."""
+    section = DOCUMENT.read_text().split("## Found in the wild")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row[1:-1])] for row in rows]
+
+
+def test_every_kind_that_was_found_has_a_fix_and_a_test(known_tests):
+    rows = wild_rows()
+    assert len({kind for kind, *_ in rows}) == len(rows) > 50
+    for kind, before, now, named in rows:
+        assert before and now, kind
+        tests = [
+            re.fullmatch(r"`(tests/[\w/]+(?:/|\.py))(?:::(\w+))?`", x) for x in named.split(", ")
+        ]
+        assert all(tests), (
+            f"{kind}: a test is `tests/...py` or `tests/...py::test_...`, got {named}"
+        )
+        for path, function in (test.groups() for test in tests if test):
+            assert (TESTS.parent / path).exists(), f"{kind}: there is no {path}"
+            known = known_tests.get(Path(path).name, ())
+            assert function is None or function in known, f"{kind}: no {function} in {path}"
+
+
 def test_the_example_runs():
     (example,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
     names: dict = {}
