@@ -28,6 +28,7 @@ from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
 from tl_loops.printing import prints_short
 from tl_loops.runs.activations import check_cache, find_activation, take
+from tl_loops.runs.cells import named_hooks
 from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
 from tl_loops.runs.inputs import Positions, run_inputs
 from tl_loops.runs.read_positions import ReadPositions
@@ -215,16 +216,13 @@ class _Graph:
         self.leaves: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
 
-        def cut(x: Tensor, hook: Any) -> Tensor:
-            self.outputs[hook.name] = x
-            self.leaves[hook.name] = x.detach().requires_grad_()
-            return self.leaves[hook.name]
+        def cut(name: str, x: Tensor) -> Tensor:
+            self.outputs[name] = x
+            self.leaves[name] = x.detach().requires_grad_()
+            return self.leaves[name]
 
-        def watch(x: Tensor, hook: Any) -> None:
-            self.outputs[hook.name] = x
-
-        hooks: Hooks = [*before, *((name, cut) for name in written)]
-        hooks += [(name, watch) for name in read if name not in written]
+        hooks: Hooks = [*before, *named_hooks(written, cut)]
+        hooks += named_hooks([n for n in read if n not in written], self.outputs.__setitem__)
         with differentiating():
             self.value = run_metric(model, tokens, metric, hooks, arguments, where)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.model import Model
+from tl_loops.runs.cells import named_hooks
 from tl_loops.runs.inputs import FORWARD_ARGUMENTS
 from tl_loops.runs.read_positions import ReadPositions
 
@@ -96,17 +97,17 @@ def recordable(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
-def keep(kept: dict[str, Tensor]) -> Callable:
-    """A hook that keeps an activation such that the metric can be differentiated by it.
+def keeping(names: Iterable[str], kept: dict[str, Tensor]) -> Hooks:
+    """Hooks that keep activations such that the metric can be differentiated by them.
 
     With frozen weights the first activation starts the graph, and the later ones continue it.
     """
 
-    def hook_function(x: Tensor, hook: Any) -> Tensor:
-        kept[hook.name] = x if x.requires_grad else x.detach().requires_grad_()
-        return kept[hook.name]
+    def keep(name: str, x: Tensor) -> Tensor:
+        kept[name] = x if x.requires_grad else x.detach().requires_grad_()
+        return kept[name]
 
-    return hook_function
+    return named_hooks(names, keep)
 
 
 def path_nodes(method: Method, n_steps: int) -> list[tuple[float, float]]:
@@ -192,7 +193,7 @@ def metric_gradients(
     """
     names = list(names)
     kept: dict[str, Tensor] = {}
-    hooks: Hooks = [*before, *((name, keep(kept)) for name in names)]
+    hooks: Hooks = [*before, *keeping(names, kept)]
     with differentiating():
         value = run_metric(model, tokens, metric, hooks, arguments, where)
         gradients = torch.autograd.grad(value, [kept[name] for name in names], allow_unused=True)

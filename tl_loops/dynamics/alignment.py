@@ -16,7 +16,7 @@ from tl_loops.metrics.geometry import alignment
 from tl_loops.metrics.precision import without_autocast
 from tl_loops.runs.activations import find_activation
 from tl_loops.runs.batches import batches, check_batch_size, longest_first, token_prompts
-from tl_loops.runs.cells import hooked
+from tl_loops.runs.cells import hooked, named_hooks
 from tl_loops.upstream import Prompts, left_as_it_was
 
 if TYPE_CHECKING:
@@ -239,9 +239,9 @@ def _read(points: _Points, tokens: Int[Tensor, "batch pos"]) -> list[Float[Tenso
 
     work = "cpu" if device.type == "mps" else device  # some devices have no float64
 
-    def keep(value: Tensor, hook: Any) -> None:
-        found[hook.name] = value.flatten(0, 1).to(work).double()
+    def keep(name: str, value: Tensor) -> None:
+        found[name] = value.flatten(0, 1).to(work).double()
 
-    with hooked(model, [(name, keep) for name in points.names]):
+    with hooked(model, named_hooks(points.names, keep)):
         model(tokens, return_type=None, attention_mask=torch.ones_like(tokens))
     return [found[name] for name in points.names]

@@ -17,7 +17,7 @@ from tl_loops.layout.of_model import require_layout
 from tl_loops.layout.selection import Selection, distinct_indices, one_index
 from tl_loops.metrics.jacobian import differentiable_attention
 from tl_loops.runs.batches import tokens_alone
-from tl_loops.runs.cells import hooked
+from tl_loops.runs.cells import hooked, named_hooks
 from tl_loops.upstream import can_restart, has_hooks, left_as_it_was
 
 Hooks = list[tuple[str, Callable[..., Any]]]
@@ -275,8 +275,8 @@ def _loop_maps(
     _check_points(model, [*wanted, *extra, *(f"iter.{t}.hook_state_out" for t in names)])
     found: dict[str, Tensor] = {}
 
-    def keep(value: Tensor, hook: Any) -> None:
-        found[hook.name] = value.detach().clone()
+    def keep(name: str, value: Tensor) -> None:
+        found[name] = value.detach().clone()
 
     given = None if initial_state is None else initial_state.unsqueeze(0)
     arguments: dict[str, Any] = {"attention_mask": torch.ones_like(tokens), "return_type": None}
@@ -284,7 +284,7 @@ def _loop_maps(
         arguments["initial_state"] = given
     # Tensors of inference mode could not be differentiated later.
     with torch.inference_mode(False), torch.no_grad():
-        hooks = [(name, keep) for name in dict.fromkeys([*wanted, *extra])]
+        hooks = named_hooks(dict.fromkeys([*wanted, *extra]), keep)
         with hooked(model, hooks, before_others=True):
             model(tokens.clone(), **arguments, **_stop(layout, max(names)))
     made = []

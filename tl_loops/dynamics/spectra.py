@@ -16,7 +16,7 @@ from tl_loops.metrics.geometry import rank_for_share, rank_of_spectrum
 from tl_loops.metrics.precision import without_autocast
 from tl_loops.runs.activations import find_activation
 from tl_loops.runs.batches import batches, check_batch_size, longest_first, token_prompts
-from tl_loops.runs.cells import hooked
+from tl_loops.runs.cells import hooked, named_hooks
 from tl_loops.upstream import Prompts, left_as_it_was
 
 if TYPE_CHECKING:
@@ -176,11 +176,11 @@ def _read(
     tokens = tokens.to(device)
     found: dict[str, Tensor] = {}
 
-    def keep(value: Tensor, hook: Any) -> None:
+    def keep(name: str, value: Tensor) -> None:
         # Some devices have no float64.
-        found[hook.name] = value.flatten(0, 1).to("cpu" if device.type == "mps" else device)
+        found[name] = value.flatten(0, 1).to("cpu" if device.type == "mps" else device)
 
-    with hooked(model, [(name, keep) for name in names]):
+    with hooked(model, named_hooks(names, keep)):
         model(tokens, return_type=None, attention_mask=torch.ones_like(tokens))
     return found
 

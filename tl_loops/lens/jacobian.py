@@ -1,9 +1,9 @@
 """Jacobian lens: transport a residual to a later point by the mean Jacobian, and read it there."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +21,7 @@ from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.metrics.precision import full_precision
 from tl_loops.printing import prints_short
 from tl_loops.runs.batches import token_prompts
+from tl_loops.runs.cells import named_hooks
 from tl_loops.runs.inputs import LensInputs
 from tl_loops.runs.storage import load_artefact, save_artefact
 from tl_loops.upstream import left_as_it_was
@@ -250,20 +251,19 @@ def _add_prompt(
     rows = min(rows, d_model)
     kept: dict[str, Tensor] = {}
 
-    def keep(x: Tensor, hook: Any) -> Tensor:
+    def keep(name: str, x: Tensor) -> Tensor:
         # With frozen weights the first point starts the graph, and the later ones continue it.
-        kept[hook.name] = x if x.requires_grad else x.detach().requires_grad_()
-        return kept[hook.name]
+        kept[name] = x if x.requires_grad else x.detach().requires_grad_()
+        return kept[name]
 
     names = dict.fromkeys(point.name for point in (*sources, *targets))
-    hooks: list[tuple[str, Callable]] = [(name, keep) for name in names]
     tokens = prompt.repeat(rows, 1)
     # The mask of ones keeps a pad token in a prompt from being taken for padding.
     model.run_with_hooks(
         tokens,
         return_type=None,
         attention_mask=torch.ones_like(tokens),
-        fwd_hooks=hooks,
+        fwd_hooks=named_hooks(names, keep),
     )
     by_target: dict[str, list[int]] = {}
     for index, point in enumerate(targets):

@@ -24,6 +24,7 @@ from tl_loops.metrics.readout import (
     token_probability,
     token_rank,
 )
+from tl_loops.runs.cells import named_hooks
 from tl_loops.runs.identity import identity_of, tensors_fingerprint
 from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
 from tl_loops.runs.inputs import LensInput, LensInputs, Positions, lens_inputs
@@ -242,13 +243,12 @@ def capture(
     """
     residuals: dict[str, Tensor] = {}
 
-    def keeper(select: bool) -> Callable:
-        def keep(x: Tensor, hook: Any) -> None:
-            residuals[hook.name] = inputs.select(x) if select else x
+    entire = {point.name for point in points if whole(point)}
 
-        return keep
+    def keep(name: str, x: Tensor) -> None:
+        residuals[name] = x if name in entire else inputs.select(x)
 
-    hooks = [(point.name, keeper(not whole(point))) for point in points]
+    hooks = named_hooks((point.name for point in points), keep)
     with logits_only_at(model, inputs.positions):
         logits = model.run_with_hooks(inputs.tokens, fwd_hooks=hooks, **inputs.forward_arguments)
     return residuals, logits

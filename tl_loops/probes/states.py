@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,7 +18,7 @@ from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.printing import prints_short
 from tl_loops.runs.activations import find_activation
 from tl_loops.runs.batches import check_batch_size, equal_batches, token_prompts
-from tl_loops.runs.cells import hooked
+from tl_loops.runs.cells import hooked, named_hooks
 from tl_loops.runs.identity import identity_of, prompts_fingerprint
 from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
 from tl_loops.runs.shards import Shards
@@ -332,13 +331,12 @@ def _read(
     found: dict[str, Tensor] = {}
     rows = torch.arange(len(tokens), device=tokens.device)
 
-    # By the name that was asked for: on a bridge a hook point may have another one of its own.
-    def keep(name: str, value: Tensor, hook: Any) -> None:
+    def keep(name: str, value: Tensor) -> None:
         at = value[rows.to(value.device), where.to(value.device)].flatten(1)
         found[name] = at.to(statistic_dtype(at)).cpu()
 
     names = dict.fromkeys(grid.names)
-    with hooked(model, [(name, partial(keep, name)) for name in names]):
+    with hooked(model, named_hooks(names, keep)):
         # With an explicit mask no token is taken for padding because it has the padding's id.
         model(tokens, return_type=None, attention_mask=torch.ones_like(tokens))
     missing = [name for name in names if name not in found]

@@ -11,7 +11,7 @@ from tl_loops.errors import LoopedSemanticsError, did_you_mean, shortened
 from tl_loops.layout.model import Model
 from tl_loops.layout.names import Place, activation_name, hook_specs, spec_of
 from tl_loops.layout.of_model import layout_of
-from tl_loops.upstream import Cache, is_bridge
+from tl_loops.upstream import Cache, is_bridge, shown_too_late
 
 Kind = Literal["stream", "heads", "pattern", "iteration", "run"]
 
@@ -103,6 +103,7 @@ def find_activation(model: Model, name: str) -> Activation:
 
     Raises:
         ValueError: The name is unknown, or this model has no such activation.
+        LoopedSemanticsError: A bridge of TransformerLens shows it, but takes no edit of it.
     """
     found = _described(model, name)
     if found.rest == "hook_resid_mid" and is_bridge(model):
@@ -115,6 +116,7 @@ def find_activation(model: Model, name: str) -> Activation:
     if not present:
         first = found.hook_name(0)
         raise ValueError(f"this model has no activation {name!r}: there is no hook point {first!r}")
+    check_fires_in_time(model, present)
     spec = spec_of(present[0])
     if spec is None:
         return found
@@ -135,6 +137,28 @@ def find_activation(model: Model, name: str) -> Activation:
             "'v_input', or turn the flag off"
         )
     return found
+
+
+def check_fires_in_time(model: Any, names: Sequence[str]) -> None:
+    """Raise on hook points that a bridge fires once its attention is over.
+
+    Raises:
+        LoopedSemanticsError: There is one among the names.
+    """
+    late = shown_too_late(model, names) if is_bridge(model) else []
+    if late:
+        scores = "hook_attn_scores" in late[0]
+        shows = "the pattern instead of the scores" if scores else "the pattern"
+        raise LoopedSemanticsError(
+            f"this TransformerBridge shows {shows} at {late[0]!r}, and only after its attention "
+            "has used it, so that an edit changes nothing: patch 'q' and 'k', which make the "
+            "pattern, or 'z'" + (" or 'pattern'" if scores and _takes_patterns(model, late) else "")
+        )
+
+
+def _takes_patterns(model: Any, late: Sequence[str]) -> bool:
+    """Whether patterns of the attention whose scores come too late can be edited."""
+    return not shown_too_late(model, [n.replace("hook_attn_scores", "hook_pattern") for n in late])
 
 
 def _described(model: Model, name: str) -> Activation:
@@ -253,8 +277,12 @@ def check_held(cache: Cache, model: Model, names: Sequence[str], what: str = "th
 
     Raises:
         ValueError: It does.
+        LoopedSemanticsError: A bridge filled it, which shows patterns in the place of scores.
     """
     present = cached_names(cache)
+    # A pattern that comes late can be read all the same.
+    scores = [name for name in names if name.endswith("hook_attn_scores")]
+    check_fires_in_time(getattr(cache, "model", None), scores)
     missing = [name for name in names if name not in present]
     if missing:
         raise ValueError(

@@ -1,7 +1,8 @@
 """Cells: edited runs, what they give, and the small pieces that running them takes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,6 +74,22 @@ class hooked:
     def __exit__(self, *error: object) -> None:
         for point in self.points:
             point.remove_hooks("fwd", level=self.level)
+
+
+def named_hooks(
+    names: Iterable[str], function: Callable[[str, Tensor], Any]
+) -> list[tuple[str, Callable]]:
+    """Hooks that call a function with the name that was asked for.
+
+    ``hook.name`` may be another: a bridge of TransformerLens has several names for a hook point.
+    """
+    return [(name, partial(_call_with_name, function, name)) for name in names]
+
+
+def _call_with_name(
+    function: Callable[[str, Tensor], Any], name: str, value: Tensor, hook: Any
+) -> Any:
+    return function(name, value)
 
 
 def show_to(show: Callable[[Tensor], None], value: Tensor, hook: Any) -> None:

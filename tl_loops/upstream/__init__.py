@@ -29,7 +29,7 @@ from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from tl_loops.later import at_end
 from tl_loops.upstream.annotations import Cache, Prompts, PromptsShown, TextOrTokens
-from tl_loops.upstream.bridges import is_bridge
+from tl_loops.upstream.bridges import is_bridge, shown_too_late
 from tl_loops.upstream.classes import BaseConfig, HookedTransformer, Output, TransformerBase
 from tl_loops.upstream.from_pretrained import install_from_pretrained, uninstall_from_pretrained
 from tl_loops.upstream.guards import install_guards, uninstall_guards
@@ -97,6 +97,7 @@ __all__ = [
     "refuse_where_wrong",
     "sample_logits",
     "set_tokenizer",
+    "shown_too_late",
     "as_given",
     "TemporaryHooks",
     "TextMethods",

@@ -1,9 +1,12 @@
 """Attribution patching: derivatives of exact patching, completeness, refusals."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from tests.closeness import assert_close as close
+from tests.feedforward import plain_model
 from tests.models import ARCHITECTURES, tiny_model, tiny_tokens
 from tl_loops.attribution import attribution_patch
 from tl_loops.errors import LoopedSemanticsError
@@ -368,3 +371,31 @@ def test_caches_that_do_not_fit_are_refused(models):
         _, partial = model.run_with_cache(CLEAN, names_filter=lambda n: n.endswith("resid_pre"))
     with pytest.raises(ValueError, match="lacks 'hook_embed'"):
         attribution_patch(model, CORRUPTED, partial, metric, method="integrated_inputs")
+
+
+@pytest.mark.parametrize("activation", ["resid_pre", "resid_post", "attn_out", "mlp_out", "z"])
+def test_a_feedforward_model_on_both_lines(activation):
+    """Also on a bridge, whose hook points have names of their own."""
+    model = plain_model(
+        n_layers=2, d_model=16, d_head=4, n_heads=4, n_ctx=16, d_vocab=50, d_mlp=32,
+        act_fn="gelu", normalization_type="LN", seed=0,
+    )  # fmt: skip
+    with torch.no_grad():
+        _, cache = model.run_with_cache(CLEAN)
+    found = attribution_patch(model, CORRUPTED, cache, metric, activation, ("block", "pos"))
+    kept = {}
+
+    def keep(x, hook, block):
+        kept[block] = x if x.requires_grad else x.detach().requires_grad_()
+        return kept[block]
+
+    rest = "attn.hook_z" if activation == "z" else f"hook_{activation}"
+    names = [f"blocks.{i}.{rest}" for i in range(2)]
+    hooks = [(name, partial(keep, block=i)) for i, name in enumerate(names)]
+    gradients = torch.autograd.grad(
+        metric(model.run_with_hooks(CORRUPTED, fwd_hooks=hooks)), [kept[0], kept[1]]
+    )
+    for i, name in enumerate(names):
+        effect = gradients[i] * (cache[name] - kept[i])
+        close(found[i], effect.flatten(2).sum((0, 2)), atol=1e-5, rtol=1e-4)
+    assert found.abs().max() > 1e-3

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.feedforward import only_before_4, plain_model
+from tests.feedforward import plain_model
 from tests.models import tiny_model, tiny_tokens
 from tl_loops import dynamics
 from tl_loops.dynamics import alignment as alignment_module
@@ -68,7 +68,6 @@ def test_blocks_some_of_them_and_other_activations():
     assert float(found.matrix[0, 1]) == pytest.approx(linear_cka(every[0], every[-1]), abs=1e-5)
 
 
-@only_before_4
 def test_against_a_feedforward_model():
     model = tiny_model("retrofitted")
     plain = plain_model(
