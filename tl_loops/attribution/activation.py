@@ -24,10 +24,12 @@ from tl_loops.attribution.gradients import (
 from tl_loops.layout.model import Model
 from tl_loops.layout.selection import Selection
 from tl_loops.runs.activations import Activation, check_cache, take
+from tl_loops.runs.cells import named_hooks
 from tl_loops.runs.grid import Grid, Region, make_grid
 from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
 from tl_loops.runs.inputs import Positions, run_inputs
 from tl_loops.runs.scoring import identify_runs, logits_shape, read_at
+from tl_loops.runs.seen_keys import SeenKeys
 from tl_loops.runs.shards import Shards
 from tl_loops.upstream import Cache, TextOrTokens, left_as_it_was
 
@@ -124,7 +126,10 @@ def attribution_patch(
     def gradients(names: Sequence[str], before: Any = ()) -> tuple[dict, dict]:
         return metric_gradients(model, tokens, metric, names, forward_arguments, read, before)
 
-    corrupted, at_corrupted = gradients(grid.names)
+    seen = SeenKeys()
+    note = named_hooks(seen.watch(model, grid.names), seen.note)
+    corrupted, at_corrupted = gradients(grid.names, note)
+    seen.check(grid.regions, clean)
     delta = {n: difference(clean[n].to(corrupted[n]), corrupted[n]) for n in grid.names}
     embed = clean_cache[_EMBED] if inputs else None
     # One unit of work is one pass: at a point of the path of all hook points, or of one of them.

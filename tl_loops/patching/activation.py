@@ -12,12 +12,13 @@ from tl_loops.arguments import checked
 from tl_loops.layout.model import Model
 from tl_loops.layout.selection import Selection
 from tl_loops.runs.activations import Activation, check_cache, take
-from tl_loops.runs.cells import Cell, Edit, Score
+from tl_loops.runs.cells import Cell, Edit, Score, both
 from tl_loops.runs.grid import Grid, Region, make_grid
 from tl_loops.runs.in_batches import PLAIN, Split
 from tl_loops.runs.inputs import Positions
 from tl_loops.runs.rerun import BaseRun
 from tl_loops.runs.scoring import Metric, identify_cells, logits_score, start_run
+from tl_loops.runs.seen_keys import SeenKeys
 from tl_loops.runs.shards import Shards
 from tl_loops.upstream import Cache, TextOrTokens, left_as_it_was
 
@@ -90,7 +91,8 @@ def activation_patch(
     Raises:
         ValueError: Prompts of different length, an unknown or unsuitable activation or axis, a
             cache that lacks it or comes from another number of iterations, a metric that returns
-            no scalar. Nothing has been run then.
+            no scalar. Nothing has been run then. Or a pattern that attends to what the corrupted
+            run does not see, such as its padding; no cell has been run then.
         IndexError: A value in ``where`` is out of range.
         CheckpointError: The checkpoint is damaged or of another run, or the run can be neither
             resumed nor cut into shards.
@@ -131,19 +133,23 @@ def patch_grid(
         cached: Every hook name of the cache that the values come from.
         split: Which batches of cells are run here, and where they are kept.
         identify: Gives what decides the scores, with what it is told of the grid.
+
+    Raises:
+        ValueError: A pattern attends to what the run does not see.
     """
     changes: dict[str, Tensor] = {}
-    observe, explicit = {}, []
+    seen, explicit = SeenKeys(), []
+    observe = seen.watch(run.model, grid.names)
     if not run.gradients:
         # Where both runs agree to the last bit a patch does nothing. With gradients it does: the
         # patched value no longer depends on the corrupted prompt.
-        observe = {
-            name: partial(_note_changes, changes, name, grid.activation, values[name])
-            for name in grid.names
-        }
+        for name in grid.names:
+            note = partial(_note_changes, changes, name, grid.activation, values[name])
+            observe[name] = both(observe[name], note) if name in observe else note
         # Fused and explicit attention differ in the last bit: take the way that the cache took.
         explicit = [name for name in cached if name.endswith(("hook_attn_scores", "hook_pattern"))]
     run.execute(grid.names, observe, explicit)
+    seen.check(grid.regions, values)
     cells = [_cell(grid.activation, region, values, changes, run.n_pos) for region in grid.regions]
     name = grid.activation.name
     what = {"axes": grid.axes, "values": grid.values, "regions": repr(grid.regions)}

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from dataclasses import replace as changed
 from functools import cached_property
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from tl_loops.runs.activations import (
     known_axes,
 )
 from tl_loops.runs.cells import Edit
+from tl_loops.runs.seen_keys import UnseenKeyError, unseen
 from tl_loops.upstream import Cache
 
 Parts = tuple[tuple[slice, slice], ...]
@@ -178,17 +178,10 @@ class Transplant:
         for here, there in self.positions(hidden.shape[2]):
             for take, to in self.heads or ((slice(None), slice(None)),):
                 part = self.value[:, take, here]
-                is_scores = self.activation.rest.endswith("hook_attn_scores")
-                attends = ~_masked(part) if is_scores else part != 0
-                wrong = (attends & hidden[:, to, there]).nonzero()
+                wrong = unseen(part, hidden[:, to, there], self.name).nonzero()
                 if len(wrong):
                     query, key = wrong[0, 2:].tolist()
-                    raise ValueError(
-                        f"the source's attention from position {here.start + query} is on position "
-                        f"{key}, which position {there.start + query} of the target run does not "
-                        f"see at {self.name!r}: causality, padding or a window differ; choose a "
-                        "place that sees as much, or transplant 'z' in place of the pattern"
-                    )
+                    raise UnseenKeyError(self.name, here.start + query, key, there.start + query)
 
     def _matched(self, axis: str, n_source: int, n_target: int) -> Parts:
         """Indices of both sites along an axis, in pairs."""
@@ -241,44 +234,6 @@ def match(model: Model, run: SourceRun, source: Site, target: Site) -> list[Tran
         found.append(Transplant(source, target, taken, here, there, value, n_heads))
         _ = found[-1].heads  # raises where they do not fit
     return found
-
-
-class SeenKeys:
-    """Which keys the queries of a run do not see, noted while it runs."""
-
-    def __init__(self) -> None:
-        self.hidden: dict[str, Tensor] = {}
-
-    @staticmethod
-    def points(name: str) -> list[str]:
-        """The hook points to be noted for attention scores or a pattern: its scores, and itself."""
-        return list(dict.fromkeys([name.replace("hook_pattern", "hook_attn_scores"), name]))
-
-    def note(self, name: str, value: Tensor) -> None:
-        """Take note of an activation of the run.
-
-        Args:
-            name: One of :meth:`points`.
-            value: Before anything is put in.
-        """
-        is_scores = name.endswith("hook_attn_scores")
-        self.hidden[name] = _masked(value) if is_scores else value == 0
-
-    def hidden_at(self, name: str) -> Bool[Tensor, "batch head query key"]:
-        """Which keys each query does not see, at a pattern or at scores.
-
-        A bridge of TransformerLens shows patterns in the place of scores, in which nothing is
-        masked. There it is the keys to which the run's own pattern gives nothing.
-        """
-        scores = self.hidden.get(self.points(name)[0])
-        if scores is not None and bool(scores.any()):
-            return scores
-        return self.hidden[name]
-
-
-def _masked(scores: Tensor) -> Tensor:
-    # Minus infinity here; on bridges of Hugging Face's models the least number of the type.
-    return scores.detach() <= torch.finfo(scores.dtype).min / 2
 
 
 def _activation(model: Model, site: Site) -> Activation:

@@ -1,6 +1,6 @@
 """Path patching: what a sender tells a receiver directly, with everything between held fixed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,15 +10,16 @@ from torch import Tensor
 
 from tl_loops.arguments import checked
 from tl_loops.layout.model import Model
-from tl_loops.patching.activation import replace
+from tl_loops.patching.activation import replace, take_all
 from tl_loops.patching.site import Sites, group
-from tl_loops.runs.activations import Activation, check_cache, find_activation, take
+from tl_loops.runs.activations import Activation, check_cache, find_activation
 from tl_loops.runs.cells import Cell, Edit, Score
 from tl_loops.runs.grid import Grid
 from tl_loops.runs.in_batches import PLAIN
 from tl_loops.runs.inputs import Positions
 from tl_loops.runs.rerun import BaseRun
 from tl_loops.runs.scoring import Metric, logits_score, start_run
+from tl_loops.runs.seen_keys import SeenKeys
 from tl_loops.upstream import Cache, TextOrTokens, left_as_it_was
 
 Receiver = Sites | str
@@ -97,15 +98,21 @@ def path_patch(
     ]
     direct = [column for column, sites in enumerate(receivers) if isinstance(sites, str)]
     check_cache(clean_cache, model, [n for grids in sending for grid in grids for n in grid.names])
-    clean = [
-        [_clean_edits(model, grid, clean_cache, run.shape) for grid in grids] for grids in sending
+    sent = [
+        [(grid, take_all(model, grid, clean_cache, run.shape)) for grid in grids]
+        for grids in sending
     ]
+    clean = [[_clean_edits(grid, values, n_pos) for grid, values in part] for part in sent]
 
     starts = [min(run.stage(n) for grid in grids for n in grid.names) for grids in sending]
     held: dict[str, Tensor] = {}
     names = [a.hook_name(i) for i in range(min(starts), model.cfg.n_layers) for a in frozen]
     touched = [n for grids in sending + receiving for grid in grids for n in grid.names]
-    run.execute(touched, {name: partial(held.__setitem__, name) for name in names})
+    seen = SeenKeys()
+    observe = {name: partial(held.__setitem__, name) for name in names}
+    run.execute(touched, {**observe, **seen.watch(model, touched)})
+    for grid, values in (one for part in sent for one in part):
+        seen.check(grid.regions, values)
 
     # Senders go in groups, since what reaches the receivers is kept until it has been used.
     size = run.automatic_batch_size() if batch_size is None else batch_size
@@ -139,15 +146,11 @@ def path_patch(
     return torch.cat(rows)
 
 
-def _clean_edits(
-    model: Model, grid: Grid, cache: Cache, shape: tuple[int, int]
-) -> list[tuple[str, Edit]]:
-    activation, (region,) = grid.activation, grid.regions
-    heads = activation.n_heads(model.cfg)
+def _clean_edits(grid: Grid, values: Mapping[str, Tensor], n_pos: int) -> list[tuple[str, Edit]]:
+    (region,) = grid.regions
     return [
-        (name, replace(activation, value, pos, head, src, shape[1]))
+        (name, replace(grid.activation, values[name], pos, head, src, n_pos))
         for name in region.names
-        for value in [take(cache, activation, name, shape, heads)]
         for pos, head, src in region.parts()
     ]
 

@@ -13,14 +13,15 @@ from tl_loops.errors import ArgumentError, shortened
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
 from tl_loops.layout.selection import Selection, distinct_indices
-from tl_loops.patching.matching import SeenKeys, SourceRun, Transplant, match
+from tl_loops.patching.matching import SourceRun, Transplant, match
 from tl_loops.patching.site import Site, Sites, group
 from tl_loops.runs.activations import find_activation
-from tl_loops.runs.cells import Cell
+from tl_loops.runs.cells import Cell, named_hooks
 from tl_loops.runs.in_batches import Split
 from tl_loops.runs.inputs import Positions
 from tl_loops.runs.rerun import BaseRun
 from tl_loops.runs.scoring import Metric, identify_cells, logits_score, start_run
+from tl_loops.runs.seen_keys import SeenKeys
 from tl_loops.runs.shards import Shards
 from tl_loops.upstream import Cache, TextOrTokens, left_as_it_was
 
@@ -60,7 +61,7 @@ def transplant_hooks(
     for one in _matched(model, run, source, source if target is None else target):
         seen = SeenKeys()
         if one.is_pattern:
-            hooks += [(name, partial(_note, seen)) for name in seen.points(one.name)]
+            hooks += named_hooks(seen.watch(model, [one.name]), seen.note)
         hooks.append((one.name, partial(_put, one, seen)))
     return hooks
 
@@ -215,9 +216,8 @@ def _score(
         first = min(there.start for one in cell for _, there in one.positions(n_pos))
         cells.append(Cell(edits, first))
     seen = SeenKeys()
-    patterns = {one.name for one in every if one.is_pattern}
-    observe = {name: partial(seen.note, name) for n in patterns for name in seen.points(n)}
-    run.execute(dict.fromkeys(one.name for one in every), observe)
+    names = dict.fromkeys(one.name for one in every)
+    run.execute(names, seen.watch(model, names))
     for one in every:
         if one.is_pattern:
             one.check_seen(seen.hidden_at(one.name))
@@ -227,13 +227,13 @@ def _score(
         for row in grid
         for cell in row
     ]
-    names = ", ".join(dict.fromkeys(one.activation.name for one in every))
+    what = ", ".join(dict.fromkeys(one.activation.name for one in every))
     scores = run.score(
         cells,
         logits_score(metric),
         batch_size,
         progress,
-        f"transplant {names}",
+        f"transplant {what}",
         split=split,
         identify=partial(identify_cells, run, metric, put_in, parts=repr(parts)),
     )
@@ -252,11 +252,6 @@ def _matched(model: Model, run: SourceRun, sources: Sites, targets: Sites) -> li
             "source"
         )
     return [one for s, t in zip(given, taken, strict=True) for one in match(model, run, s, t)]
-
-
-def _note(seen: SeenKeys, value: Tensor, hook: Any) -> None:
-    """Take note of what the queries of a run see."""
-    seen.note(hook.name, value)
 
 
 def _put(one: Transplant, seen: SeenKeys, value: Tensor, hook: Any) -> Tensor:

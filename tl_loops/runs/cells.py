@@ -97,6 +97,18 @@ def show_to(show: Callable[[Tensor], None], value: Tensor, hook: Any) -> None:
     show(value)
 
 
+def both(
+    first: Callable[[Tensor], None], second: Callable[[Tensor], None]
+) -> Callable[[Tensor], None]:
+    """A function that shows an activation to two."""
+
+    def show(value: Tensor) -> None:
+        first(value)
+        second(value)
+
+    return show
+
+
 def nothing(value: Tensor, hook: Any) -> None:
     """Look at nothing: a hook that only makes its hook point fire."""
 
