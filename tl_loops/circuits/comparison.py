@@ -1,5 +1,6 @@
 """Does a circuit do what the model does: faithfulness, completeness, minimality."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,10 @@ from tl_loops.circuits.pruned import PrunedRuns
 from tl_loops.circuits.pruning import prune
 from tl_loops.circuits.scores import EdgeScores
 from tl_loops.layout.model import Model
+from tl_loops.runs.in_batches import Split
 from tl_loops.runs.removal import MeanOver
 from tl_loops.runs.scoring import Metric
+from tl_loops.runs.shards import Shards
 from tl_loops.upstream import Cache, TextOrTokens, left_as_it_was
 
 
@@ -109,6 +112,8 @@ def faithfulness(
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    shard: Shards = None,
     **forward_arguments: Any,
 ) -> Faithfulness:
     """Run circuits and compare them with the model and with the empty graph.
@@ -128,6 +133,11 @@ def faithfulness(
         batch_size: Rows in one forward pass; ``None``: chosen. A circuit needs one row per prompt
             for each set of senders that some component sees.
         progress: Show a progress bar.
+        checkpoint: A file to which the metric of every circuit is added once it is run; the same
+            call goes on from it, to the same bits.
+        shard: ``(k, n)``, ``"auto"`` or ``"distributed"``: which circuits are run here, as for
+            :func:`tl_loops.patching.activation_patch`. With ``(k, n)`` numbers are NaN, until the
+            checkpoints are merged (:func:`tl_loops.merge_shards`).
         **forward_arguments: ``attention_mask``, ``initial_state``, ``exit_at``,
             ``exit_threshold`` or ``weighted_exit`` of every run.
 
@@ -137,15 +147,18 @@ def faithfulness(
     Raises:
         ValueError: Arguments that do not fit; a model that carries hooks; or a metric that is the
             same with all edges and with none, so that there is nothing to explain.
+        CheckpointError: The checkpoint is damaged or of another run, or the run can be neither
+            resumed nor cut into shards.
 
     Source: 2403.17806, section 4; for loops as it stands, over the unrolled graph.
     """
     given = [circuits] if isinstance(circuits, Circuit) else list(circuits)
     if not given:
         raise ValueError("there is no circuit to run: give at least one")
-    options = (rest, reference, mean_over, seed, batch_size, forward_arguments)
+    split = Split(shard, checkpoint)
+    options = (rest, reference, mean_over, seed, batch_size, forward_arguments, split)
     runs = PrunedRuns(model, given[0].graph, tokens, metric, *options)
-    return _compared(runs, given, progress)
+    return _compared(runs, given, progress, split)
 
 
 @checked
@@ -165,6 +178,8 @@ def faithfulness_curve(
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    shard: Shards = None,
     **forward_arguments: Any,
 ) -> Faithfulness:
     """Faithfulness of the circuits of growing size that some scores choose.
@@ -183,6 +198,8 @@ def faithfulness_curve(
         seed: As in :func:`score`.
         batch_size: As in :func:`faithfulness`.
         progress: Show a progress bar.
+        checkpoint: As in :func:`faithfulness`.
+        shard: As in :func:`faithfulness`.
         **forward_arguments: As in :func:`faithfulness`.
 
     Returns:
@@ -190,6 +207,7 @@ def faithfulness_curve(
 
     Raises:
         ValueError: As :func:`faithfulness` and :func:`prune`.
+        CheckpointError: As :func:`faithfulness`.
 
     Source: 2504.13151, section 4 (sizes and areas).
     """
@@ -200,9 +218,10 @@ def faithfulness_curve(
     circuits = [prune(scores, n, method, signed=signed) for n in n_edges]
     if not circuits:
         raise ValueError("n_edges is empty: give at least one size")
-    options = (rest, reference, mean_over, seed, batch_size, forward_arguments)
+    split = Split(shard, checkpoint)
+    options = (rest, reference, mean_over, seed, batch_size, forward_arguments, split)
     runs = PrunedRuns(model, scores.graph, tokens, metric, *options)
-    return _compared(runs, circuits, progress)
+    return _compared(runs, circuits, progress, split)
 
 
 @checked
@@ -220,6 +239,8 @@ def minimality(
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    shard: Shards = None,
     **forward_arguments: Any,
 ) -> PartEffects:
     """How much faithfulness a circuit loses without each of its parts.
@@ -240,6 +261,8 @@ def minimality(
         seed: As in :func:`score`.
         batch_size: As in :func:`faithfulness`.
         progress: Show a progress bar.
+        checkpoint: As in :func:`faithfulness`.
+        shard: As in :func:`faithfulness`.
         **forward_arguments: As in :func:`faithfulness`.
 
     Returns:
@@ -247,14 +270,16 @@ def minimality(
 
     Raises:
         ValueError: As :func:`faithfulness`.
+        CheckpointError: As :func:`faithfulness`.
 
     Source: 2211.00593, section 4, with K the empty set.
     """
     parts = circuit.parts(by)
-    options = (rest, reference, mean_over, seed, batch_size, forward_arguments)
+    split = Split(shard, checkpoint)
+    options = (rest, reference, mean_over, seed, batch_size, forward_arguments, split)
     runs = PrunedRuns(model, circuit.graph, tokens, metric, *options)
     circuits = [circuit, *(circuit.without(edges=edges) for edges in parts.values())]
-    values = _compared(runs, circuits, progress).values
+    values = _compared(runs, circuits, progress, split).values
     return PartEffects(tuple(parts), values[0] - values[1:])
 
 
@@ -273,6 +298,8 @@ def completeness(
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    shard: Shards = None,
     **forward_arguments: Any,
 ) -> PartEffects:
     """Whether the circuit, damaged, behaves as the model does, damaged in the same way.
@@ -295,6 +322,8 @@ def completeness(
         seed: As in :func:`score`.
         batch_size: As in :func:`faithfulness`.
         progress: Show a progress bar.
+        checkpoint: As in :func:`faithfulness`.
+        shard: As in :func:`faithfulness`.
         **forward_arguments: As in :func:`faithfulness`.
 
     Returns:
@@ -302,21 +331,25 @@ def completeness(
 
     Raises:
         ValueError: As :func:`faithfulness`.
+        CheckpointError: As :func:`faithfulness`.
 
     Source: 2211.00593, section 4.
     """
     parts = {"nothing": torch.zeros_like(circuit.kept), **circuit.parts(by)}
-    options = (rest, reference, mean_over, seed, batch_size, forward_arguments)
+    split = Split(shard, checkpoint)
+    options = (rest, reference, mean_over, seed, batch_size, forward_arguments, split)
     runs = PrunedRuns(model, circuit.graph, tokens, metric, *options)
     whole = Circuit.whole(circuit.graph)
     damaged = [one.without(edges=edges) for one in (circuit, whole) for edges in parts.values()]
-    values = _compared(runs, damaged, progress).values
+    values = _compared(runs, damaged, progress, split).values
     return PartEffects(tuple(parts), values[: len(parts)] - values[len(parts) :])
 
 
-def _compared(runs: PrunedRuns, circuits: Sequence[Circuit], progress: bool) -> Faithfulness:
+def _compared(
+    runs: PrunedRuns, circuits: Sequence[Circuit], progress: bool, split: Split
+) -> Faithfulness:
     graph = runs.graph
-    metrics = runs.metrics([Circuit.empty(graph), *circuits], progress)
+    metrics = runs.metrics([Circuit.empty(graph), *circuits], progress, split=split)
     empty = float(metrics[0])
     if runs.full == empty:
         raise ValueError(

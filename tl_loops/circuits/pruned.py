@@ -44,8 +44,10 @@ class PrunedRuns:
         seed: Of the draw of ``"resample"``.
         batch_size: Rows in one forward pass; ``None``: chosen.
         arguments: Forward arguments of every run.
+        split: How the runs will be cut and kept, to be checked before anything is run.
 
     Raises:
+        CheckpointError: They can be neither resumed nor cut into shards.
         ValueError: One of these does not fit, or the model carries hooks of its own.
     """
 
@@ -61,9 +63,10 @@ class PrunedRuns:
         seed: int = 0,
         batch_size: int | None = None,
         arguments: Mapping[str, Any] | None = None,
+        split: Split = PLAIN,
     ):
         check_removal("rest", rest, reference)
-        self.run = start_run(model, tokens, metric, batch_size, arguments or {})
+        self.run = start_run(model, tokens, metric, batch_size, arguments or {}, split=split)
         _check_fits(model, graph, self.run)
         self.graph, self.metric = graph, metric
         self.rest = rest_values(model, graph, rest, reference, self.run.shape, mean_over, seed)
