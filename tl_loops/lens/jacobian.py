@@ -1,14 +1,14 @@
 """Jacobian lens: transport a residual to a later point by the mean Jacobian, and read it there."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tl_loops.arguments import checked
 from tl_loops.layout.model import Model
@@ -20,9 +20,12 @@ from tl_loops.lens.points import LensPoint, PointSet, select_points
 from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.metrics.precision import full_precision
 from tl_loops.printing import prints_short
-from tl_loops.runs.batches import token_prompts
+from tl_loops.runs.batches import check_batch_size, token_prompts
 from tl_loops.runs.cells import named_hooks
+from tl_loops.runs.identity import identity_of, prompts_fingerprint
+from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
 from tl_loops.runs.inputs import LensInputs
+from tl_loops.runs.shards import Shards
 from tl_loops.runs.storage import load_artefact, save_artefact
 from tl_loops.upstream import left_as_it_was
 
@@ -144,7 +147,10 @@ def fit_jacobian_lens(
     skip_positions: int = 0,
     vjp_batch_size: int = 16,
     n_iterations: int | None = None,
+    batch_size: int = 16,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    shard: Shards = None,
 ) -> JacobianLens:
     """Average the Jacobian of the unrolled model from each point to its target.
 
@@ -164,7 +170,13 @@ def fit_jacobian_lens(
         skip_positions: Leading positions that are not averaged over.
         vjp_batch_size: Copies of a prompt in one backward pass; memory grows with it.
         n_iterations: Number of iterations of the model.
+        batch_size: Prompts that are added up before the sum is kept, one after the other.
         progress: Whether to show a progress bar.
+        checkpoint: A file to which the sum of every batch is added, each as large as the lens; the
+            same call goes on from it, to the same bits.
+        shard: Which batches are run here, as for :func:`tl_loops.measure`. With ``(k, n)`` the lens
+            is the mean over the prompts of that shard; :func:`tl_loops.merge_shards` puts the
+            checkpoints of all together, from which the same call without ``shard`` makes the whole.
 
     Returns:
         The lens. Jacobians are float32 (float64 for a float64 model); zero where a target does not
@@ -176,6 +188,8 @@ def fit_jacobian_lens(
         TypeError: ``prompts`` is no list of strings or tensors.
         HookNameError: A point or target that the model does not have.
         FloatingPointError: A Jacobian is not finite.
+        CheckpointError: The checkpoint is damaged or of another run, or the run can be neither
+            resumed nor cut into shards.
 
     Source: 2609.01924. With attention in both directions the sum runs over all target positions.
     """
@@ -187,7 +201,11 @@ def fit_jacobian_lens(
             "skip_positions must be at least 0 and vjp_batch_size at least 1, got "
             f"{skip_positions} and {vjp_batch_size}"
         )
+    check_batch_size(batch_size)
+    split = Split(shard, checkpoint)
+    split.check(model)
     tokens = token_prompts(model, prompts, at_least=skip_positions + 1)
+    members = [tokens[i : i + batch_size] for i in range(0, len(tokens), batch_size)]
     with with_iterations(model, n_iterations), torch.inference_mode(False), torch.enable_grad():
         sources = select_points(model, points)
         targets = _targets(model, sources, target)
@@ -198,15 +216,43 @@ def fit_jacobian_lens(
         total = torch.zeros(
             len(sources), d_model, d_model, dtype=statistic_dtype(W_E), device=W_E.device
         )
-        for prompt in tqdm(tokens, desc="Jacobian lens", disable=not progress):
-            _add_prompt(model, prompt, sources, targets, skip_positions, vjp_batch_size, total)
+        n_added = 0
+
+        def compute(number: int) -> Batch:
+            part = torch.zeros_like(total)
+            for prompt in members[number]:
+                _add_prompt(model, prompt, sources, targets, skip_positions, vjp_batch_size, part)
+            return {"sum": part}
+
+        def take(number: int, batch: Batch) -> None:
+            nonlocal n_added
+            total.add_(batch["sum"].to(total))
+            n_added += len(members[number])
+
+        def identify() -> dict[str, Any]:
+            return identity_of(
+                model,
+                prompts=prompts_fingerprint(tokens),
+                points=[point.name for point in sources],
+                targets=[point.name for point in targets],
+                skip_positions=skip_positions,
+                batch_sizes=[batch_size, vjp_batch_size],
+            )
+
+        run = Run("Jacobian lens", [len(batch) for batch in members], identify)
+        run_in_batches(run, compute, take, split, progress)
+    if not n_added:
+        raise ValueError(
+            f"shard {shard} has no prompt: there are {len(members)} batch(es) of {batch_size}; "
+            "give a smaller batch_size"
+        )
     if not bool(total.isfinite().all()):
         raise FloatingPointError("a Jacobian is not finite; try float32 weights")
     return JacobianLens(
         tuple(point.alias for point in sources),
         tuple(point.alias for point in targets),
-        total / len(tokens),
-        len(tokens),
+        total / n_added,
+        n_added,
         readout,
         model_sizes(model.cfg),
     )

@@ -184,6 +184,8 @@ def ablate_massive(
     together: bool = False,
     batch_size: int | None = None,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    shard: Shards = None,
     **forward_arguments: Any,
 ) -> Float[Tensor, "site"]:
     """The effect of taking massive activations away at the block that makes them.
@@ -199,6 +201,8 @@ def ablate_massive(
         together: Take all sites away in one run rather than each in its own.
         batch_size: Cells in one forward pass.
         progress: Show a progress bar.
+        checkpoint: As in :func:`tl_loops.patching.activation_patch`.
+        shard: As in :func:`tl_loops.patching.activation_patch`.
         **forward_arguments: As in :func:`tl_loops.patching.activation_patch`.
 
     Returns:
@@ -207,11 +211,13 @@ def ablate_massive(
     Raises:
         ValueError: No sites, a site that the prompts or the model do not have, a site of the
             embedding with a method that needs an MLP, a metric that returns no scalar.
+        CheckpointError: As :func:`tl_loops.patching.activation_patch`.
 
     Source: 2402.17762 (zero and mean); 2510.06477 (the MLP at that position); 2604.11791,
     appendix E.3 (the whole MLP output).
     """
-    run = start_run(model, tokens, metric, batch_size, forward_arguments)
+    split = Split(shard, checkpoint)
+    run = start_run(model, tokens, metric, batch_size, forward_arguments, split=split)
     if not sites:
         raise ValueError(
             "there are no sites to ablate: lower magnitude or ratio in find_massive_sites"
@@ -238,7 +244,17 @@ def ablate_massive(
     cells = [Cell([edit], first) for edit, first in zip(edits, firsts, strict=True)]
     if together:
         cells = [Cell(edits, min(firsts))]
-    return run.score(cells, logits_score(metric), batch_size, progress, "ablate massive")
+    places = [[site.block, site.row, site.pos, site.dim] for site in sites]
+    what = {"method": method, "together": together, "sites": places}
+    return run.score(
+        cells,
+        logits_score(metric),
+        batch_size,
+        progress,
+        "ablate massive",
+        split=split,
+        identify=partial(identify_cells, run, metric, {}, **what),
+    )
 
 
 def _site_hook(site: MassiveSite, method: str) -> str:

@@ -1,5 +1,6 @@
 """Path patching: what a sender tells a receiver directly, with everything between held fixed."""
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,11 +16,12 @@ from tl_loops.patching.site import Sites, group
 from tl_loops.runs.activations import Activation, check_cache, find_activation
 from tl_loops.runs.cells import Cell, Edit, Score
 from tl_loops.runs.grid import Grid
-from tl_loops.runs.in_batches import PLAIN
+from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
 from tl_loops.runs.inputs import Positions
 from tl_loops.runs.rerun import BaseRun
-from tl_loops.runs.scoring import Metric, logits_score, start_run
+from tl_loops.runs.scoring import Metric, identify_cells, logits_score, start_run
 from tl_loops.runs.seen_keys import SeenKeys
+from tl_loops.runs.shards import Shards
 from tl_loops.upstream import Cache, TextOrTokens, left_as_it_was
 
 Receiver = Sites | str
@@ -40,6 +42,8 @@ def path_patch(
     progress: bool = True,
     gradients: bool = False,
     logits_at: Positions = "all",
+    checkpoint: str | os.PathLike[str] | None = None,
+    shard: Shards = None,
     **forward_arguments: Any,
 ) -> Float[Tensor, "sender receiver"]:
     """The effect of what each sender tells each receiver directly.
@@ -65,6 +69,9 @@ def path_patch(
         progress: Show a progress bar.
         gradients: As in :func:`tl_loops.patching.activation_patch`.
         logits_at: As in :func:`tl_loops.patching.activation_patch`.
+        checkpoint: As in :func:`tl_loops.patching.activation_patch`; a batch is ``batch_size``
+            senders with all receivers.
+        shard: As in :func:`tl_loops.patching.activation_patch`, for these batches.
         **forward_arguments: As in :func:`tl_loops.patching.activation_patch`.
 
     Returns:
@@ -73,10 +80,12 @@ def path_patch(
     Raises:
         ValueError: As :func:`tl_loops.patching.activation_patch`; or no senders or receivers.
         IndexError: A coordinate is out of range.
+        CheckpointError: As :func:`tl_loops.patching.activation_patch`.
 
     Source: 2304.05969 (definition, with MLPs fixed); 2211.00593, section 3.1 (with MLPs run).
     """
-    given = (batch_size, forward_arguments, gradients, PLAIN, logits_at)
+    split = Split(shard, checkpoint)
+    given = (batch_size, forward_arguments, gradients, split, logits_at)
     run = start_run(model, corrupted_tokens, metric, *given)
     for sites in receivers:
         if isinstance(sites, str) and sites != "logits":
@@ -116,11 +125,13 @@ def path_patch(
 
     # Senders go in groups, since what reaches the receivers is kept until it has been used.
     size = run.automatic_batch_size() if batch_size is None else batch_size
-    rows = []
-    for first in range(0, len(senders), size):
+    members = [range(len(senders))[i : i + size] for i in range(0, len(senders), size)]
+    found: dict[int, Tensor] = {}
+
+    def compute(number: int) -> Batch:
         cells: list[Cell] = []
         reached: list[tuple[dict[str, Tensor], int]] = []
-        for k in range(first, min(first + size, len(senders))):
+        for k in members[number]:
             edits = [edit for part in clean[k] for edit in part]
             got: dict[str, Tensor] = {}
             for name in dict.fromkeys(n for grids in receiving for g in grids for n in g.names):
@@ -137,13 +148,33 @@ def path_patch(
             for got, first_pos in reached
             for grids in receiving
         ]
-        scores = run.score(cells, logits_score(metric), batch_size, progress, "path patch")
+        scores = run.score(cells, logits_score(metric), batch_size)
         scores = scores.reshape(len(reached), len(receivers))
         if direct:
             column = torch.tensor(direct, device=scores.device)
             scores = scores.index_copy(1, column, told[:, None].expand(-1, len(direct)))
-        rows.append(scores)
-    return torch.cat(rows)
+        return {"scores": scores}
+
+    def take(number: int, batch: Batch) -> None:
+        found[number] = batch["scores"].to(run.tokens.device)
+
+    def identify() -> dict[str, Any]:
+        put_in = {
+            f"{k} {n}": x for k, part in enumerate(sent) for _, v in part for n, x in v.items()
+        }
+        places = [
+            [[repr(grid.regions) for grid in grids] for grids in sides]
+            for sides in (sending, receiving)
+        ]
+        what = {"places": places, "direct": direct, "freeze": list(freeze), "batch_size": size}
+        return identify_cells(run, metric, put_in, **what)
+
+    units = Run("path patch", [len(batch) for batch in members], identify, unit="sender")
+    run_in_batches(units, compute, take, split, progress)
+    nothing = torch.full((len(senders), len(receivers)), torch.nan, device=run.tokens.device)
+    elsewhere = nothing.to(next(iter(found.values()), nothing).dtype)
+    parts = [found.get(n, elsewhere[batch.start : batch.stop]) for n, batch in enumerate(members)]
+    return torch.cat(parts)
 
 
 def _clean_edits(grid: Grid, values: Mapping[str, Tensor], n_pos: int) -> list[tuple[str, Edit]]:

@@ -1,7 +1,7 @@
 """Every tool that takes ``shard`` and ``checkpoint``: one process, several, and a killed one."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -12,14 +12,27 @@ import tl_loops.runs.in_batches as in_batches
 from tests.models import tiny_model
 from tl_loops import LoopProfile, exit_curve, map_prompts, measure, merge_shards
 from tl_loops.attribution import attribution_patch, edge_attribution
-from tl_loops.circuits import score
+from tl_loops.circuits import (
+    Circuit,
+    EdgeGraph,
+    Faithfulness,
+    PartEffects,
+    completeness,
+    faithfulness,
+    faithfulness_curve,
+    minimality,
+    score,
+)
 from tl_loops.errors import CheckpointError
-from tl_loops.lens import LensResult, coda_lens
+from tl_loops.lens import LensResult, coda_lens, fit_jacobian_lens
 from tl_loops.patching import (
+    MassiveSite,
     Site,
     ablate,
+    ablate_massive,
     activation_patch,
     patch_exit_gate,
+    path_patch,
     transplant_sites,
     transplant_states,
 )
@@ -56,7 +69,20 @@ def patched(tool: Callable, *given: Any, metric: Any = logit, **options: Any) ->
     return call
 
 
+def circuit() -> Circuit:
+    return Circuit.whole(EdgeGraph.of(model()))
+
+
+@cache
+def edge_scores() -> Any:
+    return score(model(), pair()[0], logit, "paired", pair()[1], by="gradient", progress=False)
+
+
 def moments(result: Any) -> Tensor:
+    if isinstance(result, Faithfulness):
+        return result.metrics
+    if isinstance(result, PartEffects):
+        return result.values
     if isinstance(result, LensResult):
         track = result.tracked["three"]
         kept = [result.tokens, result.predictions, result.entropy, result.kl_from_previous,
@@ -116,6 +142,29 @@ TOOLS: dict[str, Callable[..., Any]] = {
         model(), prompts(), "state_out", batch_size=2, progress=False, **split
     ).values,
     "edge_attribution": lambda **split: patched(edge_attribution, *pair(), progress=False)(**split),
+    **{
+        name: lambda tool=tool, given=given, **split: tool(
+            model(), pair()[0], logit, given(), "paired", pair()[1], batch_size=2, progress=False,
+            **split,
+        )
+        for name, (tool, given) in {
+            "faithfulness": (faithfulness, lambda: [circuit(), circuit().without(["r0.0_mlp_out"])]),
+            "faithfulness_curve": (faithfulness_curve, edge_scores),
+            "minimality": (partial(minimality, by="layer"), lambda: circuit()),
+            "completeness": (completeness, lambda: circuit()),
+        }.items()
+    },
+    "path_patch": lambda **split: path_patch(
+        model(), *pair(), logit, [Site("z", t, 0) for t in (0, 1, 1, 0)],
+        ["logits", Site("resid_pre", -1, 1)], batch_size=1, progress=False, **split,
+    ),
+    "ablate_massive": lambda **split: ablate_massive(
+        model(), pair()[0], logit, [MassiveSite(b, "", 0, b, 3, 9.0) for b in (0, 1, 2)], "mean",
+        batch_size=1, progress=False, **split,
+    ),
+    "fit_jacobian_lens": lambda **split: fit_jacobian_lens(
+        model(), prompts(), batch_size=2, progress=False, **split
+    ).jacobians,
 }  # fmt: skip
 MERGING = ("measure", "exit_curve")
 BY_FILES = [name for name in TOOLS if name not in MERGING]
