@@ -1,7 +1,7 @@
 """Likeness of the geometry at all points of a loop, or of two models: streamed kernel alignment."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int

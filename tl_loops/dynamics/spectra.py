@@ -1,7 +1,7 @@
 """Keys and values of all iterations in one matrix: how many directions the loop needs of them."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float, Int

@@ -148,7 +148,7 @@ TOOLS: dict[str, Callable[..., Any]] = {
             **split,
         )
         for name, (tool, given) in {
-            "faithfulness": (faithfulness, lambda: [circuit(), circuit().without(["r0.0_mlp_out"])]),
+            "faithfulness": (faithfulness, lambda: [circuit(), circuit().without("r0.0_mlp_out")]),
             "faithfulness_curve": (faithfulness_curve, edge_scores),
             "minimality": (partial(minimality, by="layer"), lambda: circuit()),
             "completeness": (completeness, lambda: circuit()),
