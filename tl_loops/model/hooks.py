@@ -14,6 +14,7 @@ from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.errors import did_you_mean
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.names import spec_of
+from tl_loops.model.checks import block_index
 from tl_loops.model.iterations import IterationsContext, at_iterations, set_iterations
 from tl_loops.model.start import real_tokens
 from tl_loops.upstream import HookPoint, Slice, TemporaryHooks, TransformerBase, left_as_it_was
@@ -255,8 +256,9 @@ class CoordinateHooks(TransformerBase):
 
         Raises:
             HookNameError: ``names_filter`` names no hook point.
-            ValueError: ``remove_batch_dim`` with several prompts, or a ``dtype`` that is not of
-                floating point numbers.
+            ValueError: ``remove_batch_dim`` with several prompts, a ``dtype`` that is not of
+                floating point numbers, or a ``stop_at_layer`` that ends the run before a hook point
+                that ``names_filter`` names.
         """
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be of floating point numbers, got {dtype}")
@@ -271,6 +273,7 @@ class CoordinateHooks(TransformerBase):
             )
         finally:
             _KEPT_IN.reset(chosen)
+        model._check_reached(cache, kwargs.get("names_filter"), kwargs.get("stop_at_layer"))
         if return_cache_object:
             tokens, mask = (
                 value[0] if value is not None and remove_batch_dim else value
@@ -280,6 +283,25 @@ class CoordinateHooks(TransformerBase):
             cache.model = self
         return output, cache
 
+    def _check_reached(self, cache: dict, names_filter: Any, stop: int | None) -> None:
+        """Raise where the run ended before a hook point that was asked for by its name.
+
+        A tool that reads the first number of ``iter.3.1.REST`` as a layer stops there.
+        """
+        if stop is None or callable(names_filter) or names_filter is None:
+            return
+        for name in [names_filter] if isinstance(names_filter, str) else names_filter:
+            canonical = self.hook_name(name)
+            kind, _, rest = canonical.partition(".")
+            here = canonical if kind == "blocks" else "no hook point with a block number"
+            end = block_index(self.cfg.n_layers, stop, "stop_at_layer")
+            reached = kind == "blocks" and int(rest.split(".")[0]) < end
+            if canonical not in cache and not reached:
+                raise ValueError(
+                    f"the run ends at stop_at_layer={stop}, before {name!r}. A tool that takes the "
+                    f"first number of a hook name for a layer needs blocks.{{i}}: here {here!r}"
+                )
+
     def _tokens_of_run(
         self, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -287,9 +309,10 @@ class CoordinateHooks(TransformerBase):
 
         Without tokens the run was given a residual stream.
         """
-        signature = inspect.signature(self.forward)
+        # Of the class: tools such as nnsight put a function of theirs on the model.
+        signature = inspect.signature(type(self).forward)
         names = [name for name in kwargs if name in signature.parameters]
-        given = signature.bind(*args, **{name: kwargs[name] for name in names}).arguments
+        given = signature.bind(self, *args, **{name: kwargs[name] for name in names}).arguments
         starts = (given.get("start_at_layer"), given.get("start_at_iteration"))
         tokens, mask = real_tokens(
             self,

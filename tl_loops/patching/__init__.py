@@ -1,4 +1,4 @@
-"""Causal interventions on looped models: patching, ablation, transplants, paths and the exit gate.
+"""Causal interventions on looped models: patching, ablation, transplants, paths, gates, splicing.
 
 Axes are named, numbers are those of one full forward pass a cell, and what an intervention cannot
 change is not run again.
@@ -22,6 +22,7 @@ from tl_loops.patching.schedule import (
     swap_schedule,
 )
 from tl_loops.patching.site import Site
+from tl_loops.patching.splicing import SpliceResult, splice, splice_hooks
 from tl_loops.patching.transplant import (
     transplant_hooks,
     transplant_sites,
@@ -32,6 +33,7 @@ from tl_loops.runs.grid import axis_labels
 __all__ = [
     "MassiveSite",
     "Site",
+    "SpliceResult",
     "ablate",
     "ablate_massive",
     "activation_patch",
@@ -46,6 +48,8 @@ __all__ = [
     "run_schedule",
     "skip_hooks",
     "skip_schedule",
+    "splice",
+    "splice_hooks",
     "swap_hooks",
     "swap_schedule",
     "transplant_hooks",

@@ -163,6 +163,25 @@ def test_a_name_that_matches_nothing_is_refused(model, name, message):
     assert not any(point.fwd_hooks for point in model.hook_points())
 
 
+def test_a_run_that_stops_before_what_it_is_asked_for(model):
+    """Tools read the first number of a hook name as a layer and stop after it."""
+    layout, last = model.layout, model.cfg.n_iterations - 1
+    block = layout.index(iteration=last, layer=0)
+    name, canonical = f"iter.{last}.0.hook_resid_post", f"blocks.{block}.hook_resid_post"
+    for asked in (name, [name], [name, "blocks.0.hook_resid_post"]):
+        with pytest.raises(ValueError, match=canonical):
+            model.run_with_cache(TOKENS, names_filter=asked, stop_at_layer=min(last + 1, block))
+    with pytest.raises(ValueError, match="before 'ln_final"):
+        model.run_with_cache(TOKENS, names_filter="ln_final.hook_scale", stop_at_layer=-1)
+    # What is reached is there, under either name, and with the numbers of a whole run.
+    _, whole = model.run_with_cache(TOKENS, names_filter=[name])
+    for asked in (name, canonical, [canonical, f"iter.{last}.hook_state_in"]):
+        _, cache = model.run_with_cache(TOKENS, names_filter=asked, stop_at_layer=block + 1)
+        assert torch.equal(cache[canonical], whole[canonical])
+    _, cache = model.run_with_cache(TOKENS, names_filter=lambda n: n == canonical, stop_at_layer=1)
+    assert canonical not in cache
+
+
 def test_optional_hook_points_fire_when_asked_for(model):
     plain = model(TOKENS)
     model.set_use_attn_result(True)
