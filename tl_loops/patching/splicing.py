@@ -132,8 +132,7 @@ def splice(
         ValueError: No prompt or no name, a hook point that does not exist or does not fire, a
             reconstruction of another shape, no position left.
 
-    Source: the measures of sparse autoencoders, as in 2404.16014, section 4.2 (loss recovered,
-    against zeros).
+    Source: "loss recovered" against zeros, as in 2404.16014.
     """
     _check_autoencoder(autoencoder, first_pos)
     check_batch_size(batch_size)
