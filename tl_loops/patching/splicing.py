@@ -186,11 +186,11 @@ def _loss(
 
 def _reconstruction(autoencoder: Any, x: Tensor, name: str) -> Tensor:
     """decode(encode(x)), computed where and as the autoencoder is."""
-    given = x
+    own, code = x, autoencoder  # isinstance narrows the type of one name alone
     if isinstance(autoencoder, nn.Module):
         own = next((p for p in autoencoder.parameters() if p.is_floating_point()), x)
-        given = x.to(own.device, own.dtype)
-    found = autoencoder.decode(autoencoder.encode(given))
+    given = x.to(own.device, own.dtype)
+    found = code.decode(code.encode(given))
     if not isinstance(found, Tensor) or found.shape != x.shape:
         got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"decode(encode(x)) at {name!r} must be {list(x.shape)}, got {got}")
