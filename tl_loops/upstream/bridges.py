@@ -25,7 +25,7 @@ def shown_too_late(bridge: Any, names: Iterable[str]) -> list[str]:
     points = {id(bridge.hook_dict[name]): name for name in names if name in bridge.hook_dict}
     late = []
     for module in bridge.modules():
-        if not hasattr(module, "hook_attn_scores") or _forward_owner(module) != "AttentionBridge":
+        if not hasattr(module, "hook_attn_scores") or not _leaves_work(module):
             continue
         found = [module.hook_attn_scores]
         if not getattr(module.original_component, "accepts_pattern_fn", False):
@@ -34,11 +34,11 @@ def shown_too_late(bridge: Any, names: Iterable[str]) -> list[str]:
     return late
 
 
-def _forward_owner(module: Any) -> str:
-    """The class whose forward pass a module runs, past those that only call the next one's."""
+def _leaves_work(module: Any) -> bool:
+    """Whether attention runs AttentionBridge's forward pass, if only from one that calls it."""
     for owner in type(module).__mro__:
         forward = vars(owner).get("forward")
         code = getattr(forward, "__code__", None)
         if code is not None and not {"super", "forward"} <= set(code.co_names):
-            return owner.__name__
-    return ""
+            return forward.__qualname__ == "AttentionBridge.forward"
+    return False

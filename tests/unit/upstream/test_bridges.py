@@ -119,3 +119,20 @@ def test_unrolled_bridges_show_what_can_be_edited(family):
     assert bool(shown_too_late(bridge, names)) == (family == "huginn")
     if family == "huginn":
         assert {SCORES, PATTERN} <= set(unrolled.missing)
+
+
+def test_names_of_a_loop_leave_out_what_comes_too_late():
+    """An Ouro whose attention leaves the work to the Hugging Face module."""
+    from transformer_lens.model_bridge.generalized_components import AttentionBridge
+
+    bridge = bridged("ouro")
+    for block in bridge.blocks:
+        own = type(block.attn)
+        block.attn.__class__ = type("Leaving", (own,), {"forward": AttentionBridge.forward})
+    unrolled = unroll(bridge)
+    for name in (SCORES, PATTERN):
+        assert "only after its attention" in unrolled.missing[name]
+        assert name not in unrolled.hook_dict
+    with pytest.raises(ValueError, match="has no activation 'attn_scores'"):
+        find_activation(unrolled, "attn_scores")
+    assert SCORES in unroll(bridged("ouro")).hook_dict

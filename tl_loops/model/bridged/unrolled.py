@@ -25,6 +25,7 @@ from tl_loops.upstream import (
     HookPoint,
     LocallyOverridenDefaults,
     left_as_it_was,
+    shown_too_late,
 )
 
 _OWN_BLOCKS = "call model.looped(), a LoopedTransformer over the same weights in memory, which can"
@@ -83,7 +84,13 @@ class UnrolledBridge(LoopedTransformer):
         taps: list[Tap] = []
         missing: dict[str, str] = {}
         given: set[str] = set()
-        for tap in bridged.taps(self):
+        every = list(bridged.taps(self))
+        late = shown_too_late(self.bridge, [tap.source for tap in every])
+        for tap in every:
+            if tap.source in late:
+                reason = f"it fires {tap.source} only after its attention has used it"
+                missing.update(dict.fromkeys(tap.names(), reason))
+                continue
             try:
                 self._source(tap.source)
                 taps.append(tap)
