@@ -40,5 +40,5 @@ def _leaves_work(module: Any) -> bool:
         forward = vars(owner).get("forward")
         code = getattr(forward, "__code__", None)
         if code is not None and not {"super", "forward"} <= set(code.co_names):
-            return forward.__qualname__ == "AttentionBridge.forward"
+            return getattr(forward, "__qualname__", "") == "AttentionBridge.forward"
     return False
