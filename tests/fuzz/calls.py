@@ -49,6 +49,16 @@ def _read(w: World) -> dict[str, Any]:
     return dict(model=w.model, input=w.tokens)
 
 
+class Halves:
+    """An autoencoder that gives back half of what it is given."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x / 2
+
+    def decode(self, features: Tensor) -> Tensor:
+        return features
+
+
 def _figure(w: World) -> Figure:
     line = Line(torch.arange(3).numpy(), torch.arange(3).numpy(), "a", "#112233")
     return Figure("title", "", (Panel((line,), Axis("x"), Axis("y")),))
@@ -98,6 +108,13 @@ CALLS: dict[str, Callable[[World], dict[str, Any]]] = {
     ),
     "patching.skip_hooks": lambda w: dict(model=w.model, iterations=0),
     "patching.skip_schedule": lambda w: dict(model=w.model, iterations=0),
+    "patching.splice": lambda w: dict(
+        model=w.model, prompts=list(w.clean), autoencoder=Halves(),
+        names=["blocks.1.hook_resid_post"], progress=False,
+    ),
+    "patching.splice_hooks": lambda w: dict(
+        autoencoder=Halves(), names=["blocks.1.hook_resid_post"]
+    ),
     "patching.swap_hooks": lambda w: dict(model=w.model, cache=w.cache, a=0, b=-1),
     "patching.swap_schedule": lambda w: dict(model=w.model, a=0, b=-1),
     "patching.transplant_hooks": lambda w: dict(

@@ -47,7 +47,8 @@ _MANY = {
     inputs.single_prompts: "prompt",
     inputs.lines: "corpus evaluation",
     odd.counts: "evaluation_iterations repeats loops",
-    odd.objects: "scores circuits graph settings run statistics entering leaving step function",
+    odd.objects: "scores circuits graph settings run statistics entering leaving step function "
+    "autoencoder",
 }
 KINDS = {name: kind for kind, names in _MANY.items() for name in names.split()}
 OWN_KINDS = {
@@ -70,6 +71,7 @@ OWN_KINDS = {
     ("patching.transplant_hooks", "target"): odd.several,
     ("patching.transplant_sites", "sources"): odd.several,
     ("patching.transplant_sites", "targets"): odd.several,
+    ("patching.splice_hooks", "first_pos"): odd.unranged(odd.integers),
     ("lens.track_entities", "positions"): odd.mappings,
     ("lens.read_lens", "lens"): odd.objects,
     ("lens.read_lens", "positions"): odd.positions,

@@ -157,6 +157,7 @@ _WHY: dict[str, tuple[str, ...]] = {
         "lens.TunedLens.save",
         "probes.ConceptDirections.load",
         "probes.ConceptDirections.save",
+        "patching.SpliceResult.to_frame",
         "probes.ConceptDirections.to_frame",
         "probes.PairProbes.to_frame",
         "probes.PromptStates.load",
