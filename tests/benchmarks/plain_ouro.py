@@ -66,6 +66,7 @@ class PlainOuro(nn.Module):
     ) -> Tensor:
         theta = self.base ** (-torch.arange(0, self.d_head, 2) / self.d_head)
         angles = torch.outer(torch.arange(start, start + tokens.shape[1]).float(), theta)
+        angles = angles.to(tokens.device, non_blocking=True)
         cos, sin = (torch.cat([f(angles)] * 2, dim=-1) for f in (torch.cos, torch.sin))
         x = self.embed(tokens)
         for t in range(self.loops):
@@ -111,7 +112,9 @@ class PlainOuro(nn.Module):
                     linear.weight.copy_(weights[p + f"mlp.{name}"].T)
 
 
-def ouro(d: int, layers: int, loops: int, vocab: int) -> tuple[LoopedTransformer, PlainOuro]:
+def ouro(
+    d: int, layers: int, loops: int, vocab: int, device: str = "cpu"
+) -> tuple[LoopedTransformer, PlainOuro]:
     """A random model of Ouro's kind, ``(0, layers⊗loops, 0)``, and the same in plain torch."""
     heads, d_mlp = d // 64, d * 11 // 4
     cfg = LoopedTransformerConfig(
@@ -128,9 +131,9 @@ def ouro(d: int, layers: int, loops: int, vocab: int) -> tuple[LoopedTransformer
         exit_gate=True,
         rotary_base=1e6,
         seed=0,
-        device="cpu",
+        device=device,
     )
     model = LoopedTransformer(cfg).eval()
-    plain = PlainOuro(d, heads, d_mlp, layers, loops, vocab)
+    plain = PlainOuro(d, heads, d_mlp, layers, loops, vocab).to(device)
     plain.load(model.physical_state_dict())
     return model, plain

@@ -15,12 +15,15 @@ def compare(
     A figure is the median of the ratios of neighbouring runs. With one thread the time is that of
     the processor, which other processes of the machine do not stretch.
     """
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+    clock = time.process_time if torch.get_num_threads() == 1 and not on_gpu else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats + warm_up):
         for name, run in sides.items():
             start = clock()
             run()
+            if on_gpu:
+                torch.cuda.synchronize()
             if repeat >= warm_up:
                 times[name].append(clock() - start)
     ratios = {}
