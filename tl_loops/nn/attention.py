@@ -159,7 +159,13 @@ class Attention(nn.Module):
         hooks: tuple[HookPoint, HookPoint],
     ) -> Tensor:
         """Fused, or explicit when somebody looks at scores or patterns (``hooks``)."""
-        if any(has_hooks(point) for point in hooks) or _fused_hides(q, k, v):
+        if any(has_hooks(point) for point in hooks):
+            return self._explicit(q, k, v, context, *hooks)
+        if torch.compiler.is_compiling():
+            # Nothing can be looked at, so what is not finite makes all of it NaN.
+            total = _total(q, k, v)
+            return self._fused(q, k, v, context) + (total - total).to(q.dtype)
+        if _fused_hides(q, k, v):
             return self._explicit(q, k, v, context, *hooks)
         return self._fused(q, k, v, context)
 
@@ -283,9 +289,14 @@ def _fused_hides(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """
     if q.device.type != "cpu" or _transformed():
         return False
+    return not math.isfinite(_total(q, k, v))
+
+
+def _total(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A number that is finite only if all of the three are, outside of the graph of gradients."""
     with torch.no_grad():
-        total = sum(x.sum(dtype=torch.float32) for x in (q, k, v))
-    return not math.isfinite(total)
+        sum_q, sum_k, sum_v = (x.sum(dtype=torch.float32) for x in (q, k, v))
+    return sum_q + sum_k + sum_v
 
 
 def _transformed() -> bool:
