@@ -214,7 +214,9 @@ def _kind(annotation: Any, exact: bool = False) -> Kind | None:
             values = _kind(parts[1], exact) if len(parts) == 2 else None
             return _mapping(values, parts[:1] == (str,))
         if origin is tuple:
-            return _tuple([_kind(part, exact) for part in parts], annotation)
+            repeated = parts[-1:] == (Ellipsis,)
+            listed = parts[:1] if repeated else parts
+            return _tuple([_kind(part, exact) for part in listed], repeated)
         if origin in (list, Sequence, Iterable):
             return _sequence(_kind(parts[0], exact), origin is Iterable, parts[0] is str)
         if issubclass(origin, Callable):
@@ -329,19 +331,28 @@ def _sequence(parts: Kind | None, once: bool, of_text: bool) -> Kind:
     return Kind(read, words)
 
 
-def _tuple(parts: list[Kind | None], annotation: Any) -> Kind:
-    words = f"{len(parts)} values, " + ", ".join("any" if p is None else p.words for p in parts)
+def _tuple(parts: list[Kind | None], repeated: bool) -> Kind:
+    """Each value of its kind; with ``repeated`` any number of values of one kind."""
+    each = ", ".join("any" if p is None else p.words for p in parts)
+    words = f"values, each {each}" if repeated else f"{len(parts)} values, {each}"
 
     def read(value: Any) -> Any:
         if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__iter__"):
             raise _Wrong
         listed = list(value) if getattr(value, "ndim", 1) else []
-        if len(listed) != len(parts):
+        kinds = parts * len(listed) if repeated else parts
+        if len(listed) != len(kinds):
             raise _Wrong
-        pairs = zip(listed, parts, strict=True)
+        pairs = zip(listed, kinds, strict=True)
         return tuple(one if part is None else part.read(one) for one, part in pairs)
 
-    return Kind(read, words)
+    def strict(value: Any) -> Any:
+        # Where lists are taken as well, they may mean something else: positions, not a slice.
+        if not isinstance(value, tuple):
+            raise _Wrong
+        return read(value)
+
+    return Kind(read, words, strict=strict)
 
 
 def _tensor(value: Any, annotation: Any, exact: bool = False, convert: bool = True) -> Tensor:

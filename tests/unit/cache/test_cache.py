@@ -3,6 +3,7 @@
 import copy
 import logging
 
+import numpy as np
 import pytest
 import torch
 
@@ -300,3 +301,34 @@ def test_a_cache_carries_the_mask_that_the_run_was_given():
     _, later = model.run_with_cache(resid, start_at_layer=0, attention_mask=mask)
     assert torch.equal(later.mask, mask.bool())
     assert model.run_with_cache(resid, start_at_layer=0)[1].mask is None
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [
+        ([1, 4], [1, 4]),
+        ([0, 2, 3], [0, 2, 3]),
+        (np.array([1, 4]), [1, 4]),
+        (torch.tensor([1, 4]), [1, 4]),
+        ((1, 4), [1, 2, 3]),
+        ((0, 5, 2), [0, 2, 4]),
+        ((None, 4), [0, 1, 2, 3]),
+        (slice(1, 4), [1, 2, 3]),
+    ],
+    ids=repr,
+)
+def test_lists_and_arrays_choose_positions_and_tuples_are_slices(given, chosen):
+    _, cache = tiny_model("retrofitted").run_with_cache(tiny_tokens(2, 6))
+    for method in (
+        "accumulated_resid",
+        "decompose_resid",
+        "stack_head_results",
+        "stack_neuron_results",
+        "get_full_resid_decomposition",
+    ):
+        whole = getattr(cache, method)()
+        found = getattr(cache, method)(pos_slice=given)
+        assert_close(found, whole[:, :, chosen], atol=1e-5, rtol=1e-5, msg=method)
+    neurons = cache.get_neuron_results(1)
+    found = cache.get_neuron_results(1, neuron_slice=given)
+    assert_close(found, neurons[:, :, chosen], atol=1e-5, rtol=1e-5)
