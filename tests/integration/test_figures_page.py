@@ -9,7 +9,6 @@ import plotly.graph_objects as go
 import pytest
 
 from tl_loops import plots
-from tl_loops.upstream import HAS_HOOKED_TRANSFORMER
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "figures.md"
@@ -33,7 +32,6 @@ def text() -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HAS_HOOKED_TRANSFORMER, reason="the page builds a HookedTransformer")
 def test_every_call_makes_a_figure(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     titles = []
