@@ -16,6 +16,7 @@ from tl_loops.report.section import (
     answer_token,
     by_length,
     html_figure,
+    last_tokens,
     page_figure,
     percent,
     shortened,
@@ -23,6 +24,8 @@ from tl_loops.report.section import (
 from tl_loops.tasks.prompts import PromptText
 
 _BATCH = 64
+_HOVERED = 5
+"""How many tokens a cell of the lens tells."""
 
 
 def readout_section(model: Model, prompts: Sequence[PromptText], progress: bool) -> Section:
@@ -107,6 +110,8 @@ def answers_section(model: Model, prompts: Sequence[PromptText]) -> Section:
         html_figure("Answer after each iteration", f'<ul class="answers">{"".join(rows)}</ul>')
     ]
     if T > 1:
+        read = coda_lens(model, last_tokens(model, prompts[0].text), top_k=_HOVERED)
+        figures.append(page_figure(plots.plot_lens, read, model=model))
         figures.append(_ranks(model, prompts))
     return Section(
         "answers", "The answer after each iteration", [text, finding] if finding else [text],
