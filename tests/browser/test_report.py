@@ -1,20 +1,28 @@
 """The report in a real browser without a network: every figure is there and holds something."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
-import torch
 from playwright.sync_api import Page
 
 from tests.browser.looks import SCHEMES, WIDTHS, problems
 from tl_loops import LoopedTransformer
 from tl_loops.report import MOST_BYTES, write_report
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    torch.set_num_threads(1)
-    model = LoopedTransformer.from_pretrained_no_processing("tl-loops-tiny", device="cpu")
+    """Of the command, as users run it; tests/unit/report has its parts with their types checked."""
     out = tmp_path_factory.mktemp("report") / "report.html"
-    return write_report(model, out, n_iterations=4, progress=False)
+    command = [sys.executable, "-m", "tl_loops", "report", "--n-iterations", "4", "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    return out
 
 
 @pytest.fixture(scope="module")

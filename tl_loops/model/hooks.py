@@ -284,13 +284,16 @@ class CoordinateHooks(TransformerBase):
         return output, cache
 
     def _check_reached(self, cache: dict, names_filter: Any, stop: int | None) -> None:
-        """Raise where the run ended before a hook point that was asked for by its name.
+        """Raise where the run ended before a hook point that was asked for by its iteration.
 
-        A tool that reads the first number of ``iter.3.1.REST`` as a layer stops there.
+        A tool that reads the first number of ``iter.3.1.REST`` as a layer stops there. Names of
+        TransformerLens that are not reached are left out, as there.
         """
         if stop is None or callable(names_filter) or names_filter is None:
             return
         for name in [names_filter] if isinstance(names_filter, str) else names_filter:
+            if not name.startswith("iter."):
+                continue
             canonical = self.hook_name(name)
             kind, _, rest = canonical.partition(".")
             here = canonical if kind == "blocks" else "no hook point with a block number"

@@ -294,8 +294,7 @@ def _fused_hides(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def _total(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """A number that is finite only if all of the three are, outside of the graph of gradients."""
-    with torch.no_grad():
-        sum_q, sum_k, sum_v = (x.sum(dtype=torch.float32) for x in (q, k, v))
+    sum_q, sum_k, sum_v = (x.detach().sum(dtype=torch.float32) for x in (q, k, v))
     return sum_q + sum_k + sum_v
 
 

@@ -79,6 +79,7 @@ class PromptStates:
         points = tuple(f"r{t}.{layer}" for t in range(T) for layer in range(L))
         return cls(values, activation, tuple(range(T)), tuple(range(L)), points, tuple(range(n)))
 
+    @checked
     def label(self, iteration: int, layer: int) -> str:
         """Label of the place in a row and a column of the grid.
 

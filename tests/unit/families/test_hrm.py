@@ -227,7 +227,7 @@ def test_a_model_may_read_its_last_block_out_as_it_is():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(shared_stacks=True), "shared_stacks need stacks"),
+        (dict(shared_stacks=True), "shared_stacks and slow_injection need stacks"),
         (dict(final_norm=False, norm_before_coda=True), "final_norm=False excludes"),
         (dict(n_extra_tokens=3, extra_token_slices=2), "must be a multiple of"),
     ],

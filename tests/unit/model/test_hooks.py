@@ -171,8 +171,10 @@ def test_a_run_that_stops_before_what_it_is_asked_for(model):
     for asked in (name, [name], [name, "blocks.0.hook_resid_post"]):
         with pytest.raises(ValueError, match=canonical):
             model.run_with_cache(TOKENS, names_filter=asked, stop_at_layer=min(last + 1, block))
-    with pytest.raises(ValueError, match="before 'ln_final"):
-        model.run_with_cache(TOKENS, names_filter="ln_final.hook_scale", stop_at_layer=-1)
+    # Names of TransformerLens that are not reached are left out, as there.
+    asked = ["ln_final.hook_scale", canonical, "blocks.0.hook_resid_post"]
+    _, cache = model.run_with_cache(TOKENS, names_filter=asked, stop_at_layer=1)
+    assert list(cache) == ["blocks.0.hook_resid_post"]
     # What is reached is there, under either name, and with the numbers of a whole run.
     _, whole = model.run_with_cache(TOKENS, names_filter=[name])
     for asked in (name, canonical, [canonical, f"iter.{last}.hook_state_in"]):
