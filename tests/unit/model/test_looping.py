@@ -1,9 +1,7 @@
 """Repeating blocks of TransformerLens's own models, over their own weights."""
 
 import copy
-import re
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -464,22 +462,6 @@ def test_sharing_keys_is_refused_and_no_argument_is_ignored():
 def test_bad_arguments_say_what_is_wrong(arguments: dict[str, Any], message: str):
     with pytest.raises((ConfigError, ArgumentError), match=message):
         loop(feedforward("gpt2"), **arguments)
-
-
-def test_the_document_runs(monkeypatch):
-    text = (Path(__file__).parents[3] / "docs" / "looping.md").read_text(encoding="utf-8")
-    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.S))
-    gpt2 = feedforward("gpt2", n_layers=12)
-    monkeypatch.setattr(HookedTransformer, "from_pretrained", lambda name: gpt2)
-    scope: dict[str, Any] = {}
-    for line in code.replace('"The loop begins"', "tokens").splitlines():
-        scope.setdefault("tokens", tiny_tokens())
-        statement, _, comment = (part.strip() for part in line.partition("#"))
-        if comment.startswith(("'", "[")) and not comment.startswith("[iteration"):
-            assert eval(statement, scope) == eval(comment)
-        elif statement:
-            exec(statement, scope)
-    assert scope["looped"].cfg.n_iterations == 16
 
 
 def test_looped_feedforward_models_that_differ_are_described_otherwise():
