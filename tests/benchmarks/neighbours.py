@@ -81,8 +81,10 @@ def add_nnsight(sides: dict, ours: LoopedTransformer, tokens: torch.Tensor) -> N
         return logits
 
     def streams() -> object:
+        kept: list = []
         with traced.trace(tokens):
-            kept = [block.hook_resid_post.output.save() for block in traced.blocks]
+            for block in traced.blocks:
+                kept.append(block.hook_resid_post.output.save())
         return kept
 
     sides["nnsight"] = bare

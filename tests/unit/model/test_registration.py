@@ -146,10 +146,10 @@ def test_dtype_and_context_length():
 
 
 @only_from_4
-def test_looping_a_bridge_is_refused():
+def test_looping_a_bridge_of_an_unknown_kind_is_refused():
     model = plain_model(n_layers=2, d_model=8, d_head=4, n_ctx=8, d_vocab=9, act_fn="gelu", seed=0)
     with pytest.raises(
         LoopedSemanticsError,
-        match=r"4 has none.*LoopedTransformer\.from_pretrained",
+        match=r"TransformerBridge of gpt2, llama.*got one with NativeArchitectureAdapter",
     ):
         tl_loops.loop(model, 0, 1, 2)
