@@ -23,15 +23,11 @@ def check_annotations(packages: Iterable[str]) -> None:
 
 def _checked(jaxtyped: Callable, /, *, typechecker: Callable) -> Callable:
     def check(made: Any) -> Any:
-        if inspect.isfunction(made) and not any(map(_has_axes, _annotations(made))):
+        if inspect.isfunction(made) and not any(map(_has_axes, made.__annotations__.values())):
             return _BY_BEARTYPE(made)
         return jaxtyped(made, typechecker=typechecker)
 
     return check
-
-
-def _annotations(function: Callable) -> Iterable[Any]:
-    return function.__annotations__.values()
 
 
 def _has_axes(annotation: Any) -> bool:

@@ -16,7 +16,6 @@ _MANY = {
     odd.metrics: "metric",
     odd.seeds: "seed",
     odd.integers: "batch_size window n_steps n_iterations top_k vjp_batch_size times k n_pos "
-    "most_edges most_hovered "
     "skip_positions max_rank n_prompt height width digits n_components examples tile "
     "iterations_per_row vocab_size n_queries_at_once checkpoint_every most_edges most_hovered",
     odd.indices: "iteration layer head row position a b index",

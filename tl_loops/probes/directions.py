@@ -14,9 +14,9 @@ from tl_loops.metrics.precision import full_precision
 from tl_loops.metrics.states import direction_cosine
 from tl_loops.printing import prints_short
 from tl_loops.probes.labels import LabelSplit, check_fit, split_labels
-from tl_loops.probes.states import PromptStates, as_tuples
+from tl_loops.probes.results import frame_by_place, load_result, save_result
+from tl_loops.probes.states import PromptStates
 from tl_loops.probes.task import check_finite
-from tl_loops.runs.storage import load_artefact, save_artefact
 
 if TYPE_CHECKING:
     import pandas
@@ -84,8 +84,6 @@ class ConceptDirections:
         Columns: ``point`` (its label), ``iteration``, ``layer``, ``norm``, ``auc``, ``null_auc``
         and ``null_norm`` (means over the shuffles), ``p_value``.
         """
-        import pandas
-
         columns = {
             "norm": self.norm,
             "auc": self.auc,
@@ -93,21 +91,11 @@ class ConceptDirections:
             "null_norm": self.null_norm.mean(0),
             "p_value": self.p_value,
         }
-        grid = [(t, layer) for t in self.iterations for layer in self.layers]
-        return pandas.DataFrame(
-            {
-                "point": self.points,
-                "iteration": [t for t, _ in grid],
-                "layer": [layer for _, layer in grid],
-                **{name: values.flatten().tolist() for name, values in columns.items()},
-            }
-        )
+        return frame_by_place(self, columns)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file, whole or not at all."""
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        metadata = {n: v for n, v in vars(self).items() if n not in _TENSORS}
-        save_artefact(os.fspath(path), _KIND, tensors, metadata)
+        save_result(self, path, _KIND, _TENSORS)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ConceptDirections":
@@ -117,8 +105,7 @@ class ConceptDirections:
             FileNotFoundError: There is no such file.
             ValueError: The file is damaged or holds something else.
         """
-        tensors, metadata = load_artefact(os.fspath(path), _KIND, _TENSORS)
-        return cls(**{name: tensors[name] for name in _TENSORS}, **as_tuples(metadata))
+        return load_result(cls, path, _KIND, _TENSORS)
 
 
 @checked

@@ -16,13 +16,13 @@ from tl_loops.layout.of_model import layout_of, with_iterations
 from tl_loops.layout.selection import Selection, distinct_indices, one_index
 from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.printing import prints_short
+from tl_loops.probes.results import load_result, save_result
 from tl_loops.runs.activations import find_activation
 from tl_loops.runs.batches import check_batch_size, equal_batches, token_prompts
 from tl_loops.runs.cells import hooked, named_hooks
 from tl_loops.runs.identity import identity_of, prompts_fingerprint
 from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
 from tl_loops.runs.shards import Shards
-from tl_loops.runs.storage import load_artefact, save_artefact
 from tl_loops.upstream import Prompts, left_as_it_was
 
 Phase = Literal["prelude", "core", "coda", "all"]
@@ -119,8 +119,7 @@ class PromptStates:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file, whole or not at all."""
-        metadata = {n: v for n, v in vars(self).items() if n != "values"}
-        save_artefact(os.fspath(path), _KIND, {"values": self.values}, metadata)
+        save_result(self, path, _KIND, ["values"])
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PromptStates":
@@ -130,13 +129,7 @@ class PromptStates:
             FileNotFoundError: There is no such file.
             ValueError: The file is damaged or holds something else.
         """
-        tensors, metadata = load_artefact(os.fspath(path), _KIND, ["values"])
-        return cls(tensors["values"], **as_tuples(metadata))
-
-
-def as_tuples(metadata: dict[str, Any]) -> dict[str, Any]:
-    """JSON's lists as the tuples that they were."""
-    return {n: tuple(v) if isinstance(v, list) else v for n, v in metadata.items()}
+        return load_result(cls, path, _KIND, ["values"])
 
 
 @dataclass(frozen=True)

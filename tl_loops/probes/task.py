@@ -13,8 +13,8 @@ from tl_loops.metrics.linear_probes import Fit, fit_linear_probes, wilson_interv
 from tl_loops.metrics.precision import full_precision
 from tl_loops.printing import prints_short
 from tl_loops.probes.labels import Label, LabelSplit, check_fit, split_labels
-from tl_loops.probes.states import PromptStates, as_tuples
-from tl_loops.runs.storage import load_artefact, save_artefact
+from tl_loops.probes.results import frame_by_place, load_result, save_result
+from tl_loops.probes.states import PromptStates
 
 if TYPE_CHECKING:
     import pandas
@@ -133,8 +133,6 @@ class TaskProbes:
         Columns: ``point`` (its label), ``iteration``, ``layer``, ``accuracy``, ``low`` and ``high``
         (its interval at 95%), ``control``, ``selectivity``, ``majority``, ``train_accuracy``.
         """
-        import pandas
-
         interval = self.interval()
         columns = {
             "accuracy": self.accuracy,
@@ -145,15 +143,7 @@ class TaskProbes:
             "majority": torch.full_like(self.control, self.majority),
             "train_accuracy": self.train_accuracy,
         }
-        grid = [(t, layer) for t in self.iterations for layer in self.layers]
-        return pandas.DataFrame(
-            {
-                "point": self.points,
-                "iteration": [t for t, _ in grid],
-                "layer": [layer for _, layer in grid],
-                **{name: values.flatten().tolist() for name, values in columns.items()},
-            }
-        )
+        return frame_by_place(self, columns)
 
     def transfer_to_frame(self) -> "pandas.DataFrame":
         """One row per pair of iterations and layer: ``fitted``, ``tested``, ``layer``, accuracy."""
@@ -169,9 +159,7 @@ class TaskProbes:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file, whole or not at all."""
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        metadata = {n: v for n, v in vars(self).items() if n not in _TENSORS}
-        save_artefact(os.fspath(path), _KIND, tensors, metadata)
+        save_result(self, path, _KIND, _TENSORS)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "TaskProbes":
@@ -181,8 +169,7 @@ class TaskProbes:
             FileNotFoundError: There is no such file.
             ValueError: The file is damaged or holds something else.
         """
-        tensors, metadata = load_artefact(os.fspath(path), _KIND, _TENSORS)
-        return cls(**{name: tensors[name] for name in _TENSORS}, **as_tuples(metadata))
+        return load_result(cls, path, _KIND, _TENSORS)
 
 
 @checked
