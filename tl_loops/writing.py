@@ -5,6 +5,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -65,10 +66,11 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         OSError: Nothing can be created there, for example because the disk is read-only.
     """
     with named(path):
-        target = _target(path)
-        staged, descriptor = _open_staged(target)
-        os.close(descriptor)
-        staged.unlink()
+        staged = _staged(_target(path))
+        try:
+            os.close(_create(staged))
+        finally:
+            staged.unlink(missing_ok=True)
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
@@ -89,9 +91,9 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
     """
     with named(path):
         target = _target(path)
-        staged, descriptor = _open_staged(target)
-        try:
-            with open(descriptor, "wb") as stream:
+        staged = _staged(target)
+        try:  # an interrupt may come as soon as the file is there
+            with open(_create(staged), "wb") as stream:
                 _keep_permissions(stream, target)
                 stream.write(content)
                 stream.flush()
@@ -147,7 +149,7 @@ def in_use(path: str | os.PathLike[str]) -> Iterator[None]:
     with named(path):
         target = _target(path)
         lock = target.with_name(f".{target.name}.lock")
-        descriptor = _locked(path, lock)
+        held = _locked(path, lock)
     try:
         for left in target.parent.iterdir():
             if left.name.startswith(f".{target.name}.") and left.name.endswith(".writing"):
@@ -156,28 +158,29 @@ def in_use(path: str | os.PathLike[str]) -> Iterator[None]:
     finally:
         with suppress(OSError):
             lock.unlink()  # still held, so that nobody else takes the name meanwhile
-        os.close(descriptor)
+        held.close()
 
 
-def _locked(path: str | os.PathLike[str], lock: Path) -> int:
+def _locked(path: str | os.PathLike[str], lock: Path) -> FileIO:
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     while True:
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        descriptor = os.open(lock, flags, 0o600)
+        # An object and no number: an interrupt that loses it closes it, which gives the lock back.
+        held = FileIO(lock, "r+", opener=lambda path, _: os.open(path, flags, 0o600))
         try:
             if fcntl is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The holder before may have removed the file between opening and locking.
-            if lock.exists() and os.path.samestat(os.fstat(descriptor), os.stat(lock)):
-                return descriptor
+            if lock.exists() and os.path.samestat(os.fstat(held.fileno()), os.stat(lock)):
+                return held
         except BlockingIOError:
-            os.close(descriptor)
+            held.close()
             raise FileInUseError(
                 f"{path} is in use by another run; wait for it, or give another path"
             ) from None
         except BaseException:
-            os.close(descriptor)
+            held.close()
             raise
-        os.close(descriptor)
+        held.close()
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
@@ -189,11 +192,14 @@ def _target(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _open_staged(target: Path) -> tuple[Path, int]:
-    staged = target.with_name(f".{target.name}.{secrets.token_hex(8)}.writing")
+def _staged(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(8)}.writing")
+
+
+def _create(staged: Path) -> int:
     # Exclusive: neither a file nor a link that somebody put there is opened.
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
-    return staged, os.open(staged, flags | getattr(os, "O_BINARY", 0), 0o666)
+    return os.open(staged, flags | getattr(os, "O_BINARY", 0), 0o666)
 
 
 def _keep_permissions(stream: BinaryIO, target: Path) -> None:

@@ -6,10 +6,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_AFTER_THE_HOOK_S = 1e-3  # an error in a hook of the interpreter is printed and forgotten
 
 
 class Interrupts:
@@ -64,12 +65,15 @@ class Interrupts:
         print(self.message(), file=sys.stderr, flush=True)
         return self.code
 
-    def _handle(self, number: int, frame: Any) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.over:
             return
         if self.of_process and (self.seen or not self.raises):
             os.write(2, f"{self.message()}\n".encode())
             os._exit(self.code)
+        if self._in_hook(frame):
+            self._raise_later()
+            return
         self.seen = True
         raise KeyboardInterrupt
 
@@ -78,5 +82,20 @@ class Interrupts:
         if not issubclass(unraisable.exc_type, KeyboardInterrupt):
             self.unraisable(unraisable)
         elif not self.over:
+            self._raise_later()
+
+    def _in_hook(self, frame: FrameType | None) -> bool:
+        """Whether ``frame`` runs within ``_again``, whose errors are lost as well."""
+        while frame is not None and frame.f_code is not Interrupts._again.__code__:
+            frame = frame.f_back
+        return frame is not None
+
+    def _raise_later(self) -> None:
+        later = threading.Timer(_AFTER_THE_HOOK_S, self._raise_again)
+        later.daemon = True
+        later.start()
+
+    def _raise_again(self) -> None:
+        if not self.over:
             self.seen = False
             _thread.interrupt_main()
