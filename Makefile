@@ -18,7 +18,9 @@ endif
 PYTHON ?= python3
 VENV ?= .venv$(if $(TL),-tl$(TL))
 BIN = $(VENV)/bin
-PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .constraints.txt
+# Byte code is compiled when a module is first imported: most of what is installed never is.
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
+	-c .constraints.txt
 TRANSFORMER_LENS = 'transformer-lens$(if $(TL),==$(TL).*)'
 # A file of tests stays in one process, which makes its models once; the slow files start first.
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
@@ -28,7 +30,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 KILLS = $(shell grep -rl "import .*N_MOMENTS" tests --include="test_*.py")
 
-.PHONY: demo test test-tl4 both-lines fuzz lint docs dist notebooks clean
+.PHONY: demo test test-tl4 both-lines environments tl4-environment fuzz lint docs dist notebooks clean
 
 demo: $(VENV)/.base
 	$(BIN)/tl-loops report --out report.html
@@ -38,6 +40,12 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not inner"
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m inner --check-types=all
 	$(MAKE) test-tl4
+
+# With make -j 2 both are made at once.
+environments: $(VENV)/.dev tl4-environment
+
+tl4-environment:
+	$(MAKE) .venv-tl4.3/.test TL=4.3 VENV=.venv-tl4.3
 
 test-tl4:
 	$(MAKE) both-lines TL=4.3 VENV=.venv-tl4.3
@@ -74,17 +82,14 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch first and pinned: an open requirement would fetch the largest build there is.
-$(VENV)/.base: pyproject.toml .constraints.txt | $(VENV)/bin/python
+$(VENV)/.torch: .constraints.txt | $(VENV)/bin/python
 	$(PIP_INSTALL) torch
-	$(PIP_INSTALL) $(TRANSFORMER_LENS) -e .
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.base
-	$(PIP_INSTALL) $(TRANSFORMER_LENS) -e '.[test]'
-	@touch $@
-
-$(VENV)/.dev: $(VENV)/.base
-	$(PIP_INSTALL) $(TRANSFORMER_LENS) -e '.[test,dev,docs]'
+$(VENV)/.test: EXTRAS = [test]
+$(VENV)/.dev: EXTRAS = [test,dev,docs]
+$(VENV)/.base $(VENV)/.test $(VENV)/.dev: pyproject.toml $(VENV)/.torch
+	$(PIP_INSTALL) $(TRANSFORMER_LENS) -e '.$(EXTRAS)'
 	@touch $@
 
 clean:

@@ -1,5 +1,6 @@
 """Settings of the whole test run: which files belong together, and what is checked at run time."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from hypothesis import HealthCheck, settings
 
 from tests.type_checks import check_annotations
 
-# Workers share the cores; more threads than cores slows all of them.
+# Workers share the cores, and so do the processes that they start; more threads slow all of them.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile(
     "repository", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
@@ -49,7 +51,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     checked = config.getoption("--check-types")
-    if checked is not None:
+    starts_workers = bool(getattr(config.option, "numprocesses", None))  # and runs no test itself
+    if checked is not None and not starts_workers:
         package = Path(__file__).parents[1] / "tl_loops"
         rooms = {path.stem for path in package.iterdir() if path.suffix == ".py" or path.is_dir()}
         rooms -= {"__init__", "__pycache__", *(INNER if checked == "outer" else ())}
@@ -67,6 +70,13 @@ def pytest_collection_modifyitems(items):
         for marker, files in FILES.items():
             if item.path.stem in files:
                 item.add_marker(marker)
+
+
+def pytest_collection_finish():
+    """What is imported and collected stays until the end: no collection looks through it again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)
