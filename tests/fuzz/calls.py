@@ -9,6 +9,7 @@ from torch import Tensor
 import tl_loops
 from tests.fuzz.loop_calls import LOOP_CALLS, score
 from tests.fuzz.metric_calls import METRIC_CALLS
+from tests.fuzz.model_calls import MODEL_CALLS
 from tests.fuzz.world import World
 from tl_loops import attribution, lens
 from tl_loops.circuits import Circuit, EdgeGraph
@@ -225,4 +226,4 @@ CALLS: dict[str, Callable[[World], dict[str, Any]]] = {
     "loop_hooks.layout_of": lambda w: dict(model=w.model),
 }  # fmt: skip
 
-CALLS |= LOOP_CALLS | METRIC_CALLS
+CALLS |= LOOP_CALLS | METRIC_CALLS | MODEL_CALLS

@@ -7,7 +7,7 @@ from typing import Any, Literal, SupportsIndex, Union, get_args, get_origin
 
 from tests.fuzz import odd_inputs as inputs
 from tests.fuzz import odd_values as odd
-from tests.fuzz.public_names import public_functions
+from tests.fuzz.public_names import METHODS, public_functions
 
 _MANY = {
     inputs.models: "model",
@@ -139,7 +139,33 @@ OWN_KINDS = {
     ("metrics.residual_entropy", "base"): odd.log_bases,
     ("metrics.residual_entropy_bound", "base"): odd.log_bases,
     ("metrics.settling_table", "values"): inputs.tensors,
+    ("LoopedActivationCache.get_neuron_results", "neuron_slice"): odd.unranged(odd.slices),
+    ("LoopedActivationCache.logit_attrs", "tokens"): inputs.tokens_or_ids,
+    ("LoopedActivationCache.logit_attrs", "incorrect_tokens"): inputs.tokens_or_ids,
+    ("LoopedActivationCache.stack_neuron_results", "neuron_slice"): odd.unranged(odd.slices),
+    ("LoopedTransformer.forward", "injection"): odd.optional_objects,
+    ("LoopedTransformer.forward", "tokens"): odd.optional_objects,
+    ("LoopedTransformer.generate", "eos_token_id"): odd.selections,
+    ("LoopedTransformer.hook_name", "name"): odd.words,
+    # TransformerLens lets a name of an activation say it alone.
+    ("LoopedActivationCache.stack_activation", "sublayer_type"): odd.ignored,
+    ("LoopedTransformer.input_to_embed", "attention_mask"): odd.other_result(inputs.masks),
 }
+_OF_CLASSES = {
+    odd.indices: "layer state_out from_iteration start_at_layer stop_at_layer start_at_iteration "
+    "exit_at",
+    odd.slices: "pos_slice batch_slice",
+    odd.flags: "incl_mid apply_ln mlp_input return_labels incl_states has_batch_dim recompute_ln "
+    "incl_embeds incl_remainder expand_neurons by_iteration include_mlp_biases loss_per_token "
+    "prepend_bos weighted_exit stop_at_eos do_sample use_past_kv_cache verbose return_exits",
+    odd.choices: "mode injection sublayer_type activation_name return_type padding_side kv_sharing",
+    odd.optional_objects: "project_output_onto initial_state other_state prefix_mask "
+    "past_kv_cache shortformer_pos_embed",
+    odd.numbers: "exit_threshold top_p temperature freq_penalty",
+    odd.integers: "iterations_apart max_new_tokens",
+    inputs.tensors: "residual_stack state",
+}
+KINDS_OF_CLASSES = {name: kind for kind, names in _OF_CLASSES.items() for name in names.split()}
 FORWARD = {
     "attention_mask": inputs.masks,
     "initial_state": odd.optional_objects,
@@ -162,6 +188,8 @@ def kind_of(function: str, parameter: inspect.Parameter) -> odd.Kind | None:
         return odd.choices if parameter.default is parameter.empty else odd.optional_choices
     if name == "seed":
         return odd.seeds
+    if function.partition(".")[0] in METHODS:
+        return OWN_KINDS.get((function, name)) or KINDS_OF_CLASSES.get(name) or KINDS.get(name)
     if function.startswith(BY_ANNOTATION):
         found = OWN_KINDS.get((function, name)) or _of_annotation(parameter)
         return found or KINDS.get(name)
@@ -214,6 +242,8 @@ def arguments_of(name: str) -> Iterator[tuple[str, Any, odd.Kind | None]]:
         elif parameter.name == "forward_arguments":
             own = ("attention_mask",) if name == "kv_sharing_effect" else ()
             yield from ((key, None, kind) for key, kind in FORWARD.items() if key not in own)
+        elif parameter.name == "forward_kwargs":
+            yield from ((key, None, FORWARD[key]) for key in ("initial_state", "exit_at", "nope"))
         elif name.startswith("lens."):
             mine = [key for key in OF_LENSES if key not in signature.parameters]
             known = inspect.signature(public_functions()["lens.read_lens"]).parameters

@@ -302,3 +302,9 @@ def token_ids(value: Any, where: World) -> Iterator[Odd]:
     yield "boolean", True, "error"
     yield "text", "2", "error"
     yield "strange", Strange(), "error"
+
+
+def tokens_or_ids(value: Any, where: World) -> Iterator[Odd]:
+    """The same, or the text of one token."""
+    yield from (odd for odd in token_ids(value, where) if odd[0] != "text")
+    yield "text of two tokens", "Dan likes", "error"

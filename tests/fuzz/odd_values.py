@@ -76,6 +76,15 @@ def selections(value: Any, where: World) -> Iterator[Odd]:
     yield "strange", Strange(), "error"
 
 
+def slices(value: Any, where: World) -> Iterator[Odd]:
+    """Indices, or a slice as TransformerLens writes one."""
+    yield "pair", (0, 1), "either"
+    yield "three", (0, 2, 2), "either"
+    yield "no numbers", (None, None, None), "either"
+    yield "four", (0, 1, 1, 1), "error"
+    yield from (odd for odd in selections(value, where) if odd[0] != "list of lists")
+
+
 def numbers(value: Any, where: World) -> Iterator[Odd]:
     """A number that may be broken."""
     if value is not None:
@@ -318,6 +327,22 @@ def unranged(kind: Kind) -> Kind:
             yield name, odd, "either" if name in _RANGES else ends
 
     return without_range
+
+
+def other_result(kind: Kind) -> Kind:
+    """The same, where the result says that the argument was given."""
+
+    def without_numbers(value: Any, where: World) -> Iterator[Odd]:
+        for name, odd, ends in kind(value, where):
+            yield name, odd, ends if ends == "error" else "either"
+
+    return without_numbers
+
+
+def ignored(value: Any, where: World) -> Iterator[Odd]:
+    """A word that says nothing here, as in TransformerLens."""
+    for name, odd, _ in choices(value, where):
+        yield name, odd, "either"
 
 
 def words_or_labels(value: Any, where: World) -> Iterator[Odd]:

@@ -51,13 +51,24 @@ OF_THE_PACKAGE = (
     "read_part_label",
 )
 """Functions, and classes with methods, that the package itself names."""
+METHODS = {
+    "LoopedActivationCache": """
+        accumulated_resid apply_ln_to_stack apply_slice_to_batch_dim decompose_resid
+        get_full_resid_decomposition get_neuron_results logit_attrs stack_activation
+        stack_head_results stack_neuron_results
+    """.split(),
+    "LoopedTransformer": """
+        accumulated_bias all_composition_scores enter_coda forward generate hook_name
+        input_to_embed state_logits
+    """.split(),
+}
+"""Of classes that inherit from TransformerLens: the methods that give numbers of the project's
+own. tests/unit/model/test_odd_calls.py has more of a model, tests/differential all of a cache."""
 NOT_HERE = {
     "BlockCoordinate": "a row of a layout, which no user makes",
     "HookedTransformer": "TransformerLens's",
     "KVSharing": "tests/unit/model/test_kv_sharing.py, and as an argument of kv_sharing_effect",
     "KVSharingEffect": "a result without methods",
-    "LoopedActivationCache": "tests/unit/cache, and as an argument of every tool",
-    "LoopedTransformer": "tests/unit/model/test_odd_calls.py",
     "LoopedTransformerConfig": "tests/unit/config/test_ranges.py",
     "PartLabel": "a result without methods",
     "UnrolledBridge": "tests/bridged, which need TransformerLens 4",
@@ -87,6 +98,9 @@ def public_functions() -> dict[str, Callable]:
     found: dict[str, Callable] = {}
     for name in OF_THE_PACKAGE:
         found |= _functions_of(name, getattr(tl_loops, name))
+    for name, methods in METHODS.items():
+        cls = getattr(tl_loops, name)
+        found |= {f"{name}.{method}": getattr(cls, method) for method in methods}
     for room, module in ROOMS.items():
         own = [
             name

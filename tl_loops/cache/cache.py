@@ -6,13 +6,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from tl_loops.arguments import as_index, is_index
-from tl_loops.cache.cached_run import SliceLike, as_slice
+from tl_loops.arguments import as_index, checked, is_index
 from tl_loops.cache.neurons import NeuronDecomposition
 from tl_loops.errors import LoopedSemanticsError, did_you_mean
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
 from tl_loops.layout.names import iteration_spec, spec_of
+from tl_loops.upstream import SliceLike, as_slice
 
 
 class LoopedActivationCache(NeuronDecomposition):
@@ -100,6 +100,7 @@ class LoopedActivationCache(NeuronDecomposition):
             entries[name] = changed[key]
         return entries
 
+    @checked
     def to(self, device: str | torch.device) -> "LoopedActivationCache":
         """Move the cache; a stream that is one block's output and the next one's input moves once.
 
@@ -114,6 +115,7 @@ class LoopedActivationCache(NeuronDecomposition):
         self.tokens = None if self.tokens is None else self.tokens.to(device)
         return self
 
+    @checked
     def remove_batch_dim(self, batch_size: int | None = None) -> "LoopedActivationCache":
         """Drop the batch axis of a cache of one prompt.
 
@@ -144,6 +146,7 @@ class LoopedActivationCache(NeuronDecomposition):
             self.tokens = None if self.tokens is None else self.tokens[0]
         return self
 
+    @checked
     def apply_slice_to_batch_dim(self, batch_slice: SliceLike) -> "LoopedActivationCache":
         """A cache of some batch rows.
 
@@ -152,8 +155,9 @@ class LoopedActivationCache(NeuronDecomposition):
 
         Raises:
             ValueError: The cache has no batch axis.
+            IndexError: It does not have the rows.
         """
-        rows = as_slice(batch_slice)
+        rows = as_slice("batch_slice", batch_slice)
         if not self.has_batch_dim and rows.mode != "identity":
             raise ValueError("this cache has no batch axis to slice")
         keeps = self.has_batch_dim and rows.mode != "int"
@@ -166,6 +170,7 @@ class LoopedActivationCache(NeuronDecomposition):
         sliced.layout = self.layout
         return sliced
 
+    @checked
     def stack_activation(
         self,
         activation_name: str,

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,21 +16,12 @@ from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
 from tl_loops.upstream import Slice
 
-SliceLike = Slice | int | slice | tuple[int | None, ...] | list[int] | Tensor | np.ndarray | None
-"""What TransformerLens's ``Slice`` takes: an index drops its axis, a tuple is ``slice(*tuple)``."""
-
 _NAMES = {
     "embed": "hook_embed",
     "pos_embed": "hook_pos_embed",
     "initial_state": "hook_initial_state",
     "injection": "hook_injection",
 }
-
-
-def as_slice(selection: SliceLike) -> Slice:
-    """A ``Slice`` of what stands for one."""
-    given: Any = selection
-    return given if isinstance(given, Slice) else Slice(given)
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ import math
 import torch
 from torch import Tensor
 
-from tl_loops.cache.cached_run import CachedRun, SliceLike
+from tl_loops.cache.cached_run import CachedRun
 from tl_loops.cache.carry import INJECTION_ROWS, Rows
 from tl_loops.cache.path import FrozenNorm, Site, Target
 from tl_loops.cache.places import Labelled, ResidualReadout, Stack
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.selection import Selection, chosen_indices
 from tl_loops.metrics.precision import full_precision
+from tl_loops.upstream import SliceLike
 
 MAX_ELEMENTS = 2**29
 """Largest stack that is made without being asked for by blocks: 2 GiB in float32."""

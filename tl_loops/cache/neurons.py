@@ -7,14 +7,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_loops.cache.cached_run import CachedRun, SliceLike, as_slice
+from tl_loops.cache.cached_run import CachedRun
 from tl_loops.cache.carry import Rows
 from tl_loops.cache.layers import LayerDecomposition, in_selection
 from tl_loops.cache.path import Site, Target, working
 from tl_loops.cache.places import Labelled, affine
 from tl_loops.layout.selection import Selection, one_index
 from tl_loops.metrics.precision import full_precision
-from tl_loops.upstream import Slice
+from tl_loops.upstream import Slice, SliceLike, as_slice
 
 
 class NeuronDecomposition(LayerDecomposition):
@@ -65,7 +65,7 @@ class NeuronDecomposition(LayerDecomposition):
         """
         run, target = self._run(pos_slice), self._target(layer, mlp_input, state_out)
         selected = self._selected(layers, iterations)
-        neurons = as_slice(neuron_slice)
+        neurons = as_slice("neuron_slice", neuron_slice)
         if project_output_onto is None:
             if selected is None:
                 n_neurons = np.size(neurons.indices(self.model.cfg.d_mlp))
@@ -232,7 +232,7 @@ class NeuronDecomposition(LayerDecomposition):
         run = self._run(pos_slice)
         index = one_index("block", layer, self.layout.n_layers)
         site = Site("mlp", "", index)
-        neurons = as_slice(neuron_slice)
+        neurons = as_slice("neuron_slice", neuron_slice)
         if project_output_onto is None:
             rows = run.neurons(site, neurons)
             assert rows is not None

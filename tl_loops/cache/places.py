@@ -6,13 +6,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_loops.cache.cached_run import CachedRun, SliceLike, as_slice
+from tl_loops.cache.cached_run import CachedRun
 from tl_loops.cache.path import FrozenNorm, Target, working
-from tl_loops.errors import LoopedSemanticsError
+from tl_loops.errors import LoopedSemanticsError, shortened
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
 from tl_loops.metrics.precision import full_precision
-from tl_loops.upstream import ActivationCache
+from tl_loops.upstream import ActivationCache, SliceLike, as_slice, check_ids
 
 Stack = Float[Tensor, "component ... d_model"]
 Labelled = tuple[Tensor, list[str]]
@@ -31,7 +31,7 @@ class ResidualReadout(ActivationCache):
     def _run(self, pos_slice: SliceLike, decomposes: bool = True) -> CachedRun:
         if decomposes:
             self._check_activations()
-        return CachedRun(self.cache_dict, self.model, self.layout, as_slice(pos_slice))
+        return CachedRun(self.cache_dict, self.model, self.layout, as_slice("pos_slice", pos_slice))
 
     def _check_activations(self) -> None:
         """Raise for a cache of gradients: parts of a stream are carried on by maps of activations.
@@ -191,10 +191,11 @@ class ResidualReadout(ActivationCache):
             LoopedSemanticsError: No norm reads the place.
         """
         run, target = self._run(pos_slice), self._target(layer, mlp_input, state_out)
-        rows = as_slice(batch_slice)
+        rows = as_slice("batch_slice", batch_slice)
         if has_batch_dim:
             residual_stack = rows.apply(residual_stack, dim=1)
         norm = run.reader(target)
+        check_width("residual_stack", residual_stack, self.model.cfg.d_model)
         if norm is None:
             return residual_stack
         if recompute_ln:
@@ -206,6 +207,7 @@ class ResidualReadout(ActivationCache):
         if self.has_batch_dim:
             assert norm.scale is not None
             norm = type(norm)(rows.apply(norm.scale), norm.gain, norm.bias, norm.centred)
+        _check_axes(norm, residual_stack)
         return norm(working(residual_stack)).to(residual_stack.dtype)
 
     @full_precision
@@ -242,14 +244,14 @@ class ResidualReadout(ActivationCache):
             ValueError: Tokens that do not fit the stack, or of two different shapes.
             LoopedSemanticsError: ``state_out`` on a model with a coda.
         """
-        directions = self.model.tokens_to_residual_directions(tokens)
+        directions = self._directions("tokens", tokens)
         if incorrect_tokens is not None:
             right, wrong = _shape(tokens), _shape(incorrect_tokens)
             if right != wrong:
                 raise ValueError(
                     f"tokens and incorrect_tokens must have the same shape, got {right} and {wrong}"
                 )
-            directions = directions - self.model.tokens_to_residual_directions(incorrect_tokens)
+            directions = directions - self._directions("incorrect_tokens", incorrect_tokens)
         stack = self.apply_ln_to_stack(
             working(residual_stack),
             pos_slice=pos_slice,
@@ -259,6 +261,49 @@ class ResidualReadout(ActivationCache):
         )
         directions = _aligned(working(directions).to(stack), stack)
         return (stack * directions).sum(-1)
+
+    def _directions(self, name: str, tokens: str | int | Tensor) -> Tensor:
+        """Columns of the unembedding."""
+        if isinstance(tokens, str):
+            try:
+                return self.model.tokens_to_residual_directions(tokens)
+            except AssertionError as error:  # of TransformerLens, for a text of several tokens
+                raise ValueError(f"{name} must be one token or ids: {error}") from None
+        if _shape(tokens) != (0,):
+            check_ids(name, tokens, self.model.cfg.d_vocab_out, "there are logits of")
+        return self.model.tokens_to_residual_directions(tokens)
+
+
+def check_width(name: str, value: Any, d_model: int) -> None:
+    """Raise for what is no residual stream of a model.
+
+    Raises:
+        ValueError: It is no tensor of floating point numbers, or of another width.
+    """
+    if not isinstance(value, Tensor):
+        found = shortened(value)
+    elif not value.is_floating_point() or value.shape[-1:] != (d_model,):
+        found = f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    else:
+        return
+    raise ValueError(
+        f"{name} must be a tensor [..., d_model={d_model}] of floating point numbers, got {found}"
+    )
+
+
+def _check_axes(norm: FrozenNorm, stack: Tensor) -> None:
+    """Raise where a stack holds other rows or positions than a norm's scale."""
+    if norm.scale is None:
+        return
+    scale, axes = tuple(norm.scale.shape[:-1]), tuple(stack.shape[1:-1])
+    try:
+        torch.broadcast_shapes(scale, axes)
+    except RuntimeError:
+        raise ValueError(
+            f"residual_stack has the axes {list(axes)} between component and d_model, but the norm "
+            f"that reads it has a scale for {list(scale)}: give the pos_slice and the batch_slice "
+            "that the stack was made with"
+        ) from None
 
 
 def _shape(tokens: str | int | Tensor) -> tuple[int, ...]:

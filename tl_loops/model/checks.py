@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tl_loops.arguments import argument, as_index
 from tl_loops.errors import shortened
 from tl_loops.mechanisms.exclusions import check_shared_keys
 from tl_loops.mechanisms.kv_sharing import KVSharing
@@ -56,6 +57,16 @@ def check_residual(cfg: Any, input: Any) -> None:
         )
 
 
+def given(name: str, value: Any, annotation: Any) -> Any:
+    """An argument of a forward pass that most calls leave out, read by its annotation.
+
+    Raises:
+        ArgumentError: It is of another kind.
+    """
+    # At once for what needs no reading, since a forward pass may be compiled.
+    return value if value is None or isinstance(value, bool) else argument(name, value, annotation)
+
+
 def check_state(name: str, state: Tensor | None, x: Tensor) -> None:
     """Raise for a state whose shape is not the residual stream's.
 
@@ -79,6 +90,7 @@ def block_index(depth: int, index: int, name: str) -> int:
     Raises:
         ValueError: It is out of range.
     """
+    index = as_index(name, index)
     if not -depth <= index <= depth:
         raise ValueError(f"{name}={index} is out of range: there are {depth} unrolled blocks")
     return index + depth if index < 0 else index
@@ -91,8 +103,9 @@ def key_value_sharing(
 
     Raises:
         ConfigError: The name is not known, or the model cannot share.
-        ValueError: The cache was made for another sharing.
+        ValueError: The cache was made for another sharing, or is none.
     """
+    given("past_kv_cache", past, KeyValueCache)
     held = past.sharing if isinstance(past, SharedKeyValueCache) else None
     if kv_sharing is None:
         sharing = held or KVSharing.parse(model.cfg.kv_sharing)

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.arguments import checked
 from tl_loops.cache.carry import Carrier, Rows
 from tl_loops.cache.path import FrozenNorm, Inject, Read, Site, Target, path_steps, working
 from tl_loops.cache.places import freshly_normed
@@ -93,6 +94,7 @@ def tl_parameters(self: Any) -> EffectiveWeights:
     return EffectiveWeights(self)
 
 
+@checked
 def accumulated_bias(
     self: Any, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
 ) -> Float[Tensor, "d_model"]:
@@ -150,6 +152,7 @@ def accumulated_bias(
     return total if stack is None else stack.sum(0).to(cfg.dtype)
 
 
+@checked
 def all_composition_scores(
     self: Any, mode: str, iterations_apart: int = 1
 ) -> Float[Tensor, "apart n_physical n_heads n_physical n_heads"]:

@@ -7,24 +7,26 @@ embedding; so tokens go through ``forward`` here.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, SupportsIndex
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_loops.arguments import checked
+from tl_loops.arguments import check_at_least, checked
 from tl_loops.model.checks import key_value_sharing
 from tl_loops.model.exits import SampledExits
 from tl_loops.model.iterations import at_iterations
-from tl_loops.model.start import read_text_or_tokens
+from tl_loops.model.start import checked_mask, read_text_or_tokens
 from tl_loops.nn.kv_cache import SharedKeyValueCache
 from tl_loops.upstream import (
     USE_DEFAULT_VALUE,
     KeyValueCache,
     LocallyOverridenDefaults,
+    check_ids,
     check_length,
     left_as_it_was,
     sample_logits,
@@ -34,7 +36,7 @@ _EVERY_STEP = ("exit_at", "exit_threshold", "weighted_exit", "kv_sharing", "pref
 """Arguments of the forward pass that generation passes on."""
 
 
-@checked
+@partial(checked, integers_as_floats=False)
 @left_as_it_was
 @torch.no_grad()
 def generate(
@@ -55,7 +57,7 @@ def generate(
     verbose: bool = True,
     *,
     n_iterations: SupportsIndex | None = None,
-    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None,
     return_exits: bool = False,
     **forward_kwargs: Any,
 ) -> str | list[str] | Tensor | tuple[Any, Tensor]:
@@ -96,8 +98,6 @@ def generate(
         raise ValueError(
             f"return_type must be 'input', 'str', 'tokens' or 'embeds', got {return_type!r}"
         )
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     _check_forward_arguments(forward_kwargs)
     self = at_iterations(self, n_iterations)
     stops = _stop_tokens(self, eos_token_id) if stop_at_eos else []
@@ -199,6 +199,7 @@ def generate_stream(
     """
     if isinstance(input, Tensor) and input.is_floating_point():
         raise ValueError("generate_stream gives tokens: give text or tokens, or call generate")
+    check_at_least(1, max_tokens_per_yield=max_tokens_per_yield)
     _check_forward_arguments(forward_kwargs)
     self = at_iterations(self, n_iterations)
     stops = _stop_tokens(self, eos_token_id) if stop_at_eos else []
@@ -237,14 +238,18 @@ def generate_stream(
 
 
 def _stop_tokens(model: Any, eos_token_id: int | Sequence[int] | None) -> list[int]:
-    if eos_token_id is None and model.tokenizer is not None:
+    given = eos_token_id is not None
+    if not given and model.tokenizer is not None:
         eos_token_id = model.tokenizer.eos_token_id
     if eos_token_id is None:
         raise ValueError(
             "stop_at_eos=True needs eos_token_id, or a tokenizer that has one; "
             "or pass stop_at_eos=False"
         )
-    return [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    if given:
+        check_ids("eos_token_id", stops, model.cfg.d_vocab_out, "the model can give")
+    return stops
 
 
 def _prompt(model: Any, input: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor, str]:
@@ -262,11 +267,17 @@ def _prompt(model: Any, input: Any, attention_mask: Tensor | None) -> tuple[Tens
             "input must be text, tokens [batch, pos] or embeddings [batch, pos, d_model], "
             f"got a tensor of shape {tuple(prompt.shape)}"
         )
+    attention_mask = checked_mask(attention_mask, each_row=True)
     if attention_mask is None and kind == "tokens":
         attention_mask = read_text_or_tokens(model, prompt).mask
     if attention_mask is None:
         attention_mask = torch.ones(prompt.shape[:2], dtype=torch.int, device=device)
-    return prompt, attention_mask.to(device), kind
+    if attention_mask.shape != prompt.shape[:2]:
+        raise ValueError(
+            f"attention_mask must be [batch, pos] = {list(prompt.shape[:2])}, got "
+            f"{list(attention_mask.shape)}"
+        )
+    return prompt, attention_mask.to(device).int(), kind
 
 
 def _decode(
@@ -283,6 +294,7 @@ def _decode(
 ) -> Iterator[Int[Tensor, "batch"]]:
     """Sample step by step; gives the new tokens of every step."""
     batch, device = prompt.shape[0], prompt.device
+    check_at_least(1, max_new_tokens=max_new_tokens, top_k=sampling["top_k"])
     # The last token is only given, not run.
     check_length(model.cfg, max_new_tokens - 1, prompt.shape[1])
     sharing = forward_kwargs.get("kv_sharing")
@@ -365,6 +377,7 @@ def _check_forward_arguments(given: Mapping[str, Any]) -> None:
             )
 
 
+@checked
 def make_kv_cache(self: Any, batch: int = 1, kv_sharing: str | None = None) -> KeyValueCache:
     """An empty key-value cache for ``past_kv_cache``.
 

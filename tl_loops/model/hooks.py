@@ -17,7 +17,14 @@ from tl_loops.layout.names import spec_of
 from tl_loops.model.checks import block_index
 from tl_loops.model.iterations import IterationsContext, at_iterations, set_iterations
 from tl_loops.model.start import real_tokens
-from tl_loops.upstream import HookPoint, Slice, TemporaryHooks, TransformerBase, left_as_it_was
+from tl_loops.upstream import (
+    HookPoint,
+    Slice,
+    TemporaryHooks,
+    TransformerBase,
+    as_slice,
+    left_as_it_was,
+)
 
 HookName = str | Callable[[str], bool]
 Hooks = list[tuple[HookName, Callable]]
@@ -193,7 +200,7 @@ class CoordinateHooks(TransformerBase):
         position axis of each, whatever its other axes are. With ``remove_batch_dim`` the hooks
         raise a ValueError in a run of several prompts.
         """
-        positions, dtype = Slice.unwrap(pos_slice), _KEPT_IN.get()
+        positions, dtype = as_slice("pos_slice", pos_slice, keep_axis=True), _KEPT_IN.get()
         cache, forward, backward = super().get_caching_hooks(
             self._canonical_filter(names_filter), incl_bwd, device, remove_batch_dim, cache
         )
@@ -256,12 +263,15 @@ class CoordinateHooks(TransformerBase):
 
         Raises:
             HookNameError: ``names_filter`` names no hook point.
+            IndexError: ``pos_slice`` asks for a position that there is not.
             ValueError: ``remove_batch_dim`` with several prompts, a ``dtype`` that is not of
                 floating point numbers, or a ``stop_at_layer`` that ends the run before a hook point
                 that ``names_filter`` names.
         """
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be of floating point numbers, got {dtype}")
+        if "pos_slice" in kwargs:
+            kwargs["pos_slice"] = as_slice("pos_slice", kwargs["pos_slice"], keep_axis=True)
         model = at_iterations(self, n_iterations)
         if remove_batch_dim:
             _check_one_prompt("the input", _n_prompts(args[0] if args else kwargs.get("input")))
@@ -325,7 +335,7 @@ class CoordinateHooks(TransformerBase):
             given.get("padding_side"),
             from_tokens=starts == (None, None),
         )
-        positions = Slice.unwrap(kwargs.get("pos_slice"))
+        positions = as_slice("pos_slice", kwargs.get("pos_slice"))
         kept = (v if v is None else positions.apply(v, dim=1) for v in (tokens, mask))
         return next(kept), next(kept)
 

@@ -18,7 +18,7 @@ from tl_loops.loading.hub import push_to_hub
 from tl_loops.loading.stated_loop import StatedLoop
 from tl_loops.loading.tokenizer import load_tokenizer
 from tl_loops.model import generation, readout, state_dicts
-from tl_loops.model.checks import block_index, check_return_type, key_value_sharing
+from tl_loops.model.checks import block_index, check_return_type, given, key_value_sharing
 from tl_loops.model.exits import ExitMode
 from tl_loops.model.hooks import CoordinateHooks
 from tl_loops.model.iterations import at_iterations
@@ -229,6 +229,9 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
         """
         model = at_iterations(self, n_iterations)
         check_return_type(return_type)
+        loss_per_token = given("loss_per_token", loss_per_token, bool)
+        weighted_exit = given("weighted_exit", weighted_exit, bool)
+        given("shortformer_pos_embed", shortformer_pos_embed, None)
         mode = ExitMode(exit_at, exit_threshold, weighted_exit).or_of(model.cfg)
         sharing = key_value_sharing(model, kv_sharing, past_kv_cache)
         with LocallyOverridenDefaults(model, prepend_bos=prepend_bos, padding_side=padding_side):

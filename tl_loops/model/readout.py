@@ -6,16 +6,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_loops.cache.places import check_width
 from tl_loops.model.exits import ExitMode, exit_probabilities, select_state, threshold_iteration
 from tl_loops.upstream import Output, apply_softcap
 
 
 def enter_coda(
-    model: Any, state: Float[Tensor, "batch pos d_model"]
+    self: Any, state: Float[Tensor, "batch pos d_model"]
 ) -> Float[Tensor, "batch pos d_model"]:
-    """What happens to the last state between core and coda: a norm, a linear map, or nothing."""
-    for step in model.cfg.readout.before_coda:
-        state = getattr(model, step.prefix)(state)
+    """What happens to the last state between core and coda: a norm, a linear map, or nothing.
+
+    Raises:
+        ValueError: The state is none of this model.
+    """
+    check_width("state", state, self.cfg.d_model)
+    for step in self.cfg.readout.before_coda:
+        state = getattr(self, step.prefix)(state)
     return state
 
 
@@ -27,17 +33,19 @@ def unembed(
 
 
 def state_logits(
-    model: Any, state: Float[Tensor, "batch pos d_model"]
+    self: Any, state: Float[Tensor, "batch pos d_model"]
 ) -> Float[Tensor, "batch read d_vocab"]:
     """Logits of a state that leaves an iteration, of a model without a coda.
 
     Raises:
         LoopedSemanticsError: A coda stands between the states and the logits.
+        ValueError: The state is none of this model.
     """
-    after = model.cfg.readout
+    after = self.cfg.readout
     after.refuse_coda()
-    state = enter_coda(model, state)
-    return unembed(model, model.ln_final(state) if after.final_steps(normed=True) else state)
+    state = enter_coda(self, state)
+    state = state.to(self.unembed.W_U.dtype)  # a cache may have been made in another
+    return unembed(self, self.ln_final(state) if after.final_steps(normed=True) else state)
 
 
 def logits_of(model: Any, mode: ExitMode, trajectory: Any, needed: bool) -> Tensor | None:

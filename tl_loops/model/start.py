@@ -14,7 +14,7 @@ from torch import Tensor
 from tl_loops.arguments import argument
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.mechanisms.kv_sharing import KVSharing
-from tl_loops.model.checks import block_index, check_residual, check_starts, check_state
+from tl_loops.model.checks import block_index, check_residual, check_starts, check_state, given
 from tl_loops.nn.context import make_context
 from tl_loops.nn.kv_cache import SharedKeyValueCache
 from tl_loops.nn.loop.run import StackRun
@@ -161,7 +161,8 @@ def start_run(
         LoopedSemanticsError: A key-value cache of a model whose tokens all see each other.
     """
     cfg, block = model.cfg, 0
-    attention_mask = _checked_mask(attention_mask, each_row=past is None)
+    tokens = given("tokens", tokens, Int[Tensor, "batch pos"])
+    attention_mask = checked_mask(attention_mask, each_row=past is None)
     check_starts(cfg, start_at_layer, start_at_iteration, past)
     if past is not None and cfg.attention_dir != "causal":
         raise LoopedSemanticsError(
@@ -269,7 +270,7 @@ def real_tokens(
         found, tokens = read.mask, read.tokens
     elif from_tokens:
         tokens = input.reshape(-1, input.shape[-1])
-    attention_mask = _checked_mask(attention_mask, each_row=False)
+    attention_mask = checked_mask(attention_mask, each_row=False)
     if attention_mask is None:
         return tokens, found
     n_new = n_given if tokens is None else tokens.shape[1]
@@ -290,8 +291,12 @@ def read_text_or_tokens(
     return model_input(model, input, padding_side=padding_side)
 
 
-def _checked_mask(mask: Any, each_row: bool) -> Tensor | None:
+def checked_mask(mask: Any, each_row: bool) -> Tensor | None:
     """A mask of ones and zeros; of a run without cached tokens each row has a real one.
+
+    Args:
+        mask: What was given as ``attention_mask``; ``None``: no padding.
+        each_row: Whether each row must have a real token.
 
     Raises:
         ValueError: It is something else.

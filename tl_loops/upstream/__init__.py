@@ -17,7 +17,6 @@ from transformer_lens.utilities import (
     SOFTCAP_DISABLED,
     SUPPORTED_ACTIVATIONS,
     USE_DEFAULT_VALUE,
-    LocallyOverridenDefaults,
     Slice,
     apply_softcap,
     composition_scores,
@@ -31,6 +30,7 @@ from tl_loops.later import at_end
 from tl_loops.upstream.annotations import Cache, Prompts, PromptsShown, TextOrTokens
 from tl_loops.upstream.bridges import is_bridge, shown_too_late
 from tl_loops.upstream.classes import BaseConfig, HookedTransformer, Output, TransformerBase
+from tl_loops.upstream.defaults import LocallyOverridenDefaults
 from tl_loops.upstream.from_pretrained import install_from_pretrained, uninstall_from_pretrained
 from tl_loops.upstream.guards import install_guards, uninstall_guards
 from tl_loops.upstream.hook_points import copy_hooks, has_editing_hooks, has_hooks, unshared
@@ -38,6 +38,7 @@ from tl_loops.upstream.inputs import (
     TRUNCATE_TEXT,
     ModelInput,
     attention_needs,
+    check_ids,
     check_length,
     model_input,
     number_of_ids,
@@ -46,6 +47,7 @@ from tl_loops.upstream.interrupts import CONTEXTS, left_as_it_was
 from tl_loops.upstream.made_caches import install_made_caches, uninstall_made_caches
 from tl_loops.upstream.refusal import refuse_where_wrong
 from tl_loops.upstream.root import can_restart, complete_norm, init_root
+from tl_loops.upstream.slices import SliceLike, as_slice
 from tl_loops.upstream.temporary_hooks import TemporaryHooks
 from tl_loops.upstream.text import TextMethods
 from tl_loops.upstream.tokenizers import as_given, remember, set_tokenizer
@@ -74,10 +76,13 @@ __all__ = [
     "Prompts",
     "PromptsShown",
     "Slice",
+    "SliceLike",
     "TransformerBase",
     "apply_softcap",
+    "as_slice",
     "can_restart",
     "copy_hooks",
+    "check_ids",
     "check_length",
     "complete_norm",
     "composition_scores",

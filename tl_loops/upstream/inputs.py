@@ -81,7 +81,7 @@ def model_input(
     else:
         tokens, found = _tokenised(model, input, prepend_bos, padding_side, truncate)
     check_length(model.cfg, tokens.shape[1])
-    _check_ids(model, tokens)
+    check_ids("the prompts", tokens, number_of_ids(model.cfg))
     mask = found if mask is None else _checked_mask(mask, tokens)
     if mask is not None:
         mask = None if bool(mask.all()) else mask.to(device)
@@ -95,7 +95,7 @@ def token_ids(model: Any, input: Tensor) -> Int[Tensor, "batch pos"]:
         ValueError: They are empty, have other axes, or ids that the model does not have.
     """
     tokens = _checked_tokens(input)
-    _check_ids(model, tokens)
+    check_ids("the prompts", tokens, number_of_ids(model.cfg))
     return tokens.to(next(model.parameters()).device)
 
 
@@ -220,13 +220,28 @@ def _leading_padding(model: Any, tokens: Tensor) -> Tensor | None:
     return get_attention_mask(tokenizer, tokens, bool(model.cfg.default_prepend_bos)).bool()
 
 
-def _check_ids(model: Any, tokens: Tensor) -> None:
-    low, high = (int(end) for end in tokens.aminmax())
-    n_ids = number_of_ids(model.cfg)
+def check_ids(
+    what: str, ids: int | Sequence[int] | Tensor, n_ids: int, where: str = "the model embeds"
+) -> None:
+    """Raise for ids of tokens that a model does not have.
+
+    Args:
+        what: What holds them, for the message.
+        ids: One or several.
+        n_ids: Number of ids that it has.
+        where: What it has them for, for the message.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if isinstance(ids, Tensor):
+        low, high = (int(end) for end in ids.aminmax())
+    else:
+        listed = [ids] if isinstance(ids, int) else [*ids]
+        low, high = min(listed, default=0), max(listed, default=0)
     if low < 0 or high >= n_ids:
-        raise ValueError(
-            f"the prompts hold ids from {low} to {high}, but the model embeds 0 to {n_ids - 1}"
-        )
+        ends = f"from {low} to {high}" if low < high else f"{low}"
+        raise ValueError(f"{what} hold ids {ends}, but {where} 0 to {n_ids - 1}")
 
 
 def _checked_mask(mask: Tensor, tokens: Tensor) -> Tensor:

@@ -13,11 +13,11 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.utilities import (
     USE_DEFAULT_VALUE,
-    LocallyOverridenDefaults,
     get_input_with_manually_prepended_bos,
     get_tokens_with_bos_removed,
 )
 
+from tl_loops.upstream.defaults import LocallyOverridenDefaults
 from tl_loops.upstream.tokenizers import encode, set_tokenizer
 
 
