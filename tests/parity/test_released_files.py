@@ -89,6 +89,32 @@ def test_halting_logits_are_those_of_the_originals_generation(model, calls):
             assert_near(cache[f"iter.{t}.hook_halt_logit"], expected, None, f"iteration {t}")
 
 
+def iterations_until(halt_logits, threshold):
+    """How many iterations run until the last token's confidence is above a threshold, per row."""
+    above = torch.stack([logit[:, -1, 0] for logit in halt_logits]).sigmoid() > threshold
+    return torch.where(above.any(0), above.int().argmax(0) + 1, len(above))
+
+
+def test_iterations_until_the_original_stops_are_those_of_the_hook_point(model, calls):
+    for call in of_kind(calls, "infer_halt"):
+        _, cache = model.run_with_cache(call["tokens"])
+        ours = [cache[f"iter.{t}.hook_halt_logit"] for t in range(model.cfg.n_iterations)]
+        in_training = []
+        for t in range(model.cfg.n_iterations):
+            new = cache["resid_post", model.layout.index(iteration=t, layer=-1)]
+            in_training.append(model.halt_head(new - cache["state_in", t]))
+        confidences = torch.stack(call["states"])[..., -1, 0].sigmoid().flatten().sort().values
+        counts = set()
+        # Between two confidences of the original, where rounding decides nothing.
+        for threshold in (confidences[1:] + confidences[:-1]) / 2:
+            n = iterations_until(call["states"], threshold)
+            assert torch.equal(iterations_until(ours, threshold), n)
+            counts.add((*n.tolist(), *iterations_until(in_training, threshold).tolist()))
+        n_rows = len(call["tokens"])
+        assert any(count[:n_rows] != count[n_rows:] for count in counts)  # training reads otherwise
+        assert len({count[:n_rows] for count in counts}) > 1
+
+
 def test_exit_gates_are_those_of_the_original(model, calls):
     for call in of_kind(calls, "gates"):
         _, cache = model.run_with_cache(call["tokens"])
