@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "tl_loops"
@@ -49,8 +50,10 @@ def imports(name, tree):
                 yield module
 
 
+@cache
 def arrows():
     """Every import of one room by another: the file, its room, the room that it imports."""
+    found = []
     for name, tree in TREES.items():
         here = room_of(name.parts)
         for module in imports(name, tree):
@@ -59,7 +62,8 @@ def arrows():
                 # `from tl_loops import LoopedTransformer` is the package itself.
                 there = parts[1] if len(parts) > 1 and parts[1] in FLOOR else "__init__"
                 if there != here:
-                    yield name.as_posix(), here, there
+                    found.append((name.as_posix(), here, there))
+    return found
 
 
 def test_every_room_has_a_floor():
