@@ -1,6 +1,7 @@
 """Names for what public functions take where each checks it itself, with messages of its own.
 
-Readers and type checkers see what is taken; at run time the names say nothing.
+Readers and type checkers see what is taken; at run time the names say nothing, but for prompts,
+which are several.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,4 +16,5 @@ if TYPE_CHECKING:
     Cache: TypeAlias = ActivationCache | Mapping[str, Tensor]
     PromptsShown: TypeAlias = int | str | Sequence[Any] | Tensor
 else:
-    TextOrTokens = Prompts = Cache = PromptsShown = Any
+    TextOrTokens = Cache = PromptsShown = Any
+    Prompts = Iterable[Any]

@@ -240,8 +240,8 @@ def check_ids(
         listed = [ids] if isinstance(ids, int) else [*ids]
         low, high = min(listed, default=0), max(listed, default=0)
     if low < 0 or high >= n_ids:
-        ends = f"from {low} to {high}" if low < high else f"{low}"
-        raise ValueError(f"{what} hold ids {ends}, but {where} 0 to {n_ids - 1}")
+        held = f"={low}" if isinstance(ids, int) else f" hold ids from {low} to {high}"
+        raise ValueError(f"{what}{held}, but {where} 0 to {n_ids - 1}")
 
 
 def _checked_mask(mask: Tensor, tokens: Tensor) -> Tensor:
