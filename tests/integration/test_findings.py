@@ -145,6 +145,87 @@ def test_massive_activations(quick):
                     assert row["low"] - 1e-6 <= row["mean"] <= row["high"] + 1e-6
 
 
+def test_controls(quick):
+    """The best number of iterations is best, and correlations are correlations."""
+    for results in (quick("controls"), committed("controls")):
+        for name, of in results["models"].items():
+            assert len(of["loss"]) == len(of["numbers"])
+            above = of["above_the_best"]
+            assert min(row["low"] for row in above) == 0
+            assert all(0 <= row["low"] <= row["mean"] <= row["high"] for row in above)
+            assert ("compared" in of) == ("relative_step" in of) == (len(of["numbers"]) > 1), name
+            for row in of.get("compared", {}).values():
+                for kind in ("mirroring", "random_mirroring", "repetition"):
+                    assert row[kind]["mean"] is None or -1 <= row[kind]["mean"] <= 1
+
+
+def test_controls_without_injection_do_not_settle():
+    models = committed("controls")["models"]
+    settled, not_settled = models["injection"], models["no injection"]
+    assert settled["relative_step"]["high"] < 1e-5 < not_settled["relative_step"]["low"]
+    assert settled["above_the_best"][-1]["high"] < not_settled["above_the_best"][-1]["low"]
+
+
+def test_multi_hop(quick):
+    """Chance is the share of one entity; no chain of a test was trained on."""
+    for results in (quick("multi_hop"), committed("multi_hop")):
+        for runs in results["models"].values():
+            for run in runs:
+                assert all(n > 0 for n in run["n_chains"].values())
+                steps = [row["step"] for row in run["training"]]
+                assert steps == sorted(set(steps)) and steps[-1] == results["n_steps"]
+                for row in run["final"].values():
+                    assert 0 <= row["low"] <= row["mean"] <= row["high"] <= 1
+
+
+def test_chains_of_the_phases_are_apart(monkeypatch):
+    monkeypatch.syspath_prepend(str(FINDINGS))
+    multi_hop = importlib.import_module("multi_hop")
+    world = multi_hop.make_world(12, 0)
+    found = multi_hop.phases(world, 0)
+    seen = {}
+    for phase in multi_hop.PHASES[1:]:
+        chains = found[phase]
+        for start, (first, second), path in zip(
+            chains.start.tolist(), chains.relations.tolist(), chains.path.tolist(), strict=True
+        ):
+            b = int(world.leads[start, first])
+            assert path == [start, b, int(world.leads[b, second])]
+            alone = bool(world.alone[start, first]), bool(world.alone[b, second])
+            assert alone == (phase == "out_of_distribution",) * 2
+            assert seen.setdefault((start, first, second), phase) == phase
+    drawn = multi_hop.draw_long(world, 500, 3, torch.Generator().manual_seed(0))
+    for start, relations, path in zip(drawn.start, drawn.relations, drawn.path, strict=True):
+        for hop, at in enumerate((start, path[1])):
+            chain = int(at), int(relations[hop]), int(relations[hop + 1])
+            assert seen[chain] == "training"
+
+
+def test_settling(quick):
+    for results in (quick("settling"), committed("settling")):
+        for name, of in results["models"].items():
+            assert len(of["growth"]["mean"]) == results["n_iterations"] - 1
+            if name.endswith("at most 0.9"):
+                assert of["radius_of_the_injection"] <= 0.9 + 1e-4
+    embedded = committed("settling")["models"]
+    tiny, text = embedded["tl-loops-tiny"], embedded["tl-loops-text"]
+    assert tiny["growth"]["mean"][-1] == pytest.approx(tiny["radius_of_the_injection"], rel=0.01)
+    assert text["radius_of_the_injection"] < 1 and text["growth"]["mean"][-1] == pytest.approx(1)
+
+
+def test_tl_loops_text_is_trained_and_saved(monkeypatch, tmp_path):
+    """With a few verses in place of the King James Bible."""
+    monkeypatch.syspath_prepend(str(FINDINGS))
+    train_text, trajectories = map(importlib.import_module, ("train_text", "trajectories"))
+    monkeypatch.setattr(train_text, "chapters", lambda: ["\n".join(trajectories.TEXTS)] * 20)
+    arguments = ["--steps", "2", "--stop-after", "1", "--batch-size", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["train_text.py", *arguments])
+    train_text.main()
+    model = LoopedTransformer.from_pretrained_no_processing(str(tmp_path))
+    assert model.cfg.model_name == "tl-loops-text"
+    assert model.to_string(model.to_tokens("In the beginning")[0, 1:]) == "In the beginning"
+
+
 def small_model():
     return LoopedTransformer(
         LoopedTransformerConfig(
