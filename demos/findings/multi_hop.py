@@ -7,7 +7,7 @@ learnt one by one (``h r``, answer t), and chained (``h r1 r2`` and ``h r1 r2 r3
 never stands in a chain, and one two-hop chain in ten of the others is held out. Three phases are
 looked for, on the last token's answer: training chains (memorisation), held-out chains of facts
 that stand in other chains (in distribution), and chains of facts that were only ever learnt one by
-one (out of distribution).
+one (out of distribution). Chains of one fact of either kind say which hop is in the way.
 
 A looped model of one layer and four iterations is compared with a feedforward one of equal
 parameters (two layers with narrower MLPs) and one of equal depth (four layers). Over training, the
@@ -44,6 +44,8 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "feedforward, 4 layers (equal depth)": dict(n_core=4, d_mlp=256),
 }
 PHASES = ("facts", "training", "in_distribution", "out_of_distribution")
+MIXED = ("first_fact_alone", "second_fact_alone")
+"""Chains of one fact that stands in chains and one that does not."""
 
 
 @dataclass(frozen=True)
@@ -130,14 +132,15 @@ def subset(chains: Chains, which: Tensor, seed: int) -> Chains:
 
 
 def phases(world: World, seed: int) -> dict[str, Chains]:
-    """Facts, and the two-hop chains by phase."""
+    """Facts, the two-hop chains by phase, and the mixed ones."""
     facts, chains = all_chains(world, 1), all_chains(world, 2)
     alone = world.follow(chains.start, chains.relations)[1]
     known, held = ~alone.any(1), world.held_out.flatten()
     everything = torch.ones_like(facts.start, dtype=torch.bool)
-    which = (known & ~held, known & held, alone.all(1))
+    first, second = alone.unbind(1)
+    which = (known & ~held, known & held, first & second, first & ~second, second & ~first)
     found = {"facts": subset(facts, everything, seed)}
-    for name, rows in zip(PHASES[1:], which, strict=True):
+    for name, rows in zip((*PHASES[1:], *MIXED), which, strict=True):
         found[name] = subset(chains, rows, seed)
     return found
 
@@ -318,7 +321,7 @@ def measured(
 def measure(quick: bool, seed: int) -> dict[str, Any]:
     """All models, each seed in a world of its own."""
     n_entities, d_model, n_steps, n_batch, n_seeds = (
-        (8, 16, 3, 32, 1) if quick else (40, 64, 8000, 256, 1)
+        (8, 16, 3, 32, 1) if quick else (40, 64, 4000, 256, 2)
     )
     sizes = (n_entities, d_model, n_steps, n_batch)
     return {
