@@ -116,7 +116,7 @@ def measured(model: LoopedTransformer, prompts: list[Prompt], n: int, seed: int)
 
 def measure(quick: bool, seed: int) -> dict[str, Any]:
     """The embedded models, and tl-loops-tiny trained on with and without the rule."""
-    n_steps, n_prompts, n = (2, 6, 10) if quick else (500, 600, N_ITERATIONS)
+    n_steps, n_prompts, n = (1, 6, 8) if quick else (400, 300, N_ITERATIONS)
     prompts = fact_chain_prompts(n_prompts, seed=seed + 1)
     embedded = LoopedTransformer.from_pretrained_no_processing
     found = {"tl-loops-tiny": measured(embedded("tl-loops-tiny"), prompts, n, seed)}
