@@ -11,8 +11,8 @@ one (out of distribution). Chains of one fact of either kind say which hop is in
 
 A looped model of one layer and four iterations is compared with a feedforward one of equal
 parameters (two layers with narrower MLPs) and one of equal depth (four layers). Over training, the
-state where the intermediate entity should be is compared with its centroid over in-distribution
-queries. At the end, chains of up to six hops are run with up to ten iterations.
+state where the intermediate entity should be is compared with its centroid over the facts that
+stand in chains. At the end, chains of up to six hops are run with up to ten iterations.
 """
 
 import time
@@ -342,12 +342,13 @@ def draw(results: dict[str, Any]) -> Any:
     for name, runs in results["models"].items():
         rows = runs[0]["training"]
         steps = [float(row["step"]) for row in rows]
-        for phase in PHASES[1:] if name.startswith("looped") else PHASES[2:]:
+        looped = name.startswith("looped")
+        for phase in (PHASES[2], MIXED[1], PHASES[3]) if looped else (PHASES[2], MIXED[1]):
             label = f"{name.split(' (')[0]}: {phase.replace('_', ' ')}"
             curves[label] = torch.tensor([row["accuracy"][phase] for row in rows])
     return plot_curves(
         curves,
-        "Two-hop chains over training",
+        "Held-out two-hop chains over training",
         x=steps,
         x_label="step",
         y_label="share answered rightly",
