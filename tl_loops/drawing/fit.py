@@ -17,6 +17,8 @@ _LEGEND_BESIDE = 560
 
 COLOUR_BAR = 44
 """Height of the bar that explains the colours of heatmaps, with its numbers."""
+BAR_LENGTH = 170
+"""Length of that bar."""
 
 
 def text_width(text: str, size: float | int = 12) -> float:
@@ -65,6 +67,8 @@ class Fit:
         below: Below each panel that writes its x axis: labels and title.
         legend: ``"none"``, ``"beside"`` or ``"below"``.
         under: Under all panels: the legend, if it stands there, and the colour scale.
+        unit: Lines that say what the colours are.
+        unit_above: Whether they stand above their bar rather than right of it.
     """
 
     width: int
@@ -79,6 +83,8 @@ class Fit:
     below: int
     legend: str
     under: int
+    unit: tuple[str, ...]
+    unit_above: bool
 
 
 def fit(figure: Figure, width: int) -> Fit:
@@ -99,6 +105,8 @@ def fit(figure: Figure, width: int) -> Fit:
     if legend == "below":
         rows = math.ceil(len(figure.names) / max(1, int((width - 20) // entry)))
         rows += bool(figure.legend)
+    unit, above = _unit(figure, width - left)
+    bar = COLOUR_BAR + (16 * len(unit) if above else 0)
     height = figure.panel_size[1]
     if figure.keeps_shape:
         height = max(60, round(height * min(1.0, panel / figure.panel_size[0])))
@@ -116,8 +124,22 @@ def fit(figure: Figure, width: int) -> Fit:
         labels,
         max((_below(p.x, panel) for p in figure.panels), default=40),
         legend,
-        23 * rows + (20 if rows else 0) + (COLOUR_BAR if figure.colours is not None else 0),
+        23 * rows + (20 if rows else 0) + (bar if figure.colours is not None else 0),
+        unit,
+        above,
     )
+
+
+def _unit(figure: Figure, pixels: int) -> tuple[tuple[str, ...], bool]:
+    """What the colours are, in lines, and whether these stand above the bar for want of room."""
+    if figure.colours is None:
+        return (), False
+    text, room = figure.colours.unit, pixels - BAR_LENGTH - 30
+    beside = wrapped(text, room)
+    words = max((text_width(word) for word in text.split()), default=0)
+    if words <= room and len(beside) <= 2:
+        return tuple(beside), False
+    return tuple(wrapped(text, pixels - 20)), True
 
 
 def heading_lines(title: str, pixels: float | int) -> list[str]:

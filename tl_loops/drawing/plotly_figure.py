@@ -10,7 +10,16 @@ from plotly.subplots import make_subplots
 
 from tl_loops.drawing.colours import MUTED, ON_DARK, SCALES
 from tl_loops.drawing.figure import Axis, ColourScale, Figure, Number, Panel
-from tl_loops.drawing.fit import COLOUR_BAR, Fit, arranged, fit, heading_lines, is_heat, wrapped
+from tl_loops.drawing.fit import (
+    BAR_LENGTH,
+    COLOUR_BAR,
+    Fit,
+    arranged,
+    fit,
+    heading_lines,
+    is_heat,
+    wrapped,
+)
 from tl_loops.drawing.limits import whole_step
 from tl_loops.drawing.plotly_traces import add_shape, traces_of
 
@@ -19,7 +28,6 @@ USUAL_WIDTH = 760
 
 _TOOLBAR = {"width": 150, "height": 30}
 _SLIDER = 84
-_BAR = 170
 _EDGE = 12
 _FEWER_TOOLS = [
     "select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d", "tableRotation",
@@ -95,7 +103,7 @@ def render(
     if moving:
         _animate(drawn, whole, sizes)
     if figure.colours is not None:
-        _write_unit(drawn, figure.colours, sizes, bottom)
+        _write_unit(drawn, sizes, bottom)
     drawn.update_layout(**options)
     return drawn
 
@@ -155,7 +163,7 @@ def _colour_axis(scale: ColourScale, dark: bool, height: float | int) -> dict[st
         "colorbar": {
             "orientation": "h",
             "thickness": 12,
-            "len": _BAR,
+            "len": BAR_LENGTH,
             "lenmode": "pixels",
             "x": 0,
             "xanchor": "left",
@@ -169,19 +177,19 @@ def _colour_axis(scale: ColourScale, dark: bool, height: float | int) -> dict[st
     }
 
 
-def _write_unit(drawn: go.Figure, scale: ColourScale, sizes: Fit, bottom: int) -> None:
-    """What the colours are, right of their bar: plotly's own title would run over it."""
-    unit = wrapped(scale.unit, sizes.width - sizes.left - _BAR - 30)
+def _write_unit(drawn: go.Figure, sizes: Fit, bottom: int) -> None:
+    """What the colours are, beside their bar: plotly's own title would run over it."""
+    up = COLOUR_BAR + 2 if sizes.unit_above else COLOUR_BAR / 2
     drawn.add_annotation(
-        text="<br>".join(map(escape, unit)),
+        text="<br>".join(map(escape, sizes.unit)),
         xref="paper",
         yref="paper",
         x=0,
         y=0,
         xanchor="left",
-        yanchor="middle",
-        xshift=_BAR + 16,
-        yshift=_EDGE + COLOUR_BAR / 2 - bottom,
+        yanchor="bottom" if sizes.unit_above else "middle",
+        xshift=0 if sizes.unit_above else BAR_LENGTH + 16,
+        yshift=_EDGE + up - bottom,
         align="left",
         showarrow=False,
     )

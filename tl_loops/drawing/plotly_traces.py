@@ -103,6 +103,7 @@ def _heatmap(mark: Heat, panel: Panel) -> go.Heatmap:
 
 def add_shape(drawn: go.Figure, mark: Any, panel: Panel, at: dict[str, Any]) -> None:
     """Add what is no trace: ranges, rules and boxes."""
+    everywhere = {"exclude_empty_subplots": False}  # a layout for another width has no traces
     if isinstance(mark, Span):
         drawn.add_vrect(
             x0=mark.start,
@@ -117,6 +118,7 @@ def add_shape(drawn: go.Figure, mark: Any, panel: Panel, at: dict[str, Any]) -> 
                 "yanchor": "bottom",
             },
             annotation_position="top",
+            **everywhere,
             **at,
         )
     elif isinstance(mark, Rule):
@@ -124,7 +126,7 @@ def add_shape(drawn: go.Figure, mark: Any, panel: Panel, at: dict[str, Any]) -> 
         place = {"x": mark.at} if mark.axis == "x" else {"y": mark.at}
         label = {"annotation_text": escape(mark.label)} if mark.label else {}
         (drawn.add_vline if mark.axis == "x" else drawn.add_hline)(
-            **place, line=line, **label, **at
+            **place, line=line, **label, **everywhere, **at
         )
     elif isinstance(mark, Box):
         drawn.add_shape(
@@ -134,6 +136,7 @@ def add_shape(drawn: go.Figure, mark: Any, panel: Panel, at: dict[str, Any]) -> 
             y0=mark.y[0],
             y1=mark.y[1],
             line={"color": mark.colour, "width": 2},
+            **everywhere,
             **at,
         )
         if mark.label:

@@ -107,6 +107,8 @@ def plot_matrix(
     unit: str = "",
     scale: Literal["sequential", "diverging"] = "sequential",
     limits: tuple[float | int, float | int] | None = None,
+    model: Model | str | None = None,
+    prompts: PromptsShown | None = None,
     backend: str | None = None,
     **options: Any,
 ) -> Any:
@@ -116,12 +118,14 @@ def plot_matrix(
         values: [row, column]; NaN is left grey.
         rows: One name per row.
         columns: One name a column.
-        title: What it shows, of which model and on which prompts.
+        title: What it shows, and of which model and on which prompts where these are not given.
         row_label: What the rows are.
         column_label: What the columns are.
         unit: What the numbers are.
         scale: ``"sequential"``, or ``"diverging"`` (white at 0).
         limits: Numbers at the ends of the scale; ``None``: from the data.
+        model: Model or its name.
+        prompts: Their number or text.
         backend: See :func:`tl_loops.plots.draw`.
         **options: ``width``, ``height``, and what the library takes.
 
@@ -144,7 +148,10 @@ def plot_matrix(
     )
     size = (max(220, min(760, 26 * len(columns))), max(160, min(600, 22 * len(rows))))
     colours = ColourScale.of(matrix, unit, scale, limits)
-    return draw(Figure(title, "", (panel,), panel_size=size, colours=colours), backend, **options)
+    known = model is not None or prompts is not None
+    line = subject_of(model=model, prompts=prompts).line(complete=False) if known else ""
+    figure = Figure(title, line, (panel,), panel_size=size, colours=colours)
+    return draw(figure, backend, **options)
 
 
 def named_axis(label: str, names: Sequence[str]) -> Axis:

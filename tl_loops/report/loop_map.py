@@ -1,5 +1,6 @@
 """The loop as a map, its gradients and its geometry: what one prompt, or all, say of iterations."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -118,11 +119,13 @@ def gradients_section(model: Model, prompt: PromptText) -> Section | None:
             unit="cosine",
             scale="diverging",
             limits=(-1, 1),
+            model=model,
+            prompts=prompt.text,
         ),
     ]
     text = (
         "The gradient of a shared weight is a sum over its uses; here each iteration's part, from "
-        "one backward pass (2602.10097)."
+        "one backward pass (arXiv 2602.10097)."
     )
     made = columns(figures)
     return Section("gradients", "Gradients by iteration", [finding, text], [made], finding=finding)
@@ -147,18 +150,20 @@ def geometry_section(model: Model, texts: Sequence[str]) -> Section | None:
     figure = page_figure(
         plots.plot_matrix,
         found.matrix,
-        found.rows,
-        found.columns,
+        [str(t) for t in range(T)],
+        [str(t) for t in range(T)],
         "Linear kernel alignment of the states",
         row_label="iteration",
         column_label="iteration",
         unit="alignment",
-        limits=(0, 1),
+        limits=(_two_digits_below(found.matrix), 1),
+        model=model,
+        prompts=len(some),
     )
     text = (
         "1 where two iterations' states of all tokens differ by a rotation and a scale at most "
-        "(1905.00414). Directions: effective rank of a head's keys (or values) of all iterations "
-        "side by side."
+        "(arXiv 1905.00414). Directions: effective rank of a head's keys (or values) of all "
+        "iterations side by side."
     )
     return Section(
         "geometry",
@@ -167,3 +172,8 @@ def geometry_section(model: Model, texts: Sequence[str]) -> Section | None:
         [figure],
         finding=finding,
     )
+
+
+def _two_digits_below(values: Tensor) -> float:
+    """Where a scale begins whose values may all be near 1."""
+    return min(0.99, max(0.0, math.floor(100 * float(values.min())) / 100))

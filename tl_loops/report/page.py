@@ -3,6 +3,7 @@
 import base64
 import gzip
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 from jinja2 import Environment
+from markupsafe import Markup, escape
 
 from tl_loops import tasks
 from tl_loops.arguments import checked, checked_fields
@@ -120,7 +122,7 @@ def report_html(
     elif not isinstance(prompts, ReportPrompts):
         prompts = ReportPrompts([PromptText(p) if isinstance(p, str) else p for p in prompts])
     with torch.no_grad(), model.iterations(n_iterations or model.cfg.n_iterations):
-        page = _render(model, _sections(model, prompts, progress))
+        page = _render(model, _lead(model, prompts), _sections(model, prompts, progress))
     if len(page.encode()) > MOST_BYTES:
         raise ValueError(
             f"the page would have {len(page.encode()):,} bytes, more than {MOST_BYTES:,}: "
@@ -170,7 +172,7 @@ def _sections(model: Model, prompts: ReportPrompts, progress: bool) -> list[Sect
     tokens, text = last_tokens(model, first), shortened(first, 80)
     _, cache = model.run_with_cache(tokens, names_filter=_is_pictured)
     made: dict[tuple[str, str], Callable[[], Section | None]] = {
-        ("model", "The model"): lambda: _model_section(model, len(texts), prompts.what),
+        ("model", "The model"): lambda: _model_section(model),
         ("readout", "Readout per iteration"): lambda: readout_section(
             model, prompts.evaluated, progress
         ),
@@ -210,32 +212,39 @@ def _is_pictured(name: str) -> bool:
     return name.endswith(("hook_pattern", "hook_resid_post", "hook_state_out"))
 
 
-def _model_section(model: Model, n_prompts: int, what: str) -> Section:
+def _model_section(model: Model) -> Section:
     """What the model is."""
-    cfg = model.cfg
     return Section(
-        "model",
-        "The model",
-        [
-            f"A looped transformer of {cfg.n_params:,} parameters whose {cfg.n_core} core "
-            f"layer{'s run' if cfg.n_core != 1 else ' runs'} {times(cfg.n_iterations)}, unrolled "
-            f"to {cfg.n_layers} blocks; looked at on {n_prompts} "
-            f"prompt{'s' if n_prompts != 1 else ''} ({what}).",
-            "Data flow of one forward pass:",
-        ],
-        code=cfg.describe(),
+        "model", "The model", ["Data flow of one forward pass:"], code=model.cfg.describe()
     )
 
 
-def _render(model: Model, sections: Sequence[Section]) -> str:
+def _lead(model: Model, prompts: ReportPrompts) -> str:
+    """What the page is about."""
+    cfg, n_prompts = model.cfg, len(prompts.evaluated)
+    return (
+        f"A looped transformer of {cfg.n_params:,} parameters whose {cfg.n_core} core "
+        f"layer{'s run' if cfg.n_core != 1 else ' runs'} {times(cfg.n_iterations)}, unrolled "
+        f"to {cfg.n_layers} blocks; looked at on {n_prompts} "
+        f"prompt{'s' if n_prompts != 1 else ''} ({prompts.what})."
+    )
+
+
+def _with_links(text: str) -> Markup:
+    """A paragraph whose arXiv numbers are links."""
+    link = r'<a href="https://arxiv.org/abs/\1">arXiv \1</a>'
+    return Markup(re.sub(r"arXiv (\d{4}\.\d{4,5})", link, str(escape(text))))
+
+
+def _render(model: Model, lead: str, sections: Sequence[Section]) -> str:
     folder = resources.files("tl_loops.report") / "templates"
     source = (folder / "report.html").read_text("utf-8")
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        source
-    )
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["with_links"] = _with_links
+    template = environment.from_string(source)
     return template.render(
         title=f"{given_name(model.cfg.model_name) or 'Looped transformer'} {model.cfg.notation}",
-        subtitle=sections[0].paragraphs[0],
+        lead=lead,
         sections=sections,
         summary=[section for section in sections if section.finding],
         style=(folder / "report.css").read_text("utf-8"),

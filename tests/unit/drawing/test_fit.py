@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tl_loops.drawing.figure import Axis, ColourScale, Figure, Heat, Line, Panel
-from tl_loops.drawing.fit import arranged, fit, text_width, wrapped
+from tl_loops.drawing.figure import Axis, Box, ColourScale, Figure, Heat, Line, Panel, Rule, Span
+from tl_loops.drawing.fit import BAR_LENGTH, COLOUR_BAR, arranged, fit, text_width, wrapped
 from tl_loops.drawing.page_figure import WIDTHS, render
 from tl_loops.plots import draw
 
@@ -74,6 +74,32 @@ def test_a_page_holds_numbers_once_and_a_layout_per_width():
     assert all(set(layout) < {*narrowest, "legend"} for layout in wider)
     assert drawn.heights[WIDTHS[0]] > drawn.heights[WIDTHS[-1]]
     assert drawn.element().count("application/json") == 1
+
+
+def test_ranges_rules_and_boxes_stand_at_every_width():
+    line = Line(X, X, "a", "#000000")
+    marks = (line, Span(0, 1, "prelude", "#112233"), Rule(2.5, "end"),
+             Box((1, 2), (1, 2), "#112233", label="coda"))  # fmt: skip
+    drawn = render(Figure("title", "", (Panel(marks, Axis("x"), Axis("y")),)))
+    narrowest, *wider = drawn.content["layouts"].values()
+    assert len(narrowest["shapes"]) == 3
+    for layout in wider:  # which hold what differs from the narrowest
+        assert layout.get("shapes", narrowest["shapes"]) == narrowest["shapes"]
+        texts = [a["text"] for a in layout.get("annotations", narrowest["annotations"])]
+        assert texts == [a["text"] for a in narrowest["annotations"]] == ["prelude", "end", "coda"]
+
+
+def test_what_colours_are_stands_beside_their_bar_or_above_it_in_whole_words():
+    unit = "probability of the top token (0 to 1)"
+    heat = Figure("t", "s", (Panel((Heat(np.eye(2)),), Axis("x"), Axis("y")),),
+                  colours=ColourScale(unit, "weights"))  # fmt: skip
+    for width in (310, 400, 470, 900):
+        sizes = fit(heat, width)
+        assert " ".join(sizes.unit) == unit and len(sizes.unit) <= 2
+        room = width - sizes.left - (0 if sizes.unit_above else BAR_LENGTH + 16)
+        assert max(text_width(line) for line in sizes.unit) <= room
+        assert sizes.under == COLOUR_BAR + 16 * len(sizes.unit) * sizes.unit_above
+    assert fit(heat, 310).unit_above and not fit(heat, 900).unit_above
 
 
 @pytest.mark.parametrize("n_shown", [0, 1])
