@@ -186,6 +186,18 @@ def test_chains_of_the_phases_are_apart(monkeypatch):
             assert seen[chain] == "training"
 
 
+def test_settling(quick):
+    for results in (quick("settling"), committed("settling")):
+        for name, of in results["models"].items():
+            assert len(of["growth"]["mean"]) == results["n_iterations"] - 1
+            if name.endswith("at most 0.9"):
+                assert of["radius_of_the_injection"] <= 0.9 + 1e-4
+    embedded = committed("settling")["models"]
+    tiny, text = embedded["tl-loops-tiny"], embedded["tl-loops-text"]
+    assert tiny["growth"]["mean"][-1] == pytest.approx(tiny["radius_of_the_injection"], rel=0.01)
+    assert text["radius_of_the_injection"] < 1 and text["growth"]["mean"][-1] == pytest.approx(1)
+
+
 def test_tl_loops_text_is_trained_and_saved(monkeypatch, tmp_path):
     """With a few verses in place of the King James Bible."""
     monkeypatch.syspath_prepend(str(FINDINGS))
