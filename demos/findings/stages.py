@@ -16,7 +16,6 @@ import torch
 from finding import bootstrap, random_like
 from finding import main as run_finding
 from torch import Tensor
-from trajectories import TEXTS
 
 from tl_loops import LoopedTransformer
 from tl_loops.metrics import (
@@ -26,6 +25,7 @@ from tl_loops.metrics import (
     sink_rate,
 )
 from tl_loops.plots import plot_curves
+from tl_loops.tasks.prompts import VERSES
 
 METRICS = ("colsum_concentration", "sink_rate", "mixing_score", "residual_entropy")
 
@@ -88,7 +88,7 @@ def profile(model: LoopedTransformer, texts: Sequence[str], n: int, seed: int) -
 def measure(quick: bool, seed: int) -> dict[str, Any]:
     """The trained model and a random one, at each number of iterations."""
     name = "tl-loops-tiny" if quick else "tl-loops-text"
-    texts = ["Ann likes Bob . 1 hops from Ann :"] * 2 if quick else TEXTS
+    texts = ["Ann likes Bob . 1 hops from Ann :"] * 2 if quick else VERSES
     trained = LoopedTransformer.from_pretrained_no_processing(name)
     random = random_like(trained, seed)
     models = {}

@@ -14,11 +14,11 @@ import torch
 from finding import bootstrap
 from finding import main as run_finding
 from torch import Tensor
-from trajectories import TEXTS
 
 from tl_loops import LoopedTransformer
 from tl_loops.metrics import successive_difference
 from tl_loops.plots import plot_curves
+from tl_loops.tasks.prompts import VERSES
 from tl_loops.training import exit_logits, token_losses, training_pass
 
 N_ITERATIONS = 128
@@ -43,7 +43,7 @@ def measure(quick: bool, seed: int) -> dict[str, Any]:
     name, texts, n = (
         ("tl-loops-tiny", ["Ann likes Bob . 1 hops from Ann :"] * 2, 16)
         if quick
-        else ("tl-loops-text", TEXTS, N_ITERATIONS)
+        else ("tl-loops-text", VERSES, N_ITERATIONS)
     )
     model = LoopedTransformer.from_pretrained_no_processing(name)
     with torch.no_grad(), model.iterations(n):

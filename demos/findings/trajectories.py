@@ -25,6 +25,7 @@ from tl_loops.metrics import (
 )
 from tl_loops.plots import plot_curves
 from tl_loops.tasks import fact_chain_prompts
+from tl_loops.tasks.prompts import VERSES
 from tl_loops.training import training_pass
 
 TAUS = (0.01, 0.05, 0.1)
@@ -36,28 +37,8 @@ MODELS = ("tl-loops-text", "tl-loops-tiny")
 def prompts(name: str, n: int, seed: int) -> list[str]:
     """Prompts of the task that a model knows."""
     if name == "tl-loops-text":
-        return TEXTS[:n]
+        return list(VERSES[:n])
     return [prompt.text for prompt in fact_chain_prompts(n, seed=seed)]
-
-
-TEXTS = [
-    "In the beginning God created the heaven and the earth.",
-    "And the king said unto his servants, Go ye unto the city",
-    "The LORD is my shepherd; I shall not want.",
-    "And it came to pass in those days, that there went out a decree",
-    "Blessed are the poor in spirit: for theirs is the kingdom of heaven.",
-    "Then answered the man of God, and said, Be it known unto you",
-    "These are the names of the sons of Israel, which came into the land",
-    "Vanity of vanities, saith the Preacher, vanity of vanities; all is vanity.",
-    "Now when Jesus was born in Bethlehem of Judaea",
-    "And David took the sword of the Philistine, and smote him",
-    "The children of Levi, by their families, after the house of their fathers",
-    "A soft answer turneth away wrath: but grievous words stir up anger.",
-    "He that hath an ear, let him hear what the Spirit saith unto the churches.",
-    "And Moses stretched forth his hand over the sea",
-    "Thou shalt not covet thy neighbour's house.",
-    "And the waters prevailed exceedingly upon the earth; and all the high hills were covered.",
-]
 
 
 def paths(name: str, n_prompts: int, n_iterations: int, seed: int) -> list[Tensor]:

@@ -3,10 +3,10 @@
 import math
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from tl_loops.drawing.figure import Axis, Box, Figure, Heat, Span, Ticks
+from tl_loops.drawing.figure import Axis, Box, Figure, Heat, Mark, Span, Ticks
 
 _CHARACTER = 0.62
 """Width of a character as a share of the size of its font; wide fonts have about this."""
@@ -17,6 +17,8 @@ _LEGEND_BESIDE = 560
 
 COLOUR_BAR = 44
 """Height of the bar that explains the colours of heatmaps, with its numbers."""
+CELL_SIZE = 10
+"""Size of the font of words in the cells of heatmaps."""
 BAR_LENGTH = 170
 """Length of that bar."""
 
@@ -67,8 +69,10 @@ class Fit:
         below: Below each panel that writes its x axis: labels and title.
         legend: ``"none"``, ``"beside"`` or ``"below"``.
         under: Under all panels: the legend, if it stands there, and the colour scale.
+        bar: The part of it that the colour scale takes.
         unit: Lines that say what the colours are.
         unit_above: Whether they stand above their bar rather than right of it.
+        written: Whether the words in the cells of heatmaps fit their cells.
     """
 
     width: int
@@ -83,8 +87,10 @@ class Fit:
     below: int
     legend: str
     under: int
+    bar: int
     unit: tuple[str, ...]
     unit_above: bool
+    written: bool
 
 
 def fit(figure: Figure, width: int) -> Fit:
@@ -106,7 +112,7 @@ def fit(figure: Figure, width: int) -> Fit:
         rows = math.ceil(len(figure.names) / max(1, int((width - 20) // entry)))
         rows += bool(figure.legend)
     unit, above = _unit(figure, width - left)
-    bar = COLOUR_BAR + (16 * len(unit) if above else 0)
+    bar = 0 if figure.colours is None else COLOUR_BAR + (16 * len(unit) if above else 0)
     height = figure.panel_size[1]
     if figure.keeps_shape:
         height = max(60, round(height * min(1.0, panel / figure.panel_size[0])))
@@ -124,10 +130,35 @@ def fit(figure: Figure, width: int) -> Fit:
         labels,
         max((_below(p.x, panel) for p in figure.panels), default=40),
         legend,
-        23 * rows + (20 if rows else 0) + (bar if figure.colours is not None else 0),
+        23 * rows + (20 if rows else 0) + bar,
+        bar,
         unit,
         above,
+        all(_fits(mark, panel) for p in figure.panels for mark in p.marks),
     )
+
+
+def fitted(figure: Figure, sizes: Fit) -> Figure:
+    """The figure with as many columns, and words in cells only where they fit."""
+    if not sizes.written:
+        panels = tuple(
+            replace(panel, marks=tuple(_without_words(mark) for mark in panel.marks))
+            for panel in figure.panels
+        )
+        figure = replace(figure, panels=panels)
+    return replace(figure, columns=sizes.columns)
+
+
+def _without_words(mark: Mark) -> Mark:
+    return replace(mark, text=None) if isinstance(mark, Heat) else mark
+
+
+def _fits(mark: object, pixels: int) -> bool:
+    """Whether the words in the cells of a heatmap fit a panel of so many pixels."""
+    if not isinstance(mark, Heat) or mark.text is None:
+        return True
+    widest = max((text_width(text, CELL_SIZE) for text in mark.text.flat), default=0)
+    return widest + 2 <= pixels / max(1, mark.text.shape[1])
 
 
 def _unit(figure: Figure, pixels: int) -> tuple[tuple[str, ...], bool]:

@@ -1,7 +1,6 @@
 """Figures drawn by matplotlib: static, for papers and for pages that run no script."""
 
 import io
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,10 +27,10 @@ from tl_loops.drawing.figure import (
     Span,
 )
 from tl_loops.drawing.fit import (
-    COLOUR_BAR,
     Fit,
     arranged,
     fit,
+    fitted,
     heading_lines,
     is_heat,
     text_width,
@@ -95,11 +94,11 @@ def _rendered(
     options: dict[str, Any],
 ) -> StaticFigure:
     sizes = fit(figure, round(width))
-    figure = replace(figure, columns=sizes.columns)
+    figure = fitted(figure, sizes)
     lines = _header(figure, width)
     top = 14 + 19 * len(lines[0]) + 15 * len(lines[1])
     beside = _legend_width(figure) if sizes.legend == "beside" else 0
-    under = sizes.under - (COLOUR_BAR if figure.colours is not None else 0)
+    under = sizes.under - sizes.bar
     if height is None:
         around = sizes.above + (16 if figure.shared_x else sizes.below)
         height = figure.rows * (sizes.panel_height + around) + sizes.below + 20 + top + under

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tl_loops.drawing.figure import Figure
+from tl_loops.drawing.fit import fit
 from tl_loops.drawing.plotly_figure import colour_scale
 from tl_loops.drawing.plotly_figure import render as render_plotly
 
@@ -64,13 +65,15 @@ def render(figure: Figure) -> PageFigure:
     layouts: dict[int, Any] = {}
     data: Any = None
     for width in WIDTHS:
-        first = data is None
-        drawn = render_plotly(figure, width, header=False, traces=first).to_plotly_json()
+        # Of the widest, whose cells have room for the most words.
+        last = width == WIDTHS[-1]
+        drawn = render_plotly(figure, width, header=False, traces=last).to_plotly_json()
         layout = drawn["layout"]
+        layout["meta"] = {"written": fit(figure, width).written}
         for name in ("template", "title", "width"):
             layout.pop(name, None)
         layouts[width] = compact(layout)
-        data = compact(drawn["data"]) if first else data
+        data = compact(drawn["data"]) if last else data
     content = {"data": data, "layouts": _different(layouts)}
     if figure.colours is not None:
         content["dark"] = colour_scale(figure.colours, dark=True)

@@ -16,6 +16,7 @@ from tl_loops.drawing.fit import (
     Fit,
     arranged,
     fit,
+    fitted,
     heading_lines,
     is_heat,
     wrapped,
@@ -58,7 +59,7 @@ def render(
     moving = bool(figure.slider) and len(figure.panels) > 1
     whole, figure = figure, replace(figure, panels=figure.panels[:1]) if moving else figure
     sizes = fit(figure, round(width or USUAL_WIDTH))
-    figure = replace(figure, columns=sizes.columns)
+    figure = fitted(figure, sizes)
     title, small = _header(figure, sizes.width) if header else ([], [])
     top = max(14 + 22 * len(title) + 17 * len(small), _TOOLBAR["height"]) + 8 + sizes.above
     bottom = sizes.below + sizes.under + _EDGE + (_SLIDER if moving else 0)
@@ -101,7 +102,7 @@ def render(
     if figure.colours is not None:
         drawn.update_layout(coloraxis=_colour_axis(figure.colours, dark, height))
     if moving:
-        _animate(drawn, whole, sizes)
+        _animate(drawn, fitted(whole, sizes), sizes)
     if figure.colours is not None:
         _write_unit(drawn, sizes, bottom)
     drawn.update_layout(**options)
@@ -179,7 +180,7 @@ def _colour_axis(scale: ColourScale, dark: bool, height: float | int) -> dict[st
 
 def _write_unit(drawn: go.Figure, sizes: Fit, bottom: int) -> None:
     """What the colours are, beside their bar: plotly's own title would run over it."""
-    up = COLOUR_BAR + 2 if sizes.unit_above else COLOUR_BAR / 2
+    up = COLOUR_BAR - 10 if sizes.unit_above else COLOUR_BAR / 2  # the bar ends below its room
     drawn.add_annotation(
         text="<br>".join(map(escape, sizes.unit)),
         xref="paper",

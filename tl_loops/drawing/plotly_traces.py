@@ -7,6 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from tl_loops.drawing.figure import Bars, Box, Heat, Line, Panel, Rule, Span
+from tl_loops.drawing.fit import CELL_SIZE
 
 _SYMBOLS = {"circle": "circle", "diamond": "diamond", "square": "square"}
 
@@ -96,7 +97,7 @@ def _heatmap(mark: Heat, panel: Panel) -> go.Heatmap:
         settings = {"hovertext": texts, "hovertemplate": "%{hovertext}: %{z:.4g}<extra></extra>"}
     if mark.text is not None:
         written = [[escape(text) for text in row] for row in mark.text.tolist()]
-        settings |= {"text": written, "texttemplate": "%{text}", "textfont": {"size": 10}}
+        settings |= {"text": written, "texttemplate": "%{text}", "textfont": {"size": CELL_SIZE}}
     values = mark.values.astype(np.float32)  # half the size of the page
     return go.Heatmap(z=values, coloraxis="coloraxis", hoverongaps=False, **settings)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,9 @@ def plot_curves(
         n_blocks, layout = model.cfg.n_layers, subject.layout
         axis, x = depth_axis(layout, n_blocks), list(range(n_blocks))
         marks += [*phase_spans(layout), *iteration_rules(layout)]
+    elif x is not None:
+        places = as_array(x)
+        axis = replace(axis, whole=bool((places == places.round()).all()))
     in_legend = every_few(len(curves), most=20)
     for i, (name, values) in enumerate(curves.items()):
         y = as_array(values)

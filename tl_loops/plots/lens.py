@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tl_loops.arguments import argument, check_at_least, checked
+from tl_loops.arguments import check_at_least, checked
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import ColourScale, Figure, Heat, Panel, as_array
 from tl_loops.drawing.subject import shown_text, subject_of
@@ -22,7 +22,6 @@ _VALUES = {
     "entropy": "entropy (nats)",
     "kl_to_final": "KL(model's output || readout) (nats)",
 }
-_CHARACTER, _PAGE = 6.5, 700
 """Width of a character in a cell, and of a narrow page, in pixels."""
 
 _LONGEST = 9
@@ -84,15 +83,11 @@ def plot_lens(
     columns = named_axis("token", words)
     check_at_least(0, most_hovered=most_hovered)
     width = max(300, min(1600, 62 * len(words)))
-    given = argument("width", options.get("width"), float | int | None)
-    room = (given or min(width, _PAGE)) / max(1, len(words))
     panels = []
     for heading, points in _groups(result, facet):
         labels = [result.points[point].label for point in points]
         cells, hover = _texts(result, row, points, words, most_hovered)
-        longest = max(map(len, cells.flat), default=0)
-        written = cells if room >= _CHARACTER * longest else None
-        heat = Heat(as_array(numbers[points]), hover=hover, text=written, blank=True)
+        heat = Heat(as_array(numbers[points]), hover=hover, text=cells, blank=True)
         axis = named_axis("iteration" if facet else "point of the stream", labels)
         panels.append(Panel((heat,), columns, axis, title=heading))
     if limits is None and value == "probability":

@@ -127,10 +127,11 @@ def neurons_section(model: Model) -> Section | None:
         return None
     neurons = prediction_suppression_neurons(model)
     predicting = float(neurons.prediction_fraction.max())
+    most = f"At most {percent(predicting)} of a layer's neurons predict."
     text = (
         "Prediction neurons raise a few tokens, suppression neurons lower them, read from the "
         "weights alone (arXiv 2604.11791, App. E.1). They belong to physical layers, so each "
-        f"iteration has the same. At most {percent(predicting)} of a layer's neurons predict."
+        f"iteration has the same. {most if predicting else 'Here no neuron predicts.'}"
     )
     figure = page_figure(plots.plot_neurons, neurons, model=model)
     return Section("neurons", "Prediction and suppression neurons", [text], [figure])

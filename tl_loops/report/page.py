@@ -34,7 +34,7 @@ from tl_loops.report.measurements import (
 from tl_loops.report.patching import patching_section
 from tl_loops.report.probes import TITLE, probes_section
 from tl_loops.report.section import Section, last_tokens, shortened, times
-from tl_loops.tasks.prompts import SAMPLE, PromptText, from_task
+from tl_loops.tasks.prompts import SAMPLE, VERSES, PromptText, from_task
 from tl_loops.upstream import left_as_it_was
 from tl_loops.version import __version__
 from tl_loops.writing import check_writable, write_whole
@@ -42,7 +42,7 @@ from tl_loops.writing import check_writable, write_whole
 MOST_BYTES = 6_000_000
 """A page is never larger than this."""
 
-EMBEDDED = "tl-loops-tiny"
+EMBEDDED, EMBEDDED_TEXT = "tl-loops-tiny", "tl-loops-text"
 _EVALUATED = 240
 _SHOWN = 8
 
@@ -71,7 +71,10 @@ class ReportPrompts:
 
 @checked
 def default_prompts(model: Model) -> ReportPrompts:
-    """The embedded model's task for the embedded model, else a few general sentences."""
+    """What an embedded model was trained on, for others a few general sentences."""
+    if model.cfg.model_name == EMBEDDED_TEXT:
+        texts = [PromptText(verse) for verse in VERSES]
+        return ReportPrompts(texts[:_SHOWN], texts, "well-known verses of the King James Bible")
     if model.cfg.model_name != EMBEDDED:
         return ReportPrompts([PromptText(text) for text in SAMPLE], what="the built-in sample")
     sample = [p for p in tasks.sample_prompts() if p.n_hops > 1]

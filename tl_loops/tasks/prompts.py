@@ -18,6 +18,26 @@ SAMPLE = (
 )
 """General prompts for models that have no task of their own."""
 
+VERSES = (
+    "In the beginning God created the heaven and the earth.",
+    "And the king said unto his servants, Go ye unto the city",
+    "The LORD is my shepherd; I shall not want.",
+    "And it came to pass in those days, that there went out a decree",
+    "Blessed are the poor in spirit: for theirs is the kingdom of heaven.",
+    "Then answered the man of God, and said, Be it known unto you",
+    "These are the names of the sons of Israel, which came into the land",
+    "Vanity of vanities, saith the Preacher, vanity of vanities; all is vanity.",
+    "Now when Jesus was born in Bethlehem of Judaea",
+    "And David took the sword of the Philistine, and smote him",
+    "The children of Levi, by their families, after the house of their fathers",
+    "A soft answer turneth away wrath: but grievous words stir up anger.",
+    "He that hath an ear, let him hear what the Spirit saith unto the churches.",
+    "And Moses stretched forth his hand over the sea",
+    "Thou shalt not covet thy neighbour's house.",
+    "And the waters prevailed exceedingly upon the earth; and all the high hills were covered.",
+)
+"""Well-known verses of the King James Bible, which the embedded text model has read."""
+
 
 class PromptFileError(ValueError):
     """A file of prompts cannot be read; the message names file and line."""

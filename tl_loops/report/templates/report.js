@@ -49,7 +49,9 @@
     }
     const isDark = !onPaper && matchMedia("(prefers-color-scheme: dark)").matches;
     if (dark && isDark) layout.coloraxis.colorscale = dark;
-    return { data, layout };
+    // Words in the cells of a heatmap only where they fit.
+    const cells = layout.meta.written ? data : data.map((trace) => ({ ...trace, texttemplate: "" }));
+    return { data: cells, layout };
   };
   const draw = (figure) => {
     const drawing = themed(figure);
