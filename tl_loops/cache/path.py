@@ -312,7 +312,7 @@ def path_steps(
             yield Write(Site("mlp", f"{label}_mlp_out", index))
         if norm_sum:
             yield from normed(f"blocks.{index}.ln2_post", block.ln2_post, f"{label}_mlp", t)
-        if t is not None and index == layout.iteration_blocks(t)[-1]:
+        if t is not None and layout.ends_at(index) == t:
             prefix = readout.iteration_norm(t)
             # The final norm is not on the path to the end, which it reads.
             if prefix is not None and (prefix != "ln_final" or target.state_out == t):

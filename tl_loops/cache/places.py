@@ -129,12 +129,11 @@ class ResidualReadout(ActivationCache):
             within = index < target.layer
             if (incl_mid and within) or (mlp_input and not within):
                 rows.append((f"{label}_mid", run.read(f"blocks.{index}.hook_resid_mid")))
-            if incl_states and within and at.iteration is not None:
-                if index == layout.iteration_blocks(at.iteration)[-1]:
-                    if readout.is_normed("state_out"):
-                        normed.add(len(rows))
-                    state = run.read(f"iter.{at.iteration}.hook_state_out")
-                    rows.append((f"r{at.iteration}_state_out", state))
+            t = layout.ends_at(index)
+            if incl_states and within and t is not None:
+                if readout.is_normed("state_out"):
+                    normed.add(len(rows))
+                rows.append((f"r{t}_state_out", run.read(f"iter.{t}.hook_state_out")))
         if target.layer == layout.n_layers:
             if readout.last_is_normed:
                 normed.add(len(rows))

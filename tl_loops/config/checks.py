@@ -106,7 +106,7 @@ def check_values(cfg: Any) -> None:
     active = [mechanism for mechanism in MECHANISMS if mechanism.active(cfg)]
     refuse_exclusive(cfg, active)
     check_stacks(cfg, active)
-    check_shared_keys(active, KVSharing.parse(cfg.kv_sharing))
+    check_shared_keys(cfg, KVSharing.parse(cfg.kv_sharing))
     for mechanism in active:
         mechanism.check_iterations(cfg, cfg.n_iterations)
     check_rows(cfg, active, cfg.n_iterations)

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
 
 import torch
 
@@ -14,8 +16,9 @@ from tl_loops.config.ranges import check_depth
 from tl_loops.config.readout import Readout
 from tl_loops.config.types import check_types
 from tl_loops.config.weights import physical_tensors
-from tl_loops.errors import ConfigError, did_you_mean
+from tl_loops.errors import ConfigError, did_you_mean, shortened
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.layout.segments import Segment
 from tl_loops.mechanisms import MECHANISMS, Mechanism
 from tl_loops.mechanisms.iteration_weights import check_rows
 from tl_loops.upstream import BaseConfig
@@ -102,6 +105,7 @@ class LoopedTransformerConfig(BaseConfig):
     normalization_type: str | None = "RMS"
     positional_embedding_type: str = "rotary"
     eps: float = 1e-6
+    segments: ClassVar[Any] = None  # of SegmentedConfig alone
 
     if TYPE_CHECKING:
 
@@ -110,7 +114,7 @@ class LoopedTransformerConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         check_values(self)
-        check_depth(self, self.n_iterations)
+        check_depth(self._depth(self.n_iterations))
         try:
             layout = self.layout
         except ValueError as error:
@@ -130,6 +134,9 @@ class LoopedTransformerConfig(BaseConfig):
         super().__post_init__()
         self.act_fn = act_fn
         self.n_params = self.count_parameters()
+
+    def _depth(self, n_iterations: int) -> int:
+        return self.n_prelude + n_iterations * self.n_core + self.n_coda
 
     @property
     def layout(self) -> LoopLayout:
@@ -199,7 +206,7 @@ class LoopedTransformerConfig(BaseConfig):
         for mechanism in self.mechanisms:
             mechanism.check_iterations(self, n_iterations)
         check_rows(self, self.mechanisms, n_iterations)
-        check_depth(self, n_iterations)
+        check_depth(self._depth(n_iterations))
         layout = self.layout.with_iterations(n_iterations)
         self.n_iterations, self.n_layers = n_iterations, layout.n_layers
 
@@ -225,12 +232,14 @@ class LoopedTransformerConfig(BaseConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> "LoopedTransformerConfig":
-        """Build a config from a dictionary of fields.
+        """Build a config from a dictionary of fields; with ``segments`` a :class:`SegmentedConfig`.
 
         Raises:
             ConfigError: A key is not a field (near matches are suggested), a required one is
                 missing, or a value is of another type than its field.
         """
+        if cls is LoopedTransformerConfig and config_dict.get("segments") is not None:
+            return SegmentedConfig.from_dict(config_dict)
         names = [f.name for f in dataclasses.fields(cls)]
         for key in config_dict:
             if key not in names:
@@ -249,8 +258,105 @@ class LoopedTransformerConfig(BaseConfig):
         check_types(cls, fields)
         return cls(**fields)
 
+    @property
+    def between_blocks(self) -> tuple[str, ...]:
+        """The settings of what does something where prelude, loop and coda meet."""
+        acts = [
+            mechanism.said(self)
+            for mechanism in self.mechanisms
+            if mechanism.phrases(self) or type(mechanism).part is not Mechanism.part
+        ]
+        if self.initial_state == "embed":  # The state before the loop is the stream itself.
+            acts.remove("initial_state")
+        norms = ("norm_between_iterations", "norm_before_coda")
+        return *acts, *(name for name in norms if getattr(self, name))
+
     def __repr__(self) -> str:
-        return f"LoopedTransformerConfig:\n{self.describe()}"
+        return f"{type(self).__name__}:\n{self.describe()}"
+
+
+@dataclass(repr=False)
+class SegmentedConfig(LoopedTransformerConfig):
+    """A looped transformer with several loops, one after the other.
+
+    Between prelude, loops and coda stands nothing but blocks. ``n_prelude`` and ``n_iterations``
+    (of all loops together) follow from the segments and need not be given; ``n_core`` is no field,
+    and there is one only where all iterations run equally many blocks.
+
+    Attributes:
+        segments: ``(start, stop, n_iterations)`` of each loop and of the blocks between two loops,
+            which run once: in order and without gaps.
+
+    Raises:
+        ConfigError: As :class:`LoopedTransformerConfig`; or the segments do not follow each other,
+            or something would stand between them.
+    """
+
+    segments: Any = field(default=(), kw_only=True)
+    n_core: ClassVar[int]  # pyright: ignore  # a field of the base, here it follows
+
+    def __post_init__(self) -> None:
+        try:
+            parts = [Segment(*map(operator.index, part)) for part in self.segments]
+            depth = sum(part.n_layers * part.n_iterations for part in parts)
+            check_depth(depth, f"segments={self.segments}: the sum of layers * iterations")
+            self._layout = layout = LoopLayout.of_segments(parts, self.n_coda)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"segments={shortened(self.segments)} do not fit: {error}") from error
+        self.segments = tuple(map(dataclasses.astuple, parts))
+        for name, default in (("n_prelude", 0), ("n_iterations", 1)):
+            given, follows = getattr(self, name), getattr(layout, name)
+            if given not in (default, follows):
+                raise ConfigError(f"{name}={given} contradicts segments, which give {follows}")
+            setattr(self, name, follows)
+        super().__post_init__()
+        if self.between_blocks:
+            raise ConfigError(
+                f"{', '.join(self.between_blocks)} cannot be with segments: several loops have "
+                "nothing but blocks between them"
+            )
+
+    def _depth(self, n_iterations: int) -> int:
+        return self._layout.n_layers
+
+    @property
+    def layout(self) -> LoopLayout:
+        """Coordinates and names of the unrolled blocks."""
+        return self._layout
+
+    @property
+    def n_core(self) -> int:
+        """Blocks in one iteration.
+
+        Raises:
+            LoopedSemanticsError: Iterations differ.
+        """
+        return self._layout.n_core
+
+    def set_iterations(self, n_iterations: SupportsIndex) -> None:
+        """Take the number that there is.
+
+        Raises:
+            ConfigError: ``n_iterations`` is not an integer of at least 1.
+            LoopedSemanticsError: Another number, which does not say of which loop.
+        """
+        self._layout.with_iterations(whole_iterations(n_iterations))
+
+
+def with_layout(fields: Mapping[str, Any], layout: LoopLayout) -> dict[str, Any]:
+    """The fields of a config with another layout of its blocks.
+
+    Args:
+        fields: Of a config of one loop.
+        layout: Of as many physical layers.
+    """
+    given = {**fields, "n_coda": layout.n_coda}
+    for name in ("n_layers", "n_prelude", "n_core", "n_iterations"):
+        given.pop(name, None)
+    if layout.segments is not None:
+        return given | {"segments": tuple(map(dataclasses.astuple, layout.segments))}
+    names = ("n_prelude", "n_core", "n_iterations")
+    return given | {name: getattr(layout, name) for name in names}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from tl_loops.config.describe_parts import block, embedding, parts, unembedding
+from tl_loops.layout.segments import named_segments
 
 Config = Any  # the config describes itself by this
 
@@ -30,10 +31,12 @@ def data_flow(cfg: Config) -> str:
     else:
         norm = "norm(x)" if readout.own_norm_between_iterations else "ln_final(x)"
         ends = f"s = {norm}" if readout.norm_between_iterations else "s = x"
-        inside = [said.get("enter", "x = s"), f"{cfg.n_core} x block"]
-        inside += [said["leave"]] if "leave" in said else []
-        inside += [ends] + ([said["after"]] if "after" in said else [])
-        lines.append(f"core     {cfg.n_iterations} x [ {'; '.join(inside)} ]")
+        after = [*([said["leave"]] if "leave" in said else []), ends]
+        after += [said["after"]] if "after" in said else []
+        for name, loop in named_segments(cfg.layout.loops):
+            inside = [said.get("enter", "x = s"), f"{loop.n_layers} x block", *after]
+            core = "core" if cfg.segments is None else f"core {name}"
+            lines.append(f"{core:<8} {loop.n_iterations} x [ {'; '.join(inside)} ]")
     if cfg.n_coda or readout.norm_before_coda:
         entering = f"ln_final({state})" if readout.norm_before_coda else state
         entering += f" {said['coda']}" if "coda" in said else ""

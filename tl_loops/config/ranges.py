@@ -85,16 +85,19 @@ def check_numbers(cfg: Any) -> None:
     _check_together(cfg)
 
 
-def check_depth(cfg: Any, n_iterations: int) -> None:
+def check_depth(n_layers: int, how: str = "n_prelude + n_iterations * n_core + n_coda") -> None:
     """Raise on more unrolled blocks than a computer can hold, before any is counted out.
+
+    Args:
+        n_layers: How many there would be.
+        how: The sum that gives their number.
 
     Raises:
         ConfigError: There are more than :data:`MOST_BLOCKS`.
     """
-    n_layers = cfg.n_prelude + n_iterations * cfg.n_core + cfg.n_coda
     if n_layers > MOST_BLOCKS:
         raise ConfigError(
-            f"n_prelude + n_iterations * n_core + n_coda = {n_layers:,} unrolled blocks, each a "
+            f"{how} = {n_layers:,} unrolled blocks, each a "
             f"module of its own; at most {MOST_BLOCKS:,} are supported: use fewer n_iterations"
         )
 

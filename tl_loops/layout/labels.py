@@ -8,8 +8,7 @@ from tl_loops.layout.layout import LoopLayout
 def part_labels(layout: LoopLayout, block: int, part: str, numbers: Iterable[int]) -> list[str]:
     """Labels of heads (part ``"H"``) or neurons (``"N"``): ``"r3.L1H4"``, ``"p.L0H2"``."""
     at = layout.coordinate(block)
-    place = at.phase[0] if at.iteration is None else f"r{at.iteration}{at.stack or ''}"
-    return [f"{place}.L{at.layer}{part}{number}" for number in numbers]
+    return [f"{at.place}.L{at.layer}{part}{number}" for number in numbers]
 
 
 def part_label(layout: LoopLayout, block: int, part: str, number: int) -> str:

@@ -1,7 +1,7 @@
 """Coordinates and names: which block is layer ``l`` at iteration ``t``, and its hooks' names."""
 
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, SupportsIndex, TypeVar
@@ -10,12 +10,7 @@ from tl_loops.arguments import argument, check_at_least, checked
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.coordinate import PHASES, BlockCoordinate
 from tl_loops.layout.names import activation_name, iteration_spec
-from tl_loops.layout.segments import (
-    Segment,
-    check_segments,
-    segment_calls,
-    segments_notation,
-)
+from tl_loops.layout.segments import Segment, check_segments, segment_calls, segments_notation
 from tl_loops.layout.selection import one_index
 
 Values = TypeVar("Values")
@@ -41,6 +36,7 @@ class LoopLayout:
             whose iterations call one of several stacks; else ``None``.
         shared_stacks: Whether all stacks are the same layers.
         segments: The loops, where there are several; else ``None``.
+        loops: The same, or the one loop that there is, by their physical layers.
     """
 
     def __init__(
@@ -68,10 +64,7 @@ class LoopLayout:
 
     @classmethod
     def of_segments(cls, segments: Sequence[Segment], n_coda: int) -> "LoopLayout":
-        """The layout of several loops one after the other, between a prelude and a coda.
-
-        Layers between two loops are a segment that is passed once. A block is
-        ``iter.{t}.{l}`` with ``t`` counted through and ``l`` inside its segment.
+        """The layout of several loops one after the other; layers between two are passed once.
 
         Args:
             segments: What follows the prelude, in order, without gaps.
@@ -97,7 +90,7 @@ class LoopLayout:
     ) -> None:
         self.n_prelude, self.n_coda = loops[0].start, n_coda
         self.stacks, self.shared_stacks, self.segments = stacks, shared_stacks, segments
-        self._loops = loops
+        self.loops = loops
         self._calls = tuple(segment for _, segment in segment_calls(loops))
         self.n_iterations = len(self._calls)
         lengths = [segment.n_layers for segment in self._calls]
@@ -106,7 +99,7 @@ class LoopLayout:
         self._firsts = tuple(accumulate(lengths, initial=self.n_prelude))
 
     def _key(self) -> tuple[Any, ...]:
-        return self._loops, self.n_coda, self.stacks, self.shared_stacks, self.segments
+        return self.loops, self.n_coda, self.stacks, self.shared_stacks, self.segments
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LoopLayout) and self._key() == other._key()
@@ -162,6 +155,20 @@ class LoopLayout:
         t = one_index("iteration", iteration, self.n_iterations)
         return range(self._firsts[t], self._firsts[t + 1])
 
+    def begins_at(self, index: int) -> int | None:
+        """The iteration whose first block an unrolled block is; ``None``: of none."""
+        t = self.next_iteration(index)
+        return t if t < self.n_iterations and self._firsts[t] == index else None
+
+    def ends_at(self, index: int) -> int | None:
+        """The iteration whose last block an unrolled block is; ``None``: of none."""
+        t = self.next_iteration(index + 1)
+        return t - 1 if t and self._firsts[t] == index + 1 else None
+
+    def next_iteration(self, index: int) -> int:
+        """The first iteration that begins at a block or after it; ``n_iterations`` if none does."""
+        return bisect_left(self._firsts, index, hi=self.n_iterations)
+
     def pass_blocks(self, iteration: SupportsIndex) -> list[int]:
         """Indices of the unrolled blocks on the way through one iteration: prelude, it, coda.
 
@@ -185,14 +192,14 @@ class LoopLayout:
     @property
     def n_pass(self) -> int:
         """Blocks on one way through the layers: prelude, each loop once, coda."""
-        return self._loops[-1].stop + self.n_coda
+        return self.loops[-1].stop + self.n_coda
 
     def place_in_pass(self, index: int) -> int:
         """Which block of one such way an unrolled block is, counted from 0."""
         at = self.coordinate(index)
         if at.iteration is not None:
             return self._calls[at.iteration].start + at.layer
-        return at.layer + (self._loops[-1].stop if at.phase == "coda" else 0)
+        return at.layer + (self.loops[-1].stop if at.phase == "coda" else 0)
 
     @checked
     def notation(self, injected: bool) -> str:
@@ -201,7 +208,7 @@ class LoopLayout:
         With several loops ``(2, 2⊗3, 1, 1⊗2, 4)``: a number alone is passed once.
         Source: 2604.11791, section 3.
         """
-        one = self._loops[0]
+        one = self.loops[0]
         core = f"{one.n_layers}⊗{one.n_iterations}"
         loops = core if self.segments is None else segments_notation(self.segments)
         return f"({self.n_prelude}, {loops}, {self.n_coda})" + ("_I" if injected else "")
@@ -323,8 +330,7 @@ class LoopLayout:
         name = argument("name", name, str)
         match, where = _ALIAS.match(name), f" in hook name {name!r}"
         if match is None:
-            at_iteration = _ITERATION.match(name)
-            if at_iteration is not None:
+            if (at_iteration := _ITERATION.match(name)) is not None:
                 one_index("iteration", int(at_iteration.group(1)), self.n_iterations, where)
             return name
         outer, outer_layer, iteration, layer, rest = match.groups()
@@ -343,17 +349,11 @@ class LoopLayout:
         match = _BLOCK.match(argument("name", name, str))
         if match is None:
             return name
-        at = self.coordinate(int(match.group(1)))
-        where = f"iter.{at.iteration}" if at.phase == "core" else at.phase
-        return f"{where}.{at.layer}.{match.group(2)}"
+        return f"{self.coordinate(int(match.group(1))).alias}.{match.group(2)}"
 
     def label(self, index: int) -> str:
-        """Short label for plots: ``"p0"``, ``"r3.1"`` (iteration 3, layer 1), ``"c1"``."""
-        at = self.coordinate(index)
-        if at.phase == "core":
-            stack = at.stack if at.stack is not None else ""
-            return f"r{at.iteration}{stack}.{at.layer}"
-        return f"{at.phase[0]}{at.layer}"
+        """The label of an unrolled block; see :attr:`BlockCoordinate.label`."""
+        return self.coordinate(index).label
 
     def labels(self) -> list[str]:
         """Labels of all unrolled blocks."""

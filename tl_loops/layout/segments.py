@@ -24,10 +24,17 @@ def check_segments(segments: tuple[Segment, ...]) -> None:
     """Check that segments follow each other, so that they can be the middle of a model.
 
     Raises:
-        ValueError: There are none or too many to name, or they overlap or leave a gap.
+        ValueError: There are none or too many to name, they overlap or leave a gap, or one is
+            empty or never runs.
     """
     if not 1 <= len(segments) <= len(ascii_uppercase):
         raise ValueError(f"1 to {len(ascii_uppercase)} segments, got {len(segments)}")
+    for segment in segments:
+        if not 0 <= segment.start < segment.stop or segment.n_iterations < 1:
+            raise ValueError(
+                "a segment needs 0 <= start < stop and at least one iteration, got "
+                f"({segment.start}, {segment.stop}, {segment.n_iterations})"
+            )
     for before, after in pairwise(segments):
         if before.stop != after.start:
             raise ValueError(

@@ -87,7 +87,7 @@ def load_config(
     named = [name for name in listed if isinstance(name, str)]
     _check_sizes(checkpoint, fields, where)
     if loop is not None:
-        fields |= loop_fields(loop, family, fields["n_core"], checkpoint.name)
+        fields |= loop_fields(loop, family, fields.get("n_core", 1), checkpoint.name)
     fields.setdefault("model_name", checkpoint.name)
     fields.setdefault("original_architecture", [*named, *family.architectures, family.name][0])
     if dtype is not None:

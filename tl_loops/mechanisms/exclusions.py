@@ -38,17 +38,24 @@ def check_stacks(cfg: Config, active: Sequence[Mechanism]) -> None:
             raise ConfigError(f"{mechanism.name} is not supported with stacks")
 
 
-def check_shared_keys(active: Sequence[Mechanism], sharing: KVSharing | None) -> None:
+def check_shared_keys(cfg: Config, sharing: KVSharing | None) -> None:
     """Raise on shared keys where iterations do not run the same layers on the same tokens.
 
     Args:
-        active: The mechanisms of a model.
+        cfg: Of a model.
         sharing: How its iterations share keys and values, in a call.
 
     Raises:
-        ConfigError: A mechanism has keys of its own.
+        ConfigError: There are several loops, or a mechanism has keys of its own.
     """
-    for mechanism in active if sharing is not None else ():
+    if sharing is None:
+        return
+    if cfg.segments is not None:
+        raise ConfigError(
+            f"kv_sharing='{sharing}' is for models of one loop: iterations of different loops run "
+            "different layers, so they have no keys in common"
+        )
+    for mechanism in cfg.mechanisms:
         if mechanism.own_keys is not None:
             raise ConfigError(
                 f"kv_sharing and {mechanism.name} exclude each other: {mechanism.own_keys}"

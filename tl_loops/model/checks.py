@@ -116,7 +116,7 @@ def key_value_sharing(
             f"kv_sharing={str(sharing)!r}, but the cache was made for {str(held)!r}: make it "
             "with model.make_kv_cache(batch, kv_sharing)"
         )
-    check_shared_keys(model.cfg.mechanisms, sharing)
+    check_shared_keys(model.cfg, sharing)
     if isinstance(past, SharedKeyValueCache):
         past.unroll(model.layout)
     return sharing

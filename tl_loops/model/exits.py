@@ -75,6 +75,11 @@ class ExitMode:
             raise ValueError("give one of exit_at, exit_threshold and weighted_exit, not several")
         if not self.early:
             return
+        if cfg.segments is not None:
+            raise LoopedSemanticsError(
+                f"{cfg.notation} has several loops, so that other loops follow the states of one: "
+                "read states out with tl_loops.lens"
+            )
         readout = cfg.readout
         readout.refuse_sum_of_states()
         readout.refuse_coda()

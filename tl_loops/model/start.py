@@ -51,8 +51,7 @@ class Start:
 
     def first_iteration(self) -> int:
         """The first iteration that runs whole."""
-        cfg = self.run.cfg
-        return self.at_iteration or max(0, -(-(self.run.start - cfg.n_prelude) // cfg.n_core))
+        return self.at_iteration or self.run.layout.next_iteration(self.run.start)
 
     def carry(
         self,
@@ -130,15 +129,13 @@ class Start:
         """Whether the start skips what a later iteration of the run reads besides the stream."""
         layout, start = self.run.layout, self.run.start
         end = layout.n_layers if stop is None else stop
+        next_entry = start
         if self.at_iteration is None:
             if self.at_layer is None or start < max(layout.core_start, 1):
                 return False
-            next_entry = layout.core_start + layout.n_core * (
-                (start - layout.core_start) // layout.n_core + 1
-            )
-        else:
-            next_entry = start
-        return next_entry < layout.coda_start and next_entry <= end
+            next_entry = start + 1
+        t = layout.next_iteration(next_entry)
+        return t < layout.n_iterations and layout.iteration_blocks(t)[0] <= end
 
 
 def start_run(

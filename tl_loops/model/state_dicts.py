@@ -131,7 +131,10 @@ def physical_entries(model: Any, state_dict: StateDict) -> StateDict:
     layout, cfg = model.layout, model.cfg
     blocks = {int(match.group(1)) for match in map(_BLOCK.match, state_dict) if match}
     if blocks and max(blocks) + 1 != layout.n_layers:
-        core, rest = divmod(max(blocks) + 1 - layout.n_prelude - layout.n_coda, cfg.n_core)
+        core, rest = 0, 0
+        if layout.segments is None:
+            in_core = max(blocks) + 1 - layout.n_prelude - layout.n_coda
+            core, rest = divmod(in_core, layout.n_core)
         if core < 1 or rest:
             raise ValueError(
                 f"{max(blocks) + 1} blocks are no whole number of iterations of {cfg.notation}"

@@ -116,6 +116,26 @@ def test_only_the_inputs_of_single_heads_are_missing(one, made):
         pythia.add_hook("iter.1.0.attn.hook_rot_q", lambda x, hook: None)
 
 
+def test_several_loops_are_those_of_the_looped_transformer(made, tmp_path):
+    for kind, how in (
+        ("pythia", dict(loops=[(0, 2, 2), (3, 4, 3)])),
+        ("gpt2", dict(repeats={1: 2, 2: 3})),
+    ):
+        original(kind).save_pretrained(tmp_path / kind)
+        plain = LoopedTransformer.from_pretrained_no_processing(tmp_path / kind)
+        looped, other = (tl_loops.loop(model, **how) for model in (made(kind)[0], plain))
+        assert looped.layout == other.layout
+        with torch.no_grad():
+            logits, cache = looped.run_with_cache(TOKENS)
+            expected, theirs = other.run_with_cache(TOKENS)
+        close(logits, expected)
+        for name in cache.keys():
+            close(finite(cache[name]), finite(theirs[name]))
+        close(looped.looped()(TOKENS), expected)
+        with pytest.raises(LoopedSemanticsError, match="does not say which"):
+            looped.set_iterations(2)
+
+
 def places(model):
     """Hook points of one layer at iteration 1, those between iterations, the last stream."""
     block = f"blocks.{model.layout.index(iteration=1, layer=0)}."
@@ -293,9 +313,6 @@ def test_arguments_are_checked_before_anything_runs(one):
     bridge, looped, _ = one
     with pytest.raises(ConfigError, match="0 <= start < stop <= 4"):
         tl_loops.loop(bridge, 2, 5, 2)
-    for several in ({"repeats": {1: 2}}, {"loops": [(0, 1, 2), (2, 3, 2)]}):
-        with pytest.raises(LoopedSemanticsError, match=r"TransformerBridge has one loop"):
-            tl_loops.loop(bridge, **several)
     with pytest.raises(LoopedSemanticsError, match=r"or loop model\.bridge with other"):
         tl_loops.loop(looped, 1, 2, 2)
     assert isinstance(looped, UnrolledBridge)

@@ -8,7 +8,16 @@ from torch import Tensor
 
 from tl_loops.model.bridged.family import SPLIT_INPUTS, BridgedFamily
 from tl_loops.model.bridged.llama_layer import LLAMA_PLACES, norm_places
-from tl_loops.model.bridged.taps import HEADS_FIRST, Reading, SumWith, Tap, View, block_taps, tap
+from tl_loops.model.bridged.taps import (
+    HEADS_FIRST,
+    Reading,
+    SumWith,
+    Tap,
+    View,
+    block_end,
+    block_taps,
+    tap,
+)
 
 _ROTATED = ("attn.hook_rot_q", "attn.hook_rot_k")
 _PLAIN_MLP = {"mlp.in.hook_out": "mlp.hook_pre", "mlp.out.hook_in": "mlp.hook_post"}
@@ -59,15 +68,11 @@ def _layer_taps(model: Any, source: str, blocks: list[int]) -> Iterator[Tap]:
     entries: list[list[str | Reading]] = []
     ends: list[list[str | Reading]] = []
     for i in blocks:
-        at, stream = layout.coordinate(i), f"blocks.{i}.hook_resid_pre"
-        begin = ["hook_initial_state"] if i == layout.core_start else []
-        if at.iteration is not None and at.layer == 0:
-            begin += [f"iter.{at.iteration}.hook_state_in", f"iter.{at.iteration}.hook_injected"]
-        entries.append([*begin, stream])
-        end = [f"blocks.{i}.hook_resid_post"]
-        if at.iteration is not None and at.layer == layout.n_core - 1:
-            end.append(f"iter.{at.iteration}.hook_state_out")
-        ends.append([*end])
+        t, begin = layout.begins_at(i), ["hook_initial_state"] if i == layout.core_start else []
+        if t is not None:
+            begin += [f"iter.{t}.hook_state_in", f"iter.{t}.hook_injected"]
+        entries.append([*begin, f"blocks.{i}.hook_resid_pre"])
+        ends.append([*block_end(layout, i)])
     yield tap(f"{source}.hook_in", entries)
     yield tap(f"{source}.hook_out", ends)
 
@@ -99,14 +104,21 @@ def _arguments(model: Any, tokens: Tensor, initial_state: Tensor | None) -> dict
 
 @contextmanager
 def _iterations(model: Any) -> Iterator[None]:
-    """Run the layers of the core again, after their first pass, with what they were called with.
+    """Run the layers of each loop again, after their first pass, with what they were called with.
 
     Every layer gets its own arguments (mask, rotations) at each pass, and only the stream changes.
     Modules and lists of the Hugging Face model stay as they are.
     """
-    layout = model.layout
-    stop = layout.core_start + layout.n_core
-    core = [model.bridge.blocks[layer] for layer in range(layout.core_start, stop)]
+    with ExitStack() as stack:
+        for loop in model.layout.loops:
+            blocks = [model.bridge.blocks[layer] for layer in range(loop.start, loop.stop)]
+            stack.enter_context(_again(blocks, loop.n_iterations))
+        yield
+
+
+@contextmanager
+def _again(core: list[Any], n_iterations: int) -> Iterator[None]:
+    """Run some layers in a row ``n_iterations`` times instead of once."""
     given: dict[int, tuple[bool, tuple[Any, ...], dict[str, Any]]] = {}
     again = False
 
@@ -124,7 +136,7 @@ def _iterations(model: Any) -> Iterator[None]:
             return None
         again = True
         try:
-            for _ in range(layout.n_iterations - 1):
+            for _ in range(n_iterations - 1):
                 for layer, block in enumerate(core):
                     stream = output[0] if isinstance(output, tuple) else output
                     first, others, named = given[layer]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tl_loops.model.bridged.family import SPLIT_INPUTS, BridgedFamily
-from tl_loops.model.bridged.taps import Columns, Reading, Tap, View, block_taps, tap
+from tl_loops.model.bridged.taps import Columns, Reading, Tap, View, block_end, block_taps, tap
 
 _NORMS = {"norm_1": "ln1", "norm_2": "ln1_post", "norm_3": "ln2", "norm_4": "ln2_post"}
 _STACKS = {"prelude": "prelude", "core": "core_block", "coda": "coda"}
@@ -63,16 +63,13 @@ def _layer_taps(model: Any, source: str, blocks: list[int]) -> Iterator[Tap]:
     entries: list[list[str | Reading]] = []
     ends: list[list[str | Reading]] = []
     for i in blocks:
-        at = layout.coordinate(i)
-        entry, end = [f"blocks.{i}.hook_resid_pre"], [f"blocks.{i}.hook_resid_post"]
+        t, entry, end = layout.begins_at(i), [f"blocks.{i}.hook_resid_pre"], block_end(layout, i)
         if i == 0:  # The embedding is scaled outside of any module.
             entry.insert(0, "hook_embed")
-        if at.phase == "core" and at.layer == 0:
-            entry.insert(0, f"iter.{at.iteration}.hook_injected")
+        if t is not None:
+            entry.insert(0, f"iter.{t}.hook_injected")
         if i == layout.core_start - 1:
             end.append("hook_injection")
-        if at.phase == "core" and at.layer == layout.n_core - 1:
-            end.append(f"iter.{at.iteration}.hook_state_out")
         entries.append([*entry])
         ends.append([*end])
     yield tap(f"{source}.hook_in", entries)

@@ -1,11 +1,12 @@
 """From a TransformerBridge to a model with a name for every pass of every layer."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-from tl_loops.config.config import LoopedTransformerConfig
+from tl_loops.config.config import LoopedTransformerConfig, with_layout
 from tl_loops.errors import CheckpointError, LoopedSemanticsError
 from tl_loops.families.registry import recognise
+from tl_loops.layout.layout import LoopLayout
 from tl_loops.model.bridged.family import BridgedFamily
 from tl_loops.model.bridged.unrolled import UnrolledBridge
 from tl_loops.model.bridged.weights import check_unprocessed, named_weights
@@ -20,14 +21,14 @@ def bridged_family(bridge: Any, families: Iterable[BridgedFamily]) -> BridgedFam
 
 
 def open_bridge(
-    bridge: Any, bridged: BridgedFamily, loop: Mapping[str, int] | None = None
+    bridge: Any, bridged: BridgedFamily, layout: LoopLayout | None = None
 ) -> UnrolledBridge:
     """A bridge under the names of its iterations.
 
     Args:
         bridge: The bridge.
         bridged: Its family.
-        loop: Config fields of the loop, where the Hugging Face model has none.
+        layout: Of the loop, where the Hugging Face model has none.
 
     Raises:
         LoopedSemanticsError: The bridge's weights were processed or are spread over devices, or it
@@ -42,7 +43,7 @@ def open_bridge(
         family = recognise(released, where, lambda: list(weights))
         fields = family.config_fields(released, where)
     except CheckpointError as error:
-        done = "unrolled" if loop is None else "looped"
+        done = "unrolled" if layout is None else "looped"
         raise LoopedSemanticsError(f"this bridge cannot be {done}: {error}") from error
     if family.name != bridged.name:
         raise LoopedSemanticsError(
@@ -56,11 +57,12 @@ def open_bridge(
             "device"
         )
     fields |= {
-        **(loop or {}),
         "model_name": bridge.cfg.model_name,
         "original_architecture": type(bridge.original_model).__name__,
         "dtype": next(bridge.original_model.parameters()).dtype,
         "device": devices[0],
     }
+    if layout is not None:
+        fields = with_layout(fields, layout)
     cfg = LoopedTransformerConfig.from_dict(fields)
     return UnrolledBridge(bridge, family, bridged, cfg)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tl_loops.errors import LoopedSemanticsError
+from tl_loops.layout.layout import LoopLayout
 
 Kept = Mapping[str, Tensor]
 """Tensors of this run that later views need, by the name of the hook point that saw them."""
@@ -222,6 +223,12 @@ def tap(source: str, firings: Iterable[Iterable[str | Reading]]) -> Tap:
             for firing in firings
         ),
     )
+
+
+def block_end(layout: LoopLayout, block: int) -> list[str]:
+    """The hook points between blocks that see what leaves an unrolled block."""
+    t = layout.ends_at(block)
+    return [f"blocks.{block}.hook_resid_post"] + ([] if t is None else [f"iter.{t}.hook_state_out"])
 
 
 def block_taps(

@@ -123,7 +123,7 @@ class RepeatedConfig(LoopedTransformerConfig):
         """
         n_iterations = whole_iterations(n_iterations)
         if self.segments is None:
-            check_depth(self, n_iterations)
+            check_depth(self._depth(n_iterations))
         self._place(self._layout.with_iterations(n_iterations))
 
     def count_parameters(self) -> int:

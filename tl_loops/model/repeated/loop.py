@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tl_loops.arguments import checked
+from tl_loops.config.ranges import check_depth
 from tl_loops.errors import ConfigError, LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.segments import Segment
@@ -48,7 +49,7 @@ def loop(
     has the names of its iteration (:class:`tl_loops.UnrolledBridge`).
 
     Args:
-        model: Any HookedTransformer, of any config. Or, for one loop, a TransformerBridge of a
+        model: Any HookedTransformer, of any config. Or a TransformerBridge of a
             feedforward family (GPT-2, GPT-NeoX, Llama, Mistral, Qwen2, Qwen3, OLMo-2), or a
             LoopedTransformer of one iteration, such as a feedforward checkpoint. Not one that is
             looped already.
@@ -66,8 +67,7 @@ def loop(
             of saying what repeats.
         LoopedSemanticsError: A model that cannot be looped: none of these, looped already,
             spread over devices, or quantised to four bits; a bridge whose weights were processed;
-            a LoopedTransformer with more than its blocks between prelude and coda; or one of the
-            two asked for several loops.
+            or a LoopedTransformer with more than its blocks between prelude and coda.
     """
     _check_model(model)
     bridged = bridge_to_loop(model) if is_bridge(model) else None
@@ -81,24 +81,20 @@ def loop(
         )
     if repeats is not None:
         loops = [(layer, layer + 1, repeats[layer]) for layer in sorted(repeats, key=_whole)]
+    segments = _filled([_segment(given, depth) for given in ([single] if loops is None else loops)])
+    runs = sum(segment.n_layers * segment.n_iterations for segment in segments)
+    n_coda = depth - segments[-1].stop
+    check_depth(segments[0].start + runs + n_coda, "blocks of the loops times iterations")
     if loops is None:
-        segment = _segment(single, depth)
-        layout = LoopLayout(
-            segment.start, segment.n_layers, depth - segment.stop, segment.n_iterations
-        )
-        if bridged is not None:
-            return loop_over_bridge(model, bridged, layout)
-        if isinstance(model, LoopedTransformer):
-            return loop_over_own_blocks(model, layout)
-        return RepeatedTransformer(model, layout)
-    if bridged is not None or isinstance(model, LoopedTransformer):
-        raise LoopedSemanticsError(
-            f"a {type(model).__name__} has one loop: give start, stop and n_iterations. Several "
-            "loops, and blocks that repeat each by itself, are for a HookedTransformer "
-            "(TransformerLens 3.9)"
-        )
-    segments = _filled([_segment(given, depth) for given in loops])
-    return RepeatedTransformer(model, LoopLayout.of_segments(segments, depth - segments[-1].stop))
+        (one,) = segments
+        layout = LoopLayout(one.start, one.n_layers, n_coda, one.n_iterations)
+    else:
+        layout = LoopLayout.of_segments(segments, n_coda)
+    if bridged is not None:
+        return loop_over_bridge(model, bridged, layout)
+    if isinstance(model, LoopedTransformer):
+        return loop_over_own_blocks(model, layout)
+    return RepeatedTransformer(model, layout)
 
 
 def _check_model(model: Any) -> None:

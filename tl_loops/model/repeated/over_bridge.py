@@ -9,7 +9,6 @@ from tl_loops.model.bridged.feedforward import BRIDGED_FEEDFORWARD
 from tl_loops.model.bridged.opening import bridged_family, open_bridge
 from tl_loops.model.bridged.unrolled import UnrolledBridge
 from tl_loops.model.bridged.unrolling import BRIDGED
-from tl_loops.model.repeated.over_own_blocks import sizes
 
 
 def bridge_to_loop(bridge: Any) -> BridgedFamily:
@@ -40,9 +39,9 @@ def loop_over_bridge(bridge: Any, bridged: BridgedFamily, layout: LoopLayout) ->
     Args:
         bridge: Of a feedforward model.
         bridged: Its family.
-        layout: Of one loop over all of its layers.
+        layout: Of one loop or several over all of its layers.
 
     Raises:
         LoopedSemanticsError: As :func:`open_bridge`.
     """
-    return open_bridge(bridge, bridged, sizes(layout))
+    return open_bridge(bridge, bridged, layout)

@@ -5,65 +5,47 @@ from typing import Any
 
 from torch import Tensor
 
-from tl_loops.config.config import LoopedTransformerConfig
+from tl_loops.config.config import LoopedTransformerConfig, with_layout
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
-from tl_loops.mechanisms import Mechanism
 from tl_loops.model.looped import LoopedTransformer
 
 
 def loop_over_own_blocks(model: LoopedTransformer, layout: LoopLayout) -> LoopedTransformer:
-    """A looped transformer of one loop over the very Parameters of one that runs no block twice.
+    """A looped transformer over the very Parameters of one that runs no block twice.
 
     Args:
         model: Of one iteration.
-        layout: Of one loop over all of its blocks.
+        layout: Of one loop or several over all of its blocks.
 
     Raises:
         LoopedSemanticsError: It runs blocks several times already, or something stands between its
             prelude, core and coda, which another cut of the blocks would move.
     """
     cfg = model.cfg
+    if cfg.segments is not None:
+        raise LoopedSemanticsError(
+            f"this model repeats blocks already ({cfg.notation}): loop the original with other "
+            "arguments, which copies no weight"
+        )
     if cfg.n_iterations != 1:
         raise LoopedSemanticsError(
             f"this model is looped already ({cfg.notation}): change its number of iterations with "
             "model.set_iterations(n), or load it with n_iterations=1 to loop other blocks"
         )
-    between = _between(model)
+    between = cfg.between_blocks
     if between:
         raise LoopedSemanticsError(
             f"between prelude, core and coda of this model there is more than its blocks "
             f"({', '.join(between)}), which a loop over other blocks would move: build it from a "
             "LoopedTransformerConfig with the loop that you want"
         )
-    fields = {**cfg.to_dict(), **sizes(layout)}
-    fields.pop("n_layers", None)
     looped = LoopedTransformer(
-        LoopedTransformerConfig.from_dict(fields),
+        LoopedTransformerConfig.from_dict(with_layout(cfg.to_dict(), layout)),
         model.tokenizer,
         weights=_renamed(model, layout),
     )
     return looped.train(model.training)
-
-
-def sizes(layout: LoopLayout) -> dict[str, int]:
-    """The config fields that say a layout of one loop."""
-    names = ("n_prelude", "n_core", "n_coda", "n_iterations")
-    return {name: getattr(layout, name) for name in names}
-
-
-def _between(model: LoopedTransformer) -> list[str]:
-    """What does something where prelude, core and coda meet, by its setting."""
-    cfg = model.cfg
-    acts = [
-        mechanism.said(cfg)
-        for mechanism in cfg.mechanisms
-        if mechanism.phrases(cfg) or type(mechanism).part is not Mechanism.part
-    ]
-    if cfg.initial_state == "embed":  # The state before the loop is the stream itself.
-        acts.remove("initial_state")
-    norms = ("norm_between_iterations", "norm_before_coda")
-    return [*acts, *(name for name in norms if getattr(cfg, name))]
 
 
 def _renamed(model: LoopedTransformer, layout: LoopLayout) -> Iterator[tuple[str, Tensor]]:

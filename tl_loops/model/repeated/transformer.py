@@ -210,21 +210,20 @@ class RepeatedTransformer(CoordinateHooks, BorrowedWeights):
         self, index: int, resid: Tensor, initial_state: Tensor | None, begins: bool = True
     ) -> Tensor:
         """The hook points before a block that begins an iteration."""
-        layout = self.layout
-        at = layout.coordinate(index)
-        if at.iteration is None or at.layer:
+        t = self.layout.begins_at(index)
+        if t is None:
             return resid
-        if at.iteration == 0 and begins:
+        if t == 0 and begins:
             resid = resid if initial_state is None else initial_state.to(resid)
             resid = self.hook_initial_state(unshared(resid, self.hook_initial_state))
-        hooks: Any = self.iter[at.iteration]
+        hooks: Any = self.iter[t]
         resid = hooks.hook_state_in(unshared(resid, hooks.hook_state_in))
         return hooks.hook_injected(unshared(resid, hooks.hook_injected))
 
     def _leave(self, index: int, resid: Tensor) -> Tensor:
         """The hook point after a block that ends an iteration."""
-        t = self.layout.coordinate(index).iteration
-        if t is None or index != self.layout.iteration_blocks(t)[-1]:
+        t = self.layout.ends_at(index)
+        if t is None:
             return resid
         hooks: Any = self.iter[t]
         return hooks.hook_state_out(unshared(resid, hooks.hook_state_out))

@@ -97,23 +97,20 @@ class StackRun:
         return out
 
     def _context(self, index: int, x: Tensor) -> ForwardContext:
-        layout, context = self.layout, self.context
-        if not layout.core_start <= index < layout.coda_start:
+        context, at = self.context, self.layout.coordinate(index)
+        if at.iteration is None:
             return context
-        t, layer = divmod(index - layout.core_start, layout.n_core)
         for part in self._parts:
-            context = part.context(t, layer, context, x)
+            context = part.context(at.iteration, at.layer, context, x)
         return context
 
     def _enter(self, index: int, x: Tensor, begin: bool = True) -> Tensor:
         """What happens between what precedes block ``index`` and the block itself."""
-        layout = self.layout
-        if index == layout.coda_start:
+        if index == self.layout.coda_start:
             return self.model.enter_coda(x)
-        in_core = layout.core_start <= index < layout.coda_start
-        if not in_core or (index - layout.core_start) % layout.n_core:
+        t = self.layout.begins_at(index)
+        if t is None:
             return x
-        t = (index - layout.core_start) // layout.n_core
         if t == 0 and begin:
             for part in reversed(self._parts):
                 x = part.begin(x)
@@ -127,11 +124,9 @@ class StackRun:
 
     def _leave(self, index: int, out: Trajectory) -> None:
         """What happens after block ``index`` when it ends an iteration."""
-        layout = self.layout
-        after = index - layout.core_start + 1
-        if not layout.core_start <= index < layout.coda_start or after % layout.n_core:
+        t = self.layout.ends_at(index)
+        if t is None:
             return
-        t = after // layout.n_core - 1
         hooks, state = self.model.iter[t], out.resid
         for part in self._parts:
             state = part.leave(t, state)
