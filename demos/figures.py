@@ -1,10 +1,10 @@
-"""Draw the pictures of ``docs/figures.md``.
+"""Draw the pictures of ``docs/figures.md``, and ``report``, that of the README.
 
     python demos/figures.py [NAME ...]
 
 The page holds the calls, this script runs them: the first block of code makes the data, and each
 further block ends in the call that makes the picture below it. Figures are drawn by matplotlib
-here; circuitsvis views are photographed in a headless Chromium, where there is one.
+here; circuitsvis views and the report are photographed in a headless Chromium, where there is one.
 """
 
 import argparse
@@ -21,9 +21,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from tl_loops import plots
+from tl_loops import LoopedTransformer, plots
+from tl_loops.report import report_html
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "figures.md"
+REPORT = DOCUMENT.parent / "images" / "report.png"
+CARDS = ("Answer after each iteration", "Residual stream before each core layer")
+"""Figures of the report that the README shows, by the beginning of their captions."""
 LARGEST = 80_000  # bytes of a picture that has no palette
 
 _BLOCK = re.compile(
@@ -41,6 +45,12 @@ class Example:
     @property
     def name(self) -> str:
         return "setup" if self.picture is None else Path(self.picture).stem
+
+    @property
+    def path(self) -> Path:
+        """Where the picture stands."""
+        assert self.picture is not None
+        return DOCUMENT.parent / self.picture
 
 
 class WithBackend:
@@ -108,6 +118,31 @@ def photograph(view: plots.CircuitsView, browser: Any) -> bytes:
     return small(picture)
 
 
+def photograph_report(browser: Any) -> bytes:
+    """Some figures of the embedded model's report, one below the other."""
+    model = LoopedTransformer.from_pretrained_no_processing("tl-loops-tiny", device="cpu")
+    context = browser.new_context(
+        viewport={"width": 860, "height": 900}, device_scale_factor=1.4, color_scheme="light"
+    )
+    page = context.new_page()
+    page.set_content(report_html(model, progress=False))
+    page.wait_for_selector("html[data-drawn]")
+    cards = []
+    for caption in CARDS:
+        card = page.locator("figure", has=page.locator(f"figcaption:has-text('{caption}')")).first
+        cards.append(Image.open(io.BytesIO(card.screenshot())))
+    context.close()
+    apart = 16
+    height = sum(card.height + apart for card in cards) - apart
+    picture, top = Image.new("RGB", (max(card.width for card in cards), height), "white"), 0
+    for card in cards:
+        picture.paste(card, (0, top))
+        top += card.height + apart
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return small(buffer.getvalue())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help="pictures to write; all when left out")
@@ -120,11 +155,13 @@ def main() -> None:
         if isinstance(result, plots.CircuitsView):
             views.append((example, result))
         else:
-            write(example, png(result))
+            write(example.path, png(result))
+    with_report = not chosen or "report" in chosen
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if views and chromium is None:
-        print(f"no Chromium: left out {', '.join(example.name for example, _ in views)}")
-    elif views:
+    photographed = [example.name for example, _ in views] + ["report"] * with_report
+    if photographed and chromium is None:
+        print(f"no Chromium: left out {', '.join(photographed)}")
+    elif photographed:
         from playwright.sync_api import sync_playwright
 
         with sync_playwright() as playwright:
@@ -132,13 +169,13 @@ def main() -> None:
                 executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
             )
             for example, view in views:
-                write(example, photograph(view, browser))
+                write(example.path, photograph(view, browser))
+            if with_report:
+                write(REPORT, photograph_report(browser))
             browser.close()
 
 
-def write(example: Example, picture: bytes) -> None:
-    assert example.picture is not None
-    path = DOCUMENT.parent / example.picture
+def write(path: Path, picture: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(picture)
     print(f"{path.name}: {len(picture) / 1000:.0f} kB")

@@ -42,6 +42,7 @@ class Data:
             _, self.cache = self.model.run_with_cache(self.tokens)
             self.ranks = lens.coda_lens(self.model, self.tokens, positions="last", track=self.names)
             self.read = lens.coda_lens(self.model, self.tokens, keep_logits=True)
+            self.short = lens.coda_lens(self.model, self.tokens[:, :12])
             answers = [prompt.answer for prompt in self.known]
             self.curve = exit_curve(self.model, prompts, answers, progress=False)
             self.scores = circuits.score(
@@ -100,6 +101,7 @@ def figures(data: Data, **options: Any) -> dict[str, list[Callable[[], Any]]]:
     add("plot_exits", {"kl": torch.tensor([0, 3, 7]), "cosine": torch.tensor([2, 5, 7])},
         n_iterations=n, **about)  # fmt: skip
     add("plot_lens", data.read, **about)
+    add("plot_lens", data.short, **about)
     add("plot_lens", data.ranks, "entropy", **about)
     values = torch.randn(n, n_core, 40, 4, generator=random)
     probed = probes.task_probes(probes.PromptStates.of(values), [0, 1] * 20)
