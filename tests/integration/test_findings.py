@@ -145,6 +145,27 @@ def test_massive_activations(quick):
                     assert row["low"] - 1e-6 <= row["mean"] <= row["high"] + 1e-6
 
 
+def test_controls(quick):
+    """The best number of iterations is best, and correlations are correlations."""
+    for results in (quick("controls"), committed("controls")):
+        for name, of in results["models"].items():
+            assert len(of["loss"]) == len(of["numbers"])
+            above = of["above_the_best"]
+            assert min(row["low"] for row in above) == 0
+            assert all(0 <= row["low"] <= row["mean"] <= row["high"] for row in above)
+            assert ("compared" in of) == ("relative_step" in of) == (len(of["numbers"]) > 1), name
+            for row in of.get("compared", {}).values():
+                for kind in ("mirroring", "random_mirroring", "repetition"):
+                    assert row[kind]["mean"] is None or -1 <= row[kind]["mean"] <= 1
+
+
+def test_controls_without_injection_do_not_settle():
+    models = committed("controls")["models"]
+    settled, not_settled = models["injection"], models["no injection"]
+    assert settled["relative_step"]["high"] < 1e-5 < not_settled["relative_step"]["low"]
+    assert settled["above_the_best"][-1]["high"] < not_settled["above_the_best"][-1]["low"]
+
+
 def test_multi_hop(quick):
     """Chance is the share of one entity; no chain of a test was trained on."""
     for results in (quick("multi_hop"), committed("multi_hop")):
