@@ -129,7 +129,8 @@ def measure(quick: bool, seed: int) -> dict[str, Any]:
         train(model, n_steps, cap, seed)
         found[name] = measured(model, prompts, n, seed)
     text = embedded("tl-loops-text")
-    each = [path(text, text.to_tokens(verse), n) for verse in prompts_of("tl-loops-text", 16, seed)]
+    verses = prompts_of("tl-loops-text", 2 if quick else 16, seed)
+    each = [path(text, text.to_tokens(verse), n) for verse in verses]
     found["tl-loops-text"] = {
         "radius_of_the_injection": radius(text),
         **{
