@@ -24,11 +24,11 @@ from random_stacks import NORMS
 from stages import METRICS, correlation, of_prompt
 from torch import Tensor
 from train_text import chapters, encode, split
-from trajectories import TEXTS
 
 from tl_loops import LoopedTransformer, LoopedTransformerConfig
 from tl_loops.metrics import align_stages
 from tl_loops.plots import plot_curves
+from tl_loops.tasks.prompts import VERSES
 from tl_loops.training import (
     ConstantIterations,
     LogNormalPoissonIterations,
@@ -71,7 +71,7 @@ def texts(tokenizer: Any, quick: bool) -> tuple[Tensor, Tensor]:
         SkippedError: The King James Bible is not installed.
     """
     if quick:
-        tokens = encode(tokenizer, TEXTS)
+        tokens = encode(tokenizer, list(VERSES))
         return tokens, tokens
     if shutil.which("bible") is None:
         raise SkippedError("it needs a text: apt-get install bible-kjv bible-kjv-text")

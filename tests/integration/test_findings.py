@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.closeness import assert_close
 from tl_loops import LoopedTransformer, LoopedTransformerConfig, loop
+from tl_loops.tasks.prompts import VERSES
 
 ROOT = Path(__file__).parents[2]
 FINDINGS = ROOT / "demos" / "findings"
@@ -222,7 +223,7 @@ def test_settling(quick):
 def test_tl_loops_text_is_trained_and_saved(monkeypatch, tmp_path):
     """With a few verses in place of the King James Bible."""
     monkeypatch.syspath_prepend(str(FINDINGS))
-    train_text, trajectories = map(importlib.import_module, ("train_text", "trajectories"))
+    train_text = importlib.import_module("train_text")
     monkeypatch.setattr(train_text, "chapters", lambda: ["\n".join(trajectories.VERSES)] * 20)
     arguments = ["--steps", "2", "--stop-after", "1", "--batch-size", "2", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["train_text.py", *arguments])
