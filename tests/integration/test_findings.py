@@ -224,7 +224,7 @@ def test_tl_loops_text_is_trained_and_saved(monkeypatch, tmp_path):
     """With a few verses in place of the King James Bible."""
     monkeypatch.syspath_prepend(str(FINDINGS))
     train_text = importlib.import_module("train_text")
-    monkeypatch.setattr(train_text, "chapters", lambda: ["\n".join(trajectories.VERSES)] * 20)
+    monkeypatch.setattr(train_text, "chapters", lambda: ["\n".join(VERSES)] * 20)
     arguments = ["--steps", "2", "--stop-after", "1", "--batch-size", "2", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["train_text.py", *arguments])
     train_text.main()
