@@ -128,19 +128,15 @@ except tl_loops.LoopedSemanticsError as error:
 #
 # `tl_loops.loop` repeats blocks of a model that was never looped (Encode-Think-Decode, arXiv
 # 2510.07358), over the same weights. Here a small model with random weights; in earnest,
-# `HookedTransformer.from_pretrained("gpt2")`.
+# `LoopedTransformer.from_pretrained("gpt2")` or `TransformerBridge.boot_transformers("gpt2")`.
 
 # %%
-import warnings
-
-from transformer_lens import HookedTransformer, HookedTransformerConfig
-
-warnings.filterwarnings("ignore", category=DeprecationWarning)  # of HookedTransformer, in 3.9
-plain = HookedTransformer(
-    HookedTransformerConfig(
-        n_layers=6, d_model=32, d_head=8, n_ctx=32, d_vocab=50, act_fn="gelu", seed=0, device="cpu"
+plain = tl_loops.LoopedTransformer(
+    tl_loops.LoopedTransformerConfig(
+        n_core=6, n_iterations=1, d_model=32, d_head=8, n_heads=4, d_mlp=128, n_ctx=32, d_vocab=50,
+        seed=0, device="cpu",
     )
-)
+)  # fmt: skip
 looped = tl_loops.loop(plain, start=2, stop=4, n_iterations=3)
 print(looped.cfg.notation, looped.layout.labels())
 assert looped.blocks[2].attn.W_Q is plain.blocks[2].attn.W_Q

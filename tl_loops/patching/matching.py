@@ -7,7 +7,6 @@ from functools import cached_property
 from jaxtyping import Bool
 from torch import Tensor
 
-from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import layout_of
@@ -209,7 +208,8 @@ def match(model: Model, run: SourceRun, source: Site, target: Site) -> list[Tran
         IndexError: A coordinate is out of range.
         LoopedSemanticsError: Keys or values of a model whose iterations share them.
     """
-    given, taken = _activation(run.model, source), _activation(model, target)
+    given = find_activation(run.model, source.activation)
+    taken = find_activation(model, target.activation)
     is_other = given.dims != taken.dims or (taken.kind == "pattern" and given.rest != taken.rest)
     if is_other:
         raise ValueError(
@@ -233,19 +233,6 @@ def match(model: Model, run: SourceRun, source: Site, target: Site) -> list[Tran
         n_heads = taken.n_heads(model.cfg)
         found.append(Transplant(source, target, taken, here, there, value, n_heads))
         _ = found[-1].heads  # raises where they do not fit
-    return found
-
-
-def _activation(model: Model, site: Site) -> Activation:
-    """The activation of a site, where it is what the iteration uses."""
-    found = find_activation(model, site.activation)
-    sharing = getattr(model.cfg, "kv_sharing", None)
-    if "kv_head" in found.dims and sharing not in (None, "none"):
-        raise LoopedSemanticsError(
-            f"iterations share keys and values (kv_sharing={sharing!r}), so that {found.name!r} of "
-            "an iteration may not be what its attention reads: set model.cfg.kv_sharing to None, "
-            "or transplant 'z' or 'pattern'"
-        )
     return found
 
 

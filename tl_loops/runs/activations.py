@@ -103,7 +103,8 @@ def find_activation(model: Model, name: str) -> Activation:
 
     Raises:
         ValueError: The name is unknown, or this model has no such activation.
-        LoopedSemanticsError: A bridge of TransformerLens shows it, but takes no edit of it.
+        LoopedSemanticsError: A bridge of TransformerLens shows it, but takes no edit of it; or it
+            is of the keys or values of an iteration, where iterations share them.
     """
     found = _described(model, name)
     if found.rest == "hook_resid_mid" and is_bridge(model):
@@ -135,6 +136,13 @@ def find_activation(model: Model, name: str) -> Activation:
             f"activation {name!r} fires once each for queries, keys and values while "
             "cfg.use_split_qkv_input or cfg.use_attn_in is on: patch 'q_input', 'k_input' or "
             "'v_input', or turn the flag off"
+        )
+    sharing = getattr(model.cfg, "kv_sharing", None)
+    if "kv_head" in found.dims and sharing not in (None, "none"):
+        raise LoopedSemanticsError(
+            f"iterations share keys and values (kv_sharing={sharing!r}), so that {found.name!r} of "
+            "an iteration may not be what its attention reads: set model.cfg.kv_sharing to None, "
+            "or choose 'z' or 'pattern'"
         )
     return found
 

@@ -91,7 +91,8 @@ class _Condition:
         self.weights = {
             m: dict(fields["_parameters"]) for m, fields in held if fields["_parameters"]
         }
-        self.hooks = {module: _hooks(module) for module in self.modules if any(_lists(module))}
+        hooked = (module for module, fields in held if any(map(fields.get, _HOLDERS)))
+        self.hooks = {module: _hooks(module) for module in hooked}
 
     def restore(self) -> None:
         """Take away what is new, and put back what is gone."""
@@ -122,12 +123,17 @@ class _Condition:
 
 def _modules(model: Any) -> Iterator[nn.Module]:
     """Every module that a run of the model may change for a while."""
-    held = dict.fromkeys(model.modules())
-    held.update(dict.fromkeys(model.hook_dict.values()))
     bridge = vars(model).get("bridge")  # the engine of a bridged looped model
-    if bridge is not None:
-        held.update(dict.fromkeys(bridge.modules()))
-    yield from held
+    # Each run takes this walk: torch's own makes the name of every module on its way.
+    found: dict[nn.Module | None, None] = dict.fromkeys(model.hook_dict.values())
+    waiting: list[nn.Module | None] = [*found, model, bridge]
+    for module in waiting:  # which grows
+        inside = () if module is None else module._modules.values()
+        if inside:
+            waiting.extend(child for child in inside if child not in found)
+            found.update(dict.fromkeys(inside))
+    found.update(dict.fromkeys((model, bridge)))
+    return (module for module in found if module is not None)
 
 
 def _lists(module: nn.Module) -> list[Any]:

@@ -33,6 +33,17 @@ def test_stopping_and_starting_again_is_one_pass(model):
     close(model(TOKENS, stop_at_layer=-1), cache["resid_pre", -1])
 
 
+def test_a_stop_after_the_last_block_is_before_what_ends_the_last_iteration(model):
+    n, last = model.cfg.n_layers, model.cfg.n_iterations - 1
+    fired = []
+    names = [f"iter.{t}.hook_state_out" for t in range(last + 1)]
+    with model.hooks([(name, lambda x, hook: fired.append(hook.name)) for name in names]):
+        stream = model(TOKENS, stop_at_layer=n)
+    assert fired == (names if model.cfg.n_coda else names[:last])
+    _, cache = model.run_with_cache(TOKENS)
+    close(stream, cache["resid_post", n - 1])
+
+
 def test_starting_at_an_iteration(model):
     logits, cache = model.run_with_cache(TOKENS)
     e = cache["hook_injection"] if model.cfg.injection else None

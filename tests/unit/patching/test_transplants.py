@@ -390,6 +390,8 @@ def test_keys_of_iterations_that_share_them_stay(models):
             transplant_hooks(model, cache, Site(activation, 0, 0))
         with pytest.raises(LoopedSemanticsError, match="share keys and values"):
             transplant_hooks(models["ouro"], cache, Site(activation, 0, 0))
+        with pytest.raises(LoopedSemanticsError, match="share keys and values"):
+            activation_patch(model, tokens, cache, metric, activation, progress=False)
     hooks = transplant_hooks(model, cache, [Site("z", 1, 0), Site("pattern", 1, 0)])
     close(run(model, tokens, hooks), model(tokens))
 
