@@ -19,7 +19,7 @@ from tl_loops.runs.cells import Cell, Edit
 from tl_loops.runs.grid import Region, make_grid
 from tl_loops.runs.inputs import real_positions
 from tl_loops.runs.scoring import Metric, logits_score, start_run
-from tl_loops.upstream import TextOrTokens, left_as_it_was
+from tl_loops.upstream import Cache, TextOrTokens, left_as_it_was
 
 HookList = list[tuple[str, Callable]]
 Direction = Float[Tensor, "*iteration_layer d_model"]
@@ -108,8 +108,8 @@ def ablate_direction(
 @checked
 def difference_directions(
     model: Model,
-    positive: Any,
-    negative: Any,
+    positive: Cache,
+    negative: Cache,
     activation: str = "resid_post",
     *,
     layer: int | None = None,

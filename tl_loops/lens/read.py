@@ -27,10 +27,10 @@ from tl_loops.metrics.readout import (
 from tl_loops.runs.cells import named_hooks
 from tl_loops.runs.identity import identity_of, tensors_fingerprint
 from tl_loops.runs.in_batches import Batch, Run, Split, run_in_batches
-from tl_loops.runs.inputs import LensInput, LensInputs, Positions, lens_inputs
+from tl_loops.runs.inputs import LensInputs, Positions, lens_inputs
 from tl_loops.runs.read_positions import logits_only_at
 from tl_loops.runs.shards import Shards
-from tl_loops.upstream import left_as_it_was
+from tl_loops.upstream import TextOrTokens, left_as_it_was
 
 _POINTWISE = ("predictions", "top_tokens", "top_probabilities", "entropy")
 
@@ -39,7 +39,7 @@ _POINTWISE = ("predictions", "top_tokens", "top_probabilities", "entropy")
 @left_as_it_was
 def read_lens(
     model: Model,
-    input: LensInput,
+    input: TextOrTokens,
     lens: Lens,
     *,
     points: PointSet | str | Sequence[str] | None = None,
@@ -152,7 +152,7 @@ def read_lens(
 
 @checked
 @left_as_it_was
-def logit_lens(model: Model, input: LensInput, **options: Any) -> LensResult:
+def logit_lens(model: Model, input: TextOrTokens, **options: Any) -> LensResult:
     """Final norm and unembedding applied to the residual after each block.
 
     What lies between the point and the final norm is skipped: the rest of the loop, the norm
@@ -178,7 +178,7 @@ def logit_lens(model: Model, input: LensInput, **options: Any) -> LensResult:
 
 @checked
 @left_as_it_was
-def coda_lens(model: Model, input: LensInput, **options: Any) -> LensResult:
+def coda_lens(model: Model, input: TextOrTokens, **options: Any) -> LensResult:
     """The state of each iteration through all that the model does after the loop.
 
     That is the norm before the coda, the coda's blocks on the whole sequence, the final norm and
@@ -204,7 +204,7 @@ def coda_lens(model: Model, input: LensInput, **options: Any) -> LensResult:
 
 @checked
 @left_as_it_was
-def exit_lens(model: Model, input: LensInput, **options: Any) -> LensResult:
+def exit_lens(model: Model, input: TextOrTokens, **options: Any) -> LensResult:
     """The exit of every iteration: ``model(tokens, exit_at=t)`` for all t, in one pass.
 
     Args:

@@ -16,7 +16,8 @@ from tl_loops.lens.read import read_lens
 from tl_loops.lens.tracked_tokens import TrackedTokens
 from tl_loops.metrics.answers import first_of_final_run
 from tl_loops.printing import prints_short
-from tl_loops.runs.inputs import LensInput, Positions, lens_inputs
+from tl_loops.runs.inputs import Positions, lens_inputs
+from tl_loops.upstream import TextOrTokens
 
 NEVER = -1
 """What a point index is where the thing asked for does not happen."""
@@ -101,7 +102,7 @@ def _check_rank(max_rank: int) -> None:
 @checked
 def track_entities(
     model: Model,
-    input: LensInput,
+    input: TextOrTokens,
     entities: Mapping[str, TrackedTokens],
     *,
     positions: Mapping[str, Positions] | None = None,

@@ -17,7 +17,7 @@ from tl_loops.errors import shortened
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
 from tl_loops.layout.selection import Selection, chosen_indices, one_index
-from tl_loops.upstream import TextOrTokens
+from tl_loops.upstream import Cache, TextOrTokens
 from tl_loops.upstream.inputs import token_ids
 
 
@@ -58,7 +58,7 @@ def attention_view(
 
 @checked
 def attention_heads(
-    source: Any,
+    source: Cache | Tensor,
     tokens: TextOrTokens | None = None,
     *,
     iterations: Selection | None = None,
@@ -122,7 +122,7 @@ def attention_heads(
 
 @checked
 def attention_patterns(
-    source: Any,
+    source: Cache | Tensor,
     tokens: TextOrTokens | None = None,
     *,
     layer: int = 0,

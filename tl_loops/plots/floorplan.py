@@ -17,7 +17,7 @@ from tl_loops.drawing.figure import Axis, Box, ColourScale, Figure, Heat, Mark, 
 from tl_loops.drawing.subject import Subject, subject_of
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
-from tl_loops.upstream import PromptsShown
+from tl_loops.upstream import Cache, PromptsShown
 
 _BETWEEN_TILES, _BETWEEN_GROUPS = 1, 4
 _WIDEST = 1400
@@ -25,7 +25,7 @@ _WIDEST = 1400
 
 @checked
 def plot_floorplan(
-    source: Any,
+    source: Cache | Tensor,
     *,
     heads: str = "all",
     row: int = 0,

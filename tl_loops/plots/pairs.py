@@ -15,7 +15,7 @@ from tl_loops.drawing.quantities import BLOCK
 from tl_loops.drawing.subject import shown_text, subject_of
 from tl_loops.layout.model import Model
 from tl_loops.metrics.pairwise import pairwise_cosine, pairwise_pattern_distance
-from tl_loops.upstream import PromptsShown
+from tl_loops.upstream import Cache, PromptsShown
 
 _WHAT = {
     "cosine": ("Residual stream: cosine between all pairs of blocks", "cosine, mean over tokens"),
@@ -29,7 +29,7 @@ _MOST_HOVERS = 6_000
 
 @checked
 def plot_pairs(
-    source: Any,
+    source: Cache | Tensor,
     what: str = "cosine",
     *,
     model: Model | str | None = None,

@@ -15,12 +15,12 @@ from tl_loops.drawing.subject import Subject, subject_of
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
 from tl_loops.metrics.pca import PCATrajectory, pca_trajectory, random_walk_null
-from tl_loops.upstream import PromptsShown
+from tl_loops.upstream import Cache, PromptsShown
 
 
 @checked
 def plot_pca(
-    source: Any,
+    source: Cache | Tensor | PCATrajectory,
     n_components: int = 2,
     *,
     null: bool = True,

@@ -33,7 +33,6 @@ _FORWARD_KINDS: dict[str, Any] = {
 }
 
 # Shapes are checked below, with messages of their own.
-LensInput = str | list[str] | Tensor
 Positions = int | Sequence[int] | Tensor | Literal["all", "last"]
 
 
@@ -144,7 +143,7 @@ class LensInputs:
 
 def lens_inputs(
     model: Model,
-    input: LensInput,
+    input: TextOrTokens,
     positions: Positions,
     attention_mask: Tensor | None = None,
     initial_state: Tensor | None = None,
