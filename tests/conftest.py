@@ -22,8 +22,8 @@ settings.load_profile("repository")
 FILES = {
     # With both lines of TransformerLens: those that touch what differs.
     "both_lines": """
-        test_both_lines test_bridge test_cache test_cli test_doc_examples test_fixtures
-        test_guarantees test_guards test_hooks test_inherited test_looping_bridges
+        test_both_lines test_bridge test_cache test_cli test_doc_examples test_figures_page
+        test_fixtures test_guarantees test_guards test_hooks test_inherited test_looping_bridges
         test_looping_own_blocks test_measure test_neighbours test_patching test_registration
         test_splicing test_upstream_tools
     """.split(),

@@ -1,10 +1,7 @@
 """The examples of every page run as they stand, and print what the page says that they print.
 
-They run with both lines of TransformerLens, but for what a page itself marks:
-
-- ``*TransformerLens 3.9 only.*``, on a line of its own before a block: it uses what 4 lacks.
-- ``<!-- examples: long -->``, anywhere in a page: its examples take more than about 5 seconds, and
-  run with 3.9 alone.
+They run with both lines of TransformerLens, but for blocks that a page itself marks: one after
+``*TransformerLens 3.9 only.*``, on a line of its own, uses what 4 lacks.
 """
 
 import re
@@ -22,7 +19,6 @@ from tl_loops.upstream import HAS_HOOKED_TRANSFORMER
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^(?:\*TransformerLens 3\.9 (only)\.\*\n+)?```(\w+)\n(.*?)^```$", re.S | re.M)
-LONG = "<!-- examples: long -->"
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 ELSEWHERE = {"figures.md"}  # run by test_figures_page.py
 WITH_EXAMPLES = [
@@ -83,10 +79,7 @@ def test_examples(page, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict = {"__name__": "example"}
     kind_before = ""
-    content = page.read_text("utf-8")
-    if LONG in content and not HAS_HOOKED_TRANSFORMER:
-        pytest.skip("long examples run with one line of TransformerLens")
-    for number, (only, kind, text) in enumerate(FENCE.findall(content)):
+    for number, (only, kind, text) in enumerate(FENCE.findall(page.read_text("utf-8"))):
         if only and not HAS_HOOKED_TRANSFORMER:
             kind = f"{kind} of the other line"
         if kind == "python":
