@@ -32,7 +32,7 @@ _FORWARD_KINDS: dict[str, Any] = {
     "weighted_exit": bool,
 }
 
-# Shapes are checked below, with messages of their own.
+# Indices are checked below, with messages of their own.
 Positions = int | Sequence[int] | Tensor | Literal["all", "last"]
 
 
