@@ -54,7 +54,7 @@ def plot_profile(
     """One metric of a profile in one of the paper's three groupings.
 
     ``"iteration"``: one curve per iteration from green to yellow, over the relative depth of one
-    pass; prelude and coda stand in front and after, shaded. ``"layer"``: one curve a core layer
+    pass; prelude and coda stand in front and after, shaded. ``"layer"``: one curve per core layer
     from blue to green, over the iterations; blocks of prelude and coda are points left and right.
     ``"unrolled"``: one curve over all blocks. A feedforward profile is always unrolled.
 

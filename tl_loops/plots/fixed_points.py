@@ -36,7 +36,7 @@ def plot_fixed_points(
     backend: str | None = None,
     **options: Any,
 ) -> Any:
-    """Successive differences and distances to the last iteration, one curve a core layer.
+    """Successive differences and distances to the last iteration, one curve per core layer.
 
     arXiv 2604.11791, Fig. 3 and 4 (and 22 to 25 for the metrics of cosine and attention). On
     logarithmic axes a contraction is a straight line that falls; a drift is a flat one. The
@@ -80,7 +80,7 @@ def plot_fixed_points(
             Panel((), panel.x, panel.y, title=panel.title, note=note) for panel in panels
         )
     figure = Figure(
-        title or "Convergence over iterations, one curve a core layer",
+        title or "Convergence over iterations, one curve per core layer",
         subject.line(complete=title is None),
         panels,
         columns=min(2, len(panels)),

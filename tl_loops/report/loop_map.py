@@ -144,7 +144,7 @@ def geometry_section(model: Model, texts: Sequence[str]) -> Section | None:
     most = max(values.shape[-1] for values in spectra.singular_values["k"].values())
     finding = (
         f"The first and the last state have a kernel alignment of {ends:.2f}; keys of all "
-        f"iterations together take {float(ranks[0]):.1f} of {most} directions a head, values "
+        f"iterations together take {float(ranks[0]):.1f} of {most} directions per head, values "
         f"{float(ranks[1]):.1f}."
     )
     figure = page_figure(
