@@ -202,6 +202,11 @@ _WHY: dict[str, tuple[str, ...]] = {
         "LoopProfile.merge",
     ),
     "takes segments, which users do not make: tests/unit/layout": ("LoopLayout.of_segments",),
+    "asked by a run about blocks that there are: tests/unit/layout": (
+        "LoopLayout.begins_at",
+        "LoopLayout.ends_at",
+        "LoopLayout.next_iteration",
+    ),
     "is report_html and a path: tests/unit/report, tests/unit/test_full_disks.py": (
         "report.write_report",
     ),

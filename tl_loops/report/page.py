@@ -246,7 +246,8 @@ def _render(model: Model, lead: str, sections: Sequence[Section]) -> str:
     environment.filters["with_links"] = _with_links
     template = environment.from_string(source)
     return template.render(
-        title=f"{given_name(model.cfg.model_name) or 'Looped transformer'} {model.cfg.notation}",
+        name=given_name(model.cfg.model_name) or "Looped transformer",
+        notation=model.cfg.notation,
         lead=lead,
         sections=sections,
         summary=[section for section in sections if section.finding],
