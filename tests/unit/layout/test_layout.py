@@ -126,3 +126,14 @@ def test_an_index_is_a_whole_number_of_any_integer_type(bad):
             HUGINN.index(**{**dict(iteration=3, layer=0), name: bad})
     for three in (np.int64(3), np.uint8(3), torch.tensor(3)):
         assert HUGINN.index(iteration=three, layer=three) == HUGINN.index(iteration=3, layer=3)
+
+
+def test_blocks_at_which_iterations_begin_and_end():
+    for layout in (LoopLayout(1, 2, 2, n_iterations=3), LoopLayout(0, 1, 0, n_iterations=4)):
+        for index, at in enumerate(layout.coordinates()):
+            first = at.iteration if at.phase == "core" and at.layer == 0 else None
+            last = at.phase == "core" and at.layer == layout.n_core - 1
+            assert layout.begins_at(index) == first
+            assert layout.ends_at(index) == (at.iteration if last else None)
+            begun = sum(layout.begins_at(i) is not None for i in range(index))
+            assert layout.next_iteration(index) == begun
