@@ -30,16 +30,23 @@ unexport PYTHONDONTWRITEBYTECODE
 
 KILLS = $(shell grep -rl "import .*N_MOMENTS" tests --include="test_*.py")
 
-.PHONY: demo test test-tl4 both-lines environments tl4-environment fuzz lint docs dist notebooks clean
+.PHONY: demo test test-outer test-inner test-tl4 both-lines environments tl4-environment fuzz lint \
+	docs dist notebooks clean
 
 demo: $(VENV)/.base
 	$(BIN)/tl-loops report --out report.html
 	@echo "The report is in $(CURDIR)/report.html: open it in a browser."
 
-test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not inner"
-	$(BIN)/python -m pytest $(PYTEST_ARGS) -m inner --check-types=all
+test:
+	$(MAKE) test-outer
+	$(MAKE) test-inner
 	$(MAKE) test-tl4
+
+test-outer: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not inner"
+
+test-inner: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m inner --check-types=all
 
 # With make -j 2 both are made at once.
 environments: $(VENV)/.dev tl4-environment
