@@ -174,10 +174,11 @@ def _read(name: str, value: Any, kind: Kind) -> Any:
     except _Wrong as wrong:
         expected = str(wrong) or kind.words
     lacks = f", which has {kind.lacks}" if kind.lacks else ""
-    raise ArgumentError(f"{name} must be {expected}, got {_described(value)}{lacks}")
+    raise ArgumentError(f"{name} must be {expected}, got {described(value)}{lacks}")
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
+    """A value for a message: numbers and axes of a tensor or an array, else the value itself."""
     if isinstance(value, (Tensor, np.ndarray)) and value.ndim:
         kind = "tensor" if isinstance(value, Tensor) else "array"
         return f"a {str(value.dtype).removeprefix('torch.')} {kind} of shape {list(value.shape)}"

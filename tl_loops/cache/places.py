@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_loops.arguments import described
 from tl_loops.cache.cached_run import CachedRun
 from tl_loops.cache.path import FrozenNorm, Target, working
-from tl_loops.errors import LoopedSemanticsError, shortened
+from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
 from tl_loops.metrics.precision import full_precision
@@ -279,15 +280,12 @@ def check_width(name: str, value: Any, d_model: int) -> None:
     Raises:
         ValueError: It is no tensor of floating point numbers, or of another width.
     """
-    if not isinstance(value, Tensor):
-        found = shortened(value)
-    elif not value.is_floating_point() or value.shape[-1:] != (d_model,):
-        found = f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
-    else:
-        return
-    raise ValueError(
-        f"{name} must be a tensor [..., d_model={d_model}] of floating point numbers, got {found}"
-    )
+    is_tensor = isinstance(value, Tensor) and value.is_floating_point()
+    if not is_tensor or value.shape[-1:] != (d_model,):
+        raise ValueError(
+            f"{name} must be a tensor [..., d_model={d_model}] of floating point numbers, got "
+            f"{described(value)}"
+        )
 
 
 def _check_axes(norm: FrozenNorm, stack: Tensor) -> None:

@@ -63,6 +63,12 @@ def given_name(name: str | None) -> str | None:
     return None if name == _UNNAMED else name
 
 
+def line_of(model: Model | str | None, prompts: Any) -> str:
+    """The line under a title; empty where neither model nor prompts are given."""
+    known = model is not None or prompts is not None
+    return subject_of(model=model, prompts=prompts).line(complete=False) if known else ""
+
+
 def subject_of(
     source: Any = None,
     *,

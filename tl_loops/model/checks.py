@@ -4,12 +4,12 @@ from typing import Any
 
 from torch import Tensor
 
-from tl_loops.arguments import argument, as_index
+from tl_loops.arguments import as_index
 from tl_loops.errors import shortened
 from tl_loops.mechanisms.exclusions import check_shared_keys
 from tl_loops.mechanisms.kv_sharing import KVSharing
 from tl_loops.nn.kv_cache import SharedKeyValueCache
-from tl_loops.upstream import KeyValueCache
+from tl_loops.upstream import KeyValueCache, given
 
 
 def check_starts(
@@ -55,16 +55,6 @@ def check_residual(cfg: Any, input: Any) -> None:
             "with start_at_layer or start_at_iteration the input must be the residual "
             f"stream [batch, pos, {cfg.d_model}]"
         )
-
-
-def given(name: str, value: Any, annotation: Any) -> Any:
-    """An argument of a forward pass that most calls leave out, read by its annotation.
-
-    Raises:
-        ArgumentError: It is of another kind.
-    """
-    # At once for what needs no reading, since a forward pass may be compiled.
-    return value if value is None or isinstance(value, bool) else argument(name, value, annotation)
 
 
 def check_state(name: str, state: Tensor | None, x: Tensor) -> None:

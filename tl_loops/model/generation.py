@@ -20,7 +20,7 @@ from tl_loops.arguments import check_at_least, checked
 from tl_loops.model.checks import key_value_sharing
 from tl_loops.model.exits import SampledExits
 from tl_loops.model.iterations import at_iterations
-from tl_loops.model.start import checked_mask, read_text_or_tokens
+from tl_loops.model.start import read_text_or_tokens
 from tl_loops.nn.kv_cache import SharedKeyValueCache
 from tl_loops.upstream import (
     USE_DEFAULT_VALUE,
@@ -28,6 +28,7 @@ from tl_loops.upstream import (
     LocallyOverridenDefaults,
     check_ids,
     check_length,
+    check_mask,
     left_as_it_was,
     sample_logits,
 )
@@ -267,16 +268,12 @@ def _prompt(model: Any, input: Any, attention_mask: Tensor | None) -> tuple[Tens
             "input must be text, tokens [batch, pos] or embeddings [batch, pos, d_model], "
             f"got a tensor of shape {tuple(prompt.shape)}"
         )
-    attention_mask = checked_mask(attention_mask, each_row=True)
-    if attention_mask is None and kind == "tokens":
+    if attention_mask is not None:
+        attention_mask = check_mask(attention_mask, prompt.shape[:2])
+    elif kind == "tokens":
         attention_mask = read_text_or_tokens(model, prompt).mask
     if attention_mask is None:
         attention_mask = torch.ones(prompt.shape[:2], dtype=torch.int, device=device)
-    if attention_mask.shape != prompt.shape[:2]:
-        raise ValueError(
-            f"attention_mask must be [batch, pos] = {list(prompt.shape[:2])}, got "
-            f"{list(attention_mask.shape)}"
-        )
     return prompt, attention_mask.to(device).int(), kind
 
 

@@ -230,8 +230,8 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
         model = at_iterations(self, n_iterations)
         check_return_type(return_type)
         loss_per_token = given("loss_per_token", loss_per_token, bool)
-        weighted_exit = given("weighted_exit", weighted_exit, bool)
         given("shortformer_pos_embed", shortformer_pos_embed, None)
+        weighted_exit = given("weighted_exit", weighted_exit, bool)
         mode = ExitMode(exit_at, exit_threshold, weighted_exit).or_of(model.cfg)
         sharing = key_value_sharing(model, kv_sharing, past_kv_cache)
         with LocallyOverridenDefaults(model, prepend_bos=prepend_bos, padding_side=padding_side):

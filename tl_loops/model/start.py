@@ -14,11 +14,11 @@ from torch import Tensor
 from tl_loops.arguments import argument
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.mechanisms.kv_sharing import KVSharing
-from tl_loops.model.checks import block_index, check_residual, check_starts, check_state, given
+from tl_loops.model.checks import block_index, check_residual, check_starts, check_state
 from tl_loops.nn.context import make_context
 from tl_loops.nn.kv_cache import SharedKeyValueCache
 from tl_loops.nn.loop.run import StackRun
-from tl_loops.upstream import USE_DEFAULT_VALUE, KeyValueCache
+from tl_loops.upstream import USE_DEFAULT_VALUE, KeyValueCache, given
 from tl_loops.upstream.inputs import (
     ModelInput,
     attention_needs,
@@ -159,7 +159,7 @@ def start_run(
     """
     cfg, block = model.cfg, 0
     tokens = given("tokens", tokens, Int[Tensor, "batch pos"])
-    attention_mask = checked_mask(attention_mask, each_row=past is None)
+    attention_mask = _checked_mask(attention_mask, each_row=past is None)
     check_starts(cfg, start_at_layer, start_at_iteration, past)
     if past is not None and cfg.attention_dir != "causal":
         raise LoopedSemanticsError(
@@ -267,7 +267,7 @@ def real_tokens(
         found, tokens = read.mask, read.tokens
     elif from_tokens:
         tokens = input.reshape(-1, input.shape[-1])
-    attention_mask = checked_mask(attention_mask, each_row=False)
+    attention_mask = _checked_mask(attention_mask, each_row=False)
     if attention_mask is None:
         return tokens, found
     n_new = n_given if tokens is None else tokens.shape[1]
@@ -288,12 +288,8 @@ def read_text_or_tokens(
     return model_input(model, input, padding_side=padding_side)
 
 
-def checked_mask(mask: Any, each_row: bool) -> Tensor | None:
+def _checked_mask(mask: Any, each_row: bool) -> Tensor | None:
     """A mask of ones and zeros; of a run without cached tokens each row has a real one.
-
-    Args:
-        mask: What was given as ``attention_mask``; ``None``: no padding.
-        each_row: Whether each row must have a real token.
 
     Raises:
         ValueError: It is something else.

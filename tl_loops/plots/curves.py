@@ -15,7 +15,7 @@ from tl_loops.drawing.depth import depth_axis, iteration_rules, phase_spans
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, Figure, Line, Mark, Panel, as_array, every_few
 from tl_loops.drawing.quantities import ITERATION, named
-from tl_loops.drawing.subject import subject_of
+from tl_loops.drawing.subject import line_of, subject_of
 from tl_loops.layout.model import Model
 from tl_loops.upstream import PromptsShown
 
@@ -96,13 +96,12 @@ def plot_curves(
         spread = as_array(std[name]) if std is not None and name in std else None
         colour = palette[colours][i]
         marks.append(Line(places, y, name, colour, spread=spread, in_legend=in_legend(i)))
-    known = model is not None or prompts is not None
     if bounds is not None and not bounds[0] <= bounds[1]:
         raise ValueError(f"bounds must be the least and the largest value, got {bounds}")
     y = Axis(y_label, log=log, bounds=bounds or (-math.inf, math.inf))
     figure = Figure(
         title,
-        subject.line(complete=False) if known else "",
+        line_of(model, prompts),
         (Panel(tuple(marks), axis, y),),
         legend=legend,
     )

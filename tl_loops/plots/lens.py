@@ -22,8 +22,6 @@ _VALUES = {
     "entropy": "entropy (nats)",
     "kl_to_final": "KL(model's output || readout) (nats)",
 }
-"""Width of a character in a cell, and of a narrow page, in pixels."""
-
 _LONGEST = 9
 
 

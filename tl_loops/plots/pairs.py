@@ -12,7 +12,7 @@ from tl_loops.drawing.depth import block_ticks, block_values, matrix_marks
 from tl_loops.drawing.draw import draw
 from tl_loops.drawing.figure import Axis, ColourScale, Figure, Heat, Panel, as_array
 from tl_loops.drawing.quantities import BLOCK
-from tl_loops.drawing.subject import shown_text, subject_of
+from tl_loops.drawing.subject import line_of, shown_text, subject_of
 from tl_loops.layout.model import Model
 from tl_loops.metrics.pairwise import pairwise_cosine, pairwise_pattern_distance
 from tl_loops.upstream import Cache, PromptsShown
@@ -148,9 +148,7 @@ def plot_matrix(
     )
     size = (max(220, min(760, 26 * len(columns))), max(160, min(600, 22 * len(rows))))
     colours = ColourScale.of(matrix, unit, scale, limits)
-    known = model is not None or prompts is not None
-    line = subject_of(model=model, prompts=prompts).line(complete=False) if known else ""
-    figure = Figure(title, line, (panel,), panel_size=size, colours=colours)
+    figure = Figure(title, line_of(model, prompts), (panel,), panel_size=size, colours=colours)
     return draw(figure, backend, **options)
 
 

@@ -30,7 +30,7 @@ from tl_loops.later import at_end
 from tl_loops.upstream.annotations import Cache, Prompts, PromptsShown, TextOrTokens
 from tl_loops.upstream.bridges import is_bridge, shown_too_late
 from tl_loops.upstream.classes import BaseConfig, HookedTransformer, Output, TransformerBase
-from tl_loops.upstream.defaults import LocallyOverridenDefaults
+from tl_loops.upstream.defaults import LocallyOverridenDefaults, given
 from tl_loops.upstream.from_pretrained import install_from_pretrained, uninstall_from_pretrained
 from tl_loops.upstream.guards import install_guards, uninstall_guards
 from tl_loops.upstream.hook_points import copy_hooks, has_editing_hooks, has_hooks, unshared
@@ -40,6 +40,7 @@ from tl_loops.upstream.inputs import (
     attention_needs,
     check_ids,
     check_length,
+    check_mask,
     model_input,
     number_of_ids,
 )
@@ -83,10 +84,12 @@ __all__ = [
     "can_restart",
     "copy_hooks",
     "check_ids",
+    "check_mask",
     "check_length",
     "complete_norm",
     "composition_scores",
     "get_attention_mask",
+    "given",
     "has_editing_hooks",
     "has_hooks",
     "init_root",

@@ -1,4 +1,4 @@
-"""Arguments of one call in place of a model's defaults for text."""
+"""Arguments that most calls leave out, and those in place of a model's defaults for text."""
 
 from typing import Any, Literal
 
@@ -7,6 +7,17 @@ from transformer_lens.utilities import LocallyOverridenDefaults as _LocallyOverr
 from tl_loops.arguments import argument
 
 _KINDS = {"prepend_bos": bool, "padding_side": Literal["left", "right"]}
+
+
+def given(name: str, value: Any, annotation: Any) -> Any:
+    """One argument as an annotation takes it.
+
+    ``None`` and booleans are taken at once, since a forward pass that asks may be compiled.
+
+    Raises:
+        ArgumentError: It is of another kind.
+    """
+    return value if value is None or isinstance(value, bool) else argument(name, value, annotation)
 
 
 class LocallyOverridenDefaults(_LocallyOverridenDefaults):
@@ -21,8 +32,5 @@ class LocallyOverridenDefaults(_LocallyOverridenDefaults):
     """
 
     def __init__(self, model: Any, **overrides: Any):
-        for name, value in overrides.items():
-            # At once for what needs no reading, since a forward pass may be compiled.
-            if value is not None and not isinstance(value, bool):
-                overrides[name] = argument(name, value, _KINDS[name])
-        super().__init__(model, **overrides)
+        read = {name: given(name, value, _KINDS[name]) for name, value in overrides.items()}
+        super().__init__(model, **read)

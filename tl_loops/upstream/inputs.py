@@ -82,7 +82,7 @@ def model_input(
         tokens, found = _tokenised(model, input, prepend_bos, padding_side, truncate)
     check_length(model.cfg, tokens.shape[1])
     check_ids("the prompts", tokens, number_of_ids(model.cfg))
-    mask = found if mask is None else _checked_mask(mask, tokens)
+    mask = found if mask is None else check_mask(mask, tokens.shape)
     if mask is not None:
         mask = None if bool(mask.all()) else mask.to(device)
     return ModelInput(tokens.to(device), mask)
@@ -244,10 +244,19 @@ def check_ids(
         raise ValueError(f"{what}{held}, but {where} 0 to {n_ids - 1}")
 
 
-def _checked_mask(mask: Tensor, tokens: Tensor) -> Tensor:
-    if mask.shape != tokens.shape:
+def check_mask(mask: Tensor, shape: Sequence[int]) -> Bool[Tensor, "batch pos"]:
+    """A mask of prompts as booleans.
+
+    Args:
+        mask: 1 at real tokens, 0 at padding.
+        shape: Of the prompts, [batch, pos].
+
+    Raises:
+        ValueError: It has other axes, holds other numbers, or a row without a real token.
+    """
+    if mask.shape != torch.Size(shape):
         raise ValueError(
-            f"attention_mask must be [batch, pos] = {list(tokens.shape)}, got {list(mask.shape)}"
+            f"attention_mask must be [batch, pos] = {list(shape)}, got {list(mask.shape)}"
         )
     mask = zeros_and_ones(mask)
     if not bool(mask.any(-1).all()):

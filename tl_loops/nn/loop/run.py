@@ -97,7 +97,10 @@ class StackRun:
         return out
 
     def _context(self, index: int, x: Tensor) -> ForwardContext:
-        context, at = self.context, self.layout.coordinate(index)
+        context = self.context
+        if not self._parts:
+            return context
+        at = self.layout.coordinate(index)
         if at.iteration is None:
             return context
         for part in self._parts:
