@@ -56,7 +56,7 @@ def pytest_configure(config):
         package = Path(__file__).parents[1] / "tl_loops"
         rooms = {path.stem for path in package.iterdir() if path.suffix == ".py" or path.is_dir()}
         rooms -= {"__init__", "__pycache__", *(INNER if checked == "outer" else ())}
-        check_annotations(f"tl_loops.{room}" for room in sorted(rooms))
+        check_annotations([f"tl_loops.{room}" for room in sorted(rooms)], checked)
 
 
 def pytest_ignore_collect(collection_path, config):

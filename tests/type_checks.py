@@ -12,12 +12,21 @@ import jaxtyping
 from beartype import BeartypeConf, beartype
 from jaxtyping import AbstractArray, TypeCheckError, install_import_hook
 
+# One name for each set of rooms. jaxtyping keeps byte code by the name, also that of the unchecked
+# modules that a checked one imports: with one name the inner rooms would stay unchecked.
+OUTER = ALL = beartype
+
 _BY_BEARTYPE = beartype(conf=BeartypeConf(violation_type=TypeCheckError))
 
 
-def check_annotations(packages: Iterable[str]) -> None:
-    """From here on, check arguments and results of all functions of packages not yet imported."""
-    install_import_hook(list(packages), "beartype.beartype")
+def check_annotations(packages: Iterable[str], rooms: str) -> None:
+    """From here on, check arguments and results of all functions of packages not yet imported.
+
+    Args:
+        packages: Their names.
+        rooms: Which these are: ``"outer"`` or ``"all"``.
+    """
+    install_import_hook(list(packages), f"tests.type_checks.{rooms.upper()}")
     jaxtyping.jaxtyped = partial(_checked, jaxtyping.jaxtyped)  # what the hook calls
 
 

@@ -1,6 +1,5 @@
 """Coordinates and names are two views of one thing."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -117,15 +116,6 @@ def test_out_of_range_is_refused(call):
 def test_incomplete_coordinates_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-@pytest.mark.parametrize("bad", [1.5, True, "1", np.float64(1), np.bool_(True), torch.tensor(1.0)])
-def test_an_index_is_a_whole_number_of_any_integer_type(bad):
-    for name in ("iteration", "layer"):
-        with pytest.raises(TypeError, match=f"{name}.* must be an integer, got"):
-            HUGINN.index(**{**dict(iteration=3, layer=0), name: bad})
-    for three in (np.int64(3), np.uint8(3), torch.tensor(3)):
-        assert HUGINN.index(iteration=three, layer=three) == HUGINN.index(iteration=3, layer=3)
 
 
 def test_blocks_at_which_iterations_begin_and_end():
