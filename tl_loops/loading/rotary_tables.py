@@ -89,7 +89,7 @@ def _changed(cfg: LoopedTransformerConfig, **changes: Any) -> LoopedTransformerC
 def _fits(table: Tensor, kind: Table, cfg: LoopedTransformerConfig, dtype: torch.dtype) -> bool:
     """Whether a table [pos, pair(, 2)] is the computed one, up to rounding."""
     positions = torch.arange(table.shape[0])
-    cos, sin = (part.squeeze(-2) for part in RotaryTable(cfg)(positions))
+    cos, sin = RotaryTable(cfg).of_pairs(positions)
     sin = -sin if cfg.rotary_reversed else sin  # the stored table knows no direction
     computed = {"cos and sin": torch.stack([cos, sin], dim=-1), "cos": cos, "sin": sin}[kind]
     angles = _ULPS * torch.finfo(torch.float32).eps * (1 + positions)

@@ -17,8 +17,8 @@ class ForwardContext:
 
     Attributes:
         positions: Absolute position of each new token; left padding does not count.
-        cos: Rotary cosines of the new tokens; ``None`` without rotary positions.
-        sin: Rotary sines of the new tokens.
+        cos: Rotary cosines of the new tokens, by rotated dimension; ``None`` without rotations.
+        sin: Their sines, with a minus in the first dimension of a pair.
         allowed: Which key each query may see; ``None`` when plain causal (or unmasked) attention
             without cached keys says it all.
         causal: With ``allowed=None``: whether attention is causal.
@@ -28,8 +28,8 @@ class ForwardContext:
     """
 
     positions: Int[Tensor, "batch pos"]
-    cos: Float[Tensor, "batch pos 1 half"] | None
-    sin: Float[Tensor, "batch pos 1 half"] | None
+    cos: Float[Tensor, "batch pos 1 rotary"] | None
+    sin: Float[Tensor, "batch pos 1 rotary"] | None
     allowed: Bool[Tensor, "#batch 1 query key"] | None
     causal: bool
     blind: Bool[Tensor, "batch 1 query 1"] | None

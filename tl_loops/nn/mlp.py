@@ -42,8 +42,9 @@ class MLP(nn.Module):
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         if self.gated:
             pre = self.hook_pre(F.linear(x, self.W_gate.T))
-            post = self.act_fn(pre) * self.hook_pre_linear(F.linear(x, self.W_in.T))
-            post = post + self.b_in if isinstance(self.b_in, nn.Parameter) else post
+            linear = self.hook_pre_linear(F.linear(x, self.W_in.T))
+            # In one operation, so that a bias of zero costs nothing.
+            post = torch.addcmul(self.b_in.to(pre.dtype), self.act_fn(pre), linear)
         else:
             post = self.act_fn(self.hook_pre(F.linear(x, self.W_in.T, self.b_in)))
         return F.linear(self.hook_post(post), self.W_out.T, self.b_out)

@@ -38,14 +38,24 @@ class RotaryTable:
     def __init__(self, cfg: LoopedTransformerConfig):
         self.frequencies = rotary_frequencies(cfg)
         self.frequencies = -self.frequencies if cfg.rotary_reversed else self.frequencies
+        self.layout = cfg.rotary_layout
         rounded = cfg.rotary_table_dtype
         self._rounding: torch.dtype | None = None if rounded is None else getattr(torch, rounded)
         self._table: Float[Tensor, "two n_positions half_rotary_dim"] | None = None
 
     def __call__(
         self, positions: Int[Tensor, "*batch pos"]
-    ) -> tuple[Float[Tensor, "*batch pos 1 half"], Float[Tensor, "*batch pos 1 half"]]:
-        """Cosine and sine at each position (float32), with a head axis to broadcast over."""
+    ) -> tuple[Float[Tensor, "*batch pos 1 rotary"], Float[Tensor, "*batch pos 1 rotary"]]:
+        """What :func:`apply_rotary` takes at each position, with a head axis to broadcast over."""
+        cos, sin = (part.unsqueeze(-2) for part in self.of_pairs(positions))
+        if self.layout == "half":
+            return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+        return cos.repeat_interleave(2, dim=-1), torch.stack([-sin, sin], dim=-1).flatten(-2)
+
+    def of_pairs(
+        self, positions: Int[Tensor, "*batch pos"]
+    ) -> tuple[Float[Tensor, "*batch pos half"], Float[Tensor, "*batch pos half"]]:
+        """Cosine and sine of each rotated pair at each position (float32)."""
         needed = int(positions.max()) + 1 if positions.numel() else 0
         table = self._table
         if table is None or table.device != positions.device or table.shape[1] < needed:
@@ -57,29 +67,31 @@ class RotaryTable:
             table = table.to(positions.device)
             # An inference tensor could not be used in a later backward pass.
             self._table = None if table.is_inference() else table
-        cos, sin = table[0][positions], table[1][positions]
-        return cos.unsqueeze(-2), sin.unsqueeze(-2)
+        return table[0][positions], table[1][positions]
 
 
 def apply_rotary(
     x: Float[Tensor, "batch pos head d_head"],
-    cos: Float[Tensor, "*#batch pos 1 half"],
-    sin: Float[Tensor, "*#batch pos 1 half"],
+    cos: Float[Tensor, "*#batch pos 1 rotary"],
+    sin: Float[Tensor, "*#batch pos 1 rotary"],
     layout: str,
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """Rotate the first ``2 * half`` dimensions of each head by its position's angles.
+    """Rotate the first dimensions of each head by its position's angles.
 
-    The rotation is computed in float32 for half-precision inputs.
+    A pair (a, b) becomes (a cos - b sin, b cos + a sin), in float32 for half-precision inputs.
+
+    Args:
+        x: Queries or keys.
+        cos: The cosine of each rotated dimension.
+        sin: Its sine, with a minus in the first dimension of a pair.
+        layout: Whether pairs are ``"half"`` of the rotated dimensions apart, or neighbours.
     """
-    half = cos.shape[-1]
-    rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
+    width = cos.shape[-1]
+    rotated = x if width == x.shape[-1] else x[..., :width]
     rotated = rotated if rotated.dtype == torch.float64 else rotated.float()
     if layout == "half":
-        first, second = rotated[..., :half], rotated[..., half:]
-        out = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        other = rotated.roll(width // 2, dims=-1)
     else:
-        first, second = rotated[..., 0::2], rotated[..., 1::2]
-        out = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        out = out.flatten(-2)
-    out = out.to(x.dtype)
-    return out if rest.shape[-1] == 0 else torch.cat([out, rest], dim=-1)
+        other = rotated.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    out = (rotated * cos + other * sin).to(x.dtype)
+    return out if width == x.shape[-1] else torch.cat([out, x[..., width:]], dim=-1)
