@@ -20,6 +20,15 @@
 # tools as any other. Then we loop a feedforward model over its own weights.
 
 # %%
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("tl_loops") is None:  # as in Colab
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "tl-loops[plots]"]
+    subprocess.run(install, check=True)
+
+# %%
 import torch
 import torch.nn.functional as F
 

@@ -19,6 +19,15 @@
 # with the package, finds its way around the names, and asks the usual questions of it.
 
 # %%
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("tl_loops") is None:  # as in Colab
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "tl-loops[plots]"]
+    subprocess.run(install, check=True)
+
+# %%
 import tl_loops
 from tl_loops import LoopedTransformer, plots, tasks
 

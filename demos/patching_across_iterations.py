@@ -22,6 +22,15 @@
 # state in the middle of the loop.
 
 # %%
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("tl_loops") is None:  # as in Colab
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "tl-loops[plots]"]
+    subprocess.run(install, check=True)
+
+# %%
 import matplotlib.pyplot as plt
 import torch
 

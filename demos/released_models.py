@@ -19,6 +19,15 @@
 # `huggingface-cli download NAME` before, or set its directory below.
 
 # %%
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("tl_loops") is None:  # as in Colab
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "tl-loops[plots]"]
+    subprocess.run(install, check=True)
+
+# %%
 import torch
 
 import tl_loops

@@ -25,6 +25,15 @@
 # answer.
 
 # %%
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("tl_loops") is None:  # as in Colab
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "tl-loops[plots]"]
+    subprocess.run(install, check=True)
+
+# %%
 import torch
 
 import tl_loops

@@ -24,6 +24,15 @@
 # retrofitted looped sibling in the place of the two models; all other cells stay.
 
 # %%
+import importlib.util
+import subprocess
+import sys
+
+if importlib.util.find_spec("tl_loops") is None:  # as in Colab
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "tl-loops[plots]"]
+    subprocess.run(install, check=True)
+
+# %%
 import torch
 
 import tl_loops
