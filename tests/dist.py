@@ -9,9 +9,11 @@ import re
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 INSIDE = (
     "py.typed",
     "tiny/config.json",
@@ -74,6 +76,36 @@ def check(archive: Path) -> None:
     print(f"{archive.name}: installs, and runs the example of the README")
 
 
+def check_addresses() -> None:
+    """Build a wheel as a release does, which says where it is published, and read that there.
+
+    Raises:
+        SystemExit: Its metadata lacks an address.
+    """
+    site, repository = "https://site.example/tl_loops", "https://code.example/owner/tl_loops"
+    addresses = {"TL_LOOPS_SITE_URL": f"{site}/", "TL_LOOPS_REPO_URL": repository}
+    expected = {
+        f"Project-URL: Documentation, {site}",
+        f"Project-URL: Source, {repository}",
+        f"Project-URL: Issues, {repository}/issues",
+        f"Project-URL: Changelog, {repository}/blob/main/CHANGELOG.md",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder]
+        quiet = dict(cwd=ROOT, env={**os.environ, **addresses}, capture_output=True, text=True)
+        done = subprocess.run(build, **quiet)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        (wheel,) = Path(folder).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+            lines = archive.read(name).decode().splitlines()
+    found = {line for line in lines if line.startswith("Project-URL: ")}
+    if found != expected:
+        raise SystemExit(f"a release would have the addresses {sorted(found)}")
+    print("a release says where it is published")
+
+
 def main() -> None:
     """Check every archive of the folder that the command line names."""
     archives = sorted(Path(sys.argv[1]).glob("*.whl")) + sorted(Path(sys.argv[1]).glob("*.tar.gz"))
@@ -81,6 +113,7 @@ def main() -> None:
         raise SystemExit(f"expected a wheel and an sdist in {sys.argv[1]}, found {archives}")
     for archive in archives:
         check(archive)
+    check_addresses()
 
 
 if __name__ == "__main__":

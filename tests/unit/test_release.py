@@ -16,7 +16,8 @@ def test_all_that_names_the_version_agrees():
     released = re.findall(r"^## (\d.*)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
     assert released[0] == version
     project = (ROOT / "pyproject.toml").read_text("utf-8")
-    assert 'dynamic = ["version"]' in project and version not in re.findall(r'"(.*?)"', project)
+    assert 'dynamic = ["version", "urls"]' in project
+    assert version not in re.findall(r'"(.*?)"', project)
 
 
 def test_what_make_dist_tries_is_there():
