@@ -187,6 +187,19 @@ class LoopedTransformerConfig(BaseConfig):
         return not self.carried
 
     @property
+    def own_keys(self) -> str | None:
+        """Why iterations cannot share keys and values (``kv_sharing``); ``None``: they can."""
+        if self.segments is not None:
+            return (
+                "for models of one loop: iterations of different loops run different layers, so "
+                "they have no keys in common"
+            )
+        for mechanism in self.mechanisms:
+            if mechanism.own_keys is not None:
+                return f"excluded by {mechanism.name}: {mechanism.own_keys}"
+        return None
+
+    @property
     def branch_norms(self) -> tuple[str, str]:
         """Names of the norms after the attention and after the MLP, where there are any."""
         return "ln1_post", "ln2_post"

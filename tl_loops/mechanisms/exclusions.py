@@ -46,17 +46,8 @@ def check_shared_keys(cfg: Config, sharing: KVSharing | None) -> None:
         sharing: How its iterations share keys and values, in a call.
 
     Raises:
-        ConfigError: There are several loops, or a mechanism has keys of its own.
+        ConfigError: There are several loops, a mechanism has keys of its own, or the blocks are
+            TransformerLens's.
     """
-    if sharing is None:
-        return
-    if cfg.segments is not None:
-        raise ConfigError(
-            f"kv_sharing='{sharing}' is for models of one loop: iterations of different loops run "
-            "different layers, so they have no keys in common"
-        )
-    for mechanism in cfg.mechanisms:
-        if mechanism.own_keys is not None:
-            raise ConfigError(
-                f"kv_sharing and {mechanism.name} exclude each other: {mechanism.own_keys}"
-            )
+    if sharing is not None and cfg.own_keys is not None:
+        raise ConfigError(f"kv_sharing='{sharing}' is {cfg.own_keys}")

@@ -97,14 +97,17 @@ class Start:
 
     def _check_inside(self, sharing: KVSharing | None) -> None:
         """Raise for a start in a loop that carries more than its state."""
-        if self.run.cfg.state_is_whole and sharing is None:
+        cfg, layout, start = self.run.cfg, self.run.layout, self.run.start
+        if cfg.state_is_whole and sharing is None:
             return
-        layout = self.run.layout
-        inside = max(layout.core_start, 1) <= self.run.start < layout.coda_start
+        inside = max(layout.core_start, 1) <= start < layout.coda_start
+        # After the last block only the end of the last iteration follows, which runs no attention.
+        mixes = cfg.readout.mixes_states or cfg.readout.sums_states
+        inside |= mixes and start == layout.coda_start == layout.n_layers
         if (self.at_layer is not None and inside) or self.at_iteration:
             raise LoopedSemanticsError(
                 "this loop carries more than its state from one iteration to the next "
-                f"({', '.join(self.run.cfg.carried) or 'shared keys'}), so a run cannot start "
+                f"({', '.join(cfg.carried) or 'shared keys'}), so a run cannot start "
                 "inside it: start_at_layer=0 or start_at_iteration=0 runs all of it"
             )
 

@@ -428,8 +428,10 @@ def test_sharing_keys_is_refused_and_no_argument_is_ignored():
         lambda: looped.make_kv_cache(2, "shared"),
         lambda: kv_sharing_effect(looped, tokens, "shared"),
     ):
-        with pytest.raises(LoopedSemanticsError, match="an option of LoopedTransformer"):
+        with pytest.raises(ConfigError, match="an option of LoopedTransformer"):
             call()
+    with pytest.raises(ConfigError, match="kv_sharing must be 'none' or one of"):
+        looped(tokens, kv_sharing="frist")
     with pytest.raises(TypeError, match="no argument 'initial_state'"):
         looped.generate(tokens, 2, stop_at_eos=False, initial_state=None)
     cache = looped.make_kv_cache(2)

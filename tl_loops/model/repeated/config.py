@@ -110,6 +110,14 @@ class RepeatedConfig(LoopedTransformerConfig):
         self._given_n_core = value
 
     @property
+    def own_keys(self) -> str:
+        """Why iterations cannot share keys and values (``kv_sharing``)."""
+        return (
+            "an option of LoopedTransformer: the blocks of a looped HookedTransformer are "
+            "TransformerLens's own, which know one cache entry per block"
+        )
+
+    @property
     def branch_norms(self) -> tuple[str, str]:
         """Names of the norms after the attention and after the MLP, where there are any."""
         return ("ln1", "ln2") if self.block_norm == "post_branch" else ("ln1_post", "ln2_post")

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.mechanisms.exclusions import check_shared_keys
+from tl_loops.mechanisms.kv_sharing import KVSharing
 from tl_loops.model import readout
 from tl_loops.model.checks import (
     block_index,
@@ -146,9 +147,9 @@ class RepeatedTransformer(CoordinateHooks, BorrowedWeights):
 
         Raises:
             ValueError: Arguments of the wrong shape, out of range, or that contradict each other.
-            LoopedSemanticsError: Another ``kv_sharing``.
+            ConfigError: Another ``kv_sharing``.
         """
-        _check_sharing(kv_sharing)
+        check_shared_keys(self.cfg, KVSharing.parse(kv_sharing))
         model = at_iterations(self, n_iterations)
         check_return_type(return_type)
         check_starts(model.cfg, start_at_layer, start_at_iteration, past_kv_cache)
@@ -189,6 +190,8 @@ class RepeatedTransformer(CoordinateHooks, BorrowedWeights):
                 resid = model._leave(index, resid)
         if stop_at_layer is not None:
             return model._enter(stop, resid, initial_state) if start < stop < depth else resid
+        if start == depth:
+            resid = model._leave(depth - 1, resid)
         if model.cfg.normalization_type is not None:
             resid = model.ln_final(resid)
         if return_type is None:
@@ -256,9 +259,9 @@ class RepeatedTransformer(CoordinateHooks, BorrowedWeights):
 
         Raises:
             TypeError: An argument that TransformerLens's ``generate`` does not have.
-            LoopedSemanticsError: ``kv_sharing``.
+            ConfigError: ``kv_sharing``.
         """
-        _check_sharing(kwargs.pop("kv_sharing", None))
+        check_shared_keys(self.cfg, KVSharing.parse(kwargs.pop("kv_sharing", None)))
         known = [*signature(TransformerBase.generate).parameters, "output_logits"]
         for name in kwargs:
             if name not in known:
@@ -274,9 +277,9 @@ class RepeatedTransformer(CoordinateHooks, BorrowedWeights):
             kv_sharing: ``None`` or ``"none"``.
 
         Raises:
-            LoopedSemanticsError: Another ``kv_sharing``.
+            ConfigError: Another ``kv_sharing``.
         """
-        _check_sharing(kv_sharing)
+        check_shared_keys(self.cfg, KVSharing.parse(kv_sharing))
         return KeyValueCache.init_cache(self.cfg, self.embed.W_E.device, batch)
 
     def iteration_hooks(
@@ -285,11 +288,3 @@ class RepeatedTransformer(CoordinateHooks, BorrowedWeights):
         """Hook points for the iterations of ``cfg``; those of ``old`` are kept."""
         hooks: list[Any] = list(old)[: cfg.n_iterations]
         return hooks + [IterationHooks(cfg, None) for _ in range(cfg.n_iterations - len(hooks))]
-
-
-def _check_sharing(kv_sharing: str | None) -> None:
-    if kv_sharing not in (None, "none"):
-        raise LoopedSemanticsError(
-            f"kv_sharing={kv_sharing!r} is an option of LoopedTransformer: the blocks of a looped "
-            "HookedTransformer are TransformerLens's own, which know one cache entry per block"
-        )

@@ -92,6 +92,8 @@ class StackRun:
             out.resid = self.model.blocks[index](out.resid, context, entry)
             if index < self.layout.n_layers - 1 or stop is None:
                 self._leave(index, out)
+        if stop is None and self.start == end:
+            self._leave(end - 1, out)  # a run that stopped after the last block left it out
         if stop is None or self.start < stop < self.layout.n_layers:
             out.resid = self._enter(end, out.resid)
         return out
