@@ -10,6 +10,7 @@ import pytest
 
 from tl_loops import LoopedTransformer
 from tl_loops.cli import main
+from tl_loops.cli.arguments import COMMANDS
 from tl_loops.cli.measure import summary
 from tl_loops.loading.catalogue import catalogue
 from tl_loops.measurements.measure import measure
@@ -111,6 +112,52 @@ def test_tables_fit_the_terminal(capsys, monkeypatch):
     assert "…" not in out
     code, out, _ = run(capsys, "models")
     assert all(f"{entry.config().n_params:,}" in out for entry in catalogue())
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["check", "tl-loops-tiny", "--n-iterations", "2"],
+        ["measure", "tl-loops-tiny", "--metrics", "all", "--n-iterations", "2", "--limit", "1"],
+        ["measure", "tl-loops-tiny", "--n-iterations", "2", "--limit", "1", "--rows"],
+        *([command, "--help"] for command in COMMANDS),
+    ],
+    ids=lambda arguments: " ".join(arguments[:1] + arguments[-1:]),
+)
+def test_everything_printed_fits_the_terminal(capsys, monkeypatch, arguments, width):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    whole = _printed(capsys, arguments)
+    monkeypatch.setenv("COLUMNS", str(width))
+    out = _printed(capsys, arguments)
+    assert max(map(len, out.splitlines())) <= width
+    if "--rows" not in arguments and arguments[-1] != "--help":  # there numbers are shortened
+        assert out.split() == whole.split()  # no word is cut, broken or lost
+
+
+def _printed(capsys, arguments):
+    try:
+        main(arguments)
+    except SystemExit as end:  # of --help
+        assert end.code in (0, None)
+    return capsys.readouterr().out
+
+
+def test_names_are_in_one_piece_in_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run(capsys, "models")
+    assert {entry.name for entry in catalogue()} <= set(out.splitlines())
+    _, out, _ = run(capsys, "metrics")
+    assert set(MEASUREMENTS) <= {line.partition(" ")[0] for line in out.splitlines()}
+    _, out, _ = run(
+        capsys, "measure", "tl-loops-tiny", "--metrics", "sink_rate", "--n-iterations", "2",
+        "--limit", "1", "--rows",
+    )  # fmt: skip
+    lines = out.splitlines()
+    assert lines.count("sink_rate") == 1
+    assert [line.split()[:2] for line in lines[lines.index("sink_rate") + 1 :]] == [
+        ["0", "prelude"], *([str(block), "core"] for block in range(1, 5)), ["5", "coda"],
+    ]  # fmt: skip
 
 
 def test_float16_and_a_device_load(capsys):

@@ -52,7 +52,11 @@ def _measure(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--rows", action="store_true", help="print a row per block, no summary")
     command.add_argument(
-        "--batch-size", type=int, default=8, help="prompts of equal length in one pass"
+        "--batch-size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="prompts of equal length in one pass; default: 8",
     )
     command.add_argument("--checkpoint", help="file that lets a killed run resume")
     command.add_argument(
@@ -106,16 +110,20 @@ def _prompts(command: argparse.ArgumentParser) -> None:
 
 
 def _loading(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--n-iterations", type=int, metavar="N", help="passes through the core")
+    command.add_argument(
+        "--n-iterations",
+        type=int,
+        metavar="N",
+        help="passes through the core; default: those of the model",
+    )
     command.add_argument(
         "--dtype",
         default="float32",
         choices=("float32", "bfloat16", "float16", "float64"),
-        help="of the weights",
+        metavar="TYPE",
+        help="of the weights: float32 (default), bfloat16, float16 or float64",
     )
-    command.add_argument(
-        "--device", help="cpu, cuda, cuda:1, mps, ...; by default the best there is"
-    )
+    command.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; default: the best one")
 
 
 Options = Callable[[argparse.ArgumentParser], None]

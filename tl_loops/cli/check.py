@@ -5,7 +5,7 @@ import dataclasses
 import warnings
 
 from tl_loops.cli.inputs import check_iterations, device_of
-from tl_loops.cli.output import print_json
+from tl_loops.cli.output import print_json, print_lines
 from tl_loops.model.check import check
 
 
@@ -18,5 +18,5 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print_json({**dataclasses.asdict(report), "passed": report.passed})
     else:
-        print(report)
+        print_lines(str(report))
     return 0 if report.passed else 1

@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from tl_loops.cli.inputs import check_place, load, read_any
-from tl_loops.cli.output import STANDARD_OUTPUT, print_table, shows_progress, write_out
+from tl_loops.cli.output import (
+    STANDARD_OUTPUT,
+    output_width,
+    print_table,
+    shows_progress,
+    write_out,
+)
 from tl_loops.measurements.formats import check_file_ending
 from tl_loops.measurements.measure import measure
 from tl_loops.measurements.profile import LoopProfile
@@ -77,12 +83,27 @@ def _write(options: argparse.Namespace, profile: LoopProfile) -> None:
     if options.out == STANDARD_OUTPUT:
         write_out(profile.to_frame().to_csv(index=False).encode("utf-8"))
     elif options.rows:
-        print(profile.to_frame().to_string(index=False))
+        _print_rows(profile)
     elif options.out is None:
         print_table(*summary(profile))
     else:
         profile.save(options.out)
         print(Path(options.out).resolve())
+
+
+def _print_rows(profile: LoopProfile) -> None:
+    """A row per block; its means are shortened only where the terminal has no room for them."""
+    frame = profile.to_frame()
+    text = frame.to_string(index=False)
+    if len(text.partition("\n")[0]) <= output_width():
+        print(text)
+        return
+    words = frame.astype(object).where(frame.notna(), "")
+    for column in ("relative_depth", "mean", "std"):
+        words[column] = [f"{x:.4g}" if x != "" else "" for x in words[column]]
+    columns = [str(column) for column in frame.columns]
+    rows = [tuple(map(str, row)) for row in words.itertuples(index=False)]
+    print_table(columns, rows, numbers=[c for c in columns if c not in ("metric", "phase")])
 
 
 def summary(profile: LoopProfile) -> tuple[tuple[str, ...], list[tuple[str, ...]], tuple[str, ...]]:

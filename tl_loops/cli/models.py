@@ -5,6 +5,9 @@ import argparse
 from tl_loops.cli.output import print_json, print_table
 from tl_loops.loading.catalogue import catalogue
 
+HUB = "huggingface.co"
+"""What a table calls the address of a model that is there under its name; JSON has it whole."""
+
 
 def run(options: argparse.Namespace) -> None:
     """List the names that load, with notation, parameters and source."""
@@ -22,5 +25,13 @@ def run(options: argparse.Namespace) -> None:
             ]
         )
         return
-    rows = [(entry.name, cfg.notation, f"{cfg.n_params:,}", entry.source) for entry, cfg in found]
+    rows = [
+        (
+            entry.name,
+            cfg.notation,
+            f"{cfg.n_params:,}",
+            entry.source.replace(f"https://{HUB}/{entry.name}", HUB),
+        )
+        for entry, cfg in found
+    ]
     print_table(("name", "notation", "parameters", "source"), rows, numbers=("parameters",))
