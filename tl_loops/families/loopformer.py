@@ -1,7 +1,9 @@
 """LoopFormer: a looped nanoGPT whose blocks are modulated by time and step size.
 
 A run of T iterations takes T steps of size 1 / T, so the number of iterations also changes what
-each of them does. ``base_loop`` of the same code is the loop without the modulation.
+each of them does. Of the same code, ``tmlt`` is the loop whose blocks are modulated by the number
+of the iteration alone, and ``base_loop`` the one without a modulation. Models whose type ends in
+``_ee`` differ from these in training alone, which adds the loss of a run with fewer iterations.
 """
 
 from collections.abc import Iterator
@@ -27,7 +29,9 @@ from tl_loops.families.base import (
 )
 from tl_loops.mechanisms.time_conditioning import N_FREQUENCIES
 
-_EMBEDDERS = {"time_embedder": "time", "dt_embedder": "step"}
+_TIME, _STEP = ("time_embedder", "time"), ("dt_embedder", "step")
+_EMBEDDERS = {True: (_TIME, _STEP), "iteration": (_TIME,), False: ()}
+"""The parts of the condition by ``time_conditioning``: stored name, name here."""
 
 
 def _derive(released: Released) -> dict[str, Any]:
@@ -42,7 +46,7 @@ def _tensors(cfg: LoopedTransformerConfig) -> Iterator[TensorSpec]:
     d, d_mlp, e = cfg.d_model, cfg.d_mlp or 0, cfg.d_head
     yield whole("transformer.wte.weight", (cfg.d_vocab, d), "embed.W_E")
     yield whole("transformer.wpe.weight", (cfg.n_ctx, d), "pos_embed.W_pos")
-    for embedder, part in _EMBEDDERS.items() if cfg.time_conditioning else ():
+    for embedder, part in _EMBEDDERS[cfg.time_conditioning]:
         key, name = f"{embedder}.mlp", f"time_conditioning.{part}"
         yield whole(f"{key}.0.weight", (d, N_FREQUENCIES), f"{name}.W_in", transposed)
         yield whole(f"{key}.0.bias", (d,), f"{name}.b_in")
@@ -123,17 +127,28 @@ LOOPFORMER = Family(
 BASE_LOOP = replace(
     LOOPFORMER,
     name="loopformer-base",
-    model_types=("base_loop",),
+    model_types=("base_loop", "base_loop_ee"),
     architectures=(),
     fixed={**LOOPFORMER.fixed, "block_norm_weight": True, "time_conditioning": False},
-    known=(
+    known=tuple(
         KnownModel(
-            "armenjeddi/Base-Loop-3block-8iterations",
-            ("base-loop-3block-8iterations",),
+            f"armenjeddi/{name}",
+            (name.lower(),),
             {**_DEFAULTS, "max_model_loops": 8},
             (*_DEFAULTS, "max_model_loops"),
             silent={"max_model_loops": 8},
-        ),
+        )
+        for name in ("Base-Loop-3block-8iterations", "Base-Loop-EE-3block-8iterations")
     ),
 )
 """The same loop without the modulation, whose norms have gains."""
+
+TMLT = replace(
+    LOOPFORMER,
+    name="tmlt",
+    model_types=("tmlt", "tmlt_ee"),
+    architectures=(),
+    fixed={**LOOPFORMER.fixed, "time_conditioning": "iteration"},
+    known=(),
+)
+"""The same loop, modulated by the number of the iteration alone."""

@@ -63,13 +63,14 @@ REFUSED: tuple[Refused, ...] = (
         "step, and a gate that reads the normed stream instead of the query, are not implemented",
     ),
     Refused(
-        "Base-Loop-EE and TMLT",
-        ("armenjeddi/Base-Loop-EE-3block-8iterations",),
-        ("base_loop_ee", "tmlt", "tmlt_ee"),
+        "LoopLM",
+        ("harims95/LoopLM-135M-naive", "harims95/LoopLM-135M-naive-sft"),
         (),
-        "the training code of the models with early exits was not released, and blocks that are "
-        "modulated by the number of the step alone (tmlt) are not implemented; the siblings "
-        "LoopFormer and Base-Loop load",
+        ("LoopLMForCausalLM",),
+        "two versions of their training code are public, of the same tensors and with different "
+        "numbers: in one an iteration leaves block(h + e), in the other h plus what the block adds "
+        "to h + e, without e; which of them made the weights is not known, as the file that comes "
+        "with the weights was not seen",
     ),
     Refused(
         "ALBERT",

@@ -15,7 +15,7 @@ from tl_loops.families.huginn import HUGINN
 from tl_loops.families.ifm import IFM_LOOPEDLM
 from tl_loops.families.iquest import IQUEST_LOOP
 from tl_loops.families.llama import LLAMA, MISTRAL
-from tl_loops.families.loopformer import BASE_LOOP, LOOPFORMER
+from tl_loops.families.loopformer import BASE_LOOP, LOOPFORMER, TMLT
 from tl_loops.families.loopus import LOOPUS
 from tl_loops.families.nanbeige import NANBEIGE
 from tl_loops.families.nanochat import NANOCHAT_RECURSIVE
@@ -43,6 +43,7 @@ FAMILIES: tuple[Family, ...] = (
     LOOPUS,
     LOOPFORMER,
     BASE_LOOP,
+    TMLT,
     IFM_LOOPEDLM,
     HRM,
     TRM,

@@ -1,4 +1,4 @@
-"""Blocks that know how far the loop is and how large its steps are (LoopFormer)."""
+"""Blocks that know how far the loop is (LoopFormer, TMLT) and how large its steps are."""
 
 import math
 from dataclasses import replace
@@ -45,14 +45,18 @@ class TimeEmbedding(nn.Module):
 
 
 class TimeConditioning(nn.Module):
-    """``c = time(t / T) + step(1 / T)`` for iteration t of T."""
+    """``c = time(t / T) + step(1 / T)`` for iteration t of T, or ``c = time(t)``."""
 
     def __init__(self, cfg: Config, device: torch.device | str | None = None):
         super().__init__()
         self.time = TimeEmbedding(cfg, "time_conditioning.time", device)
-        self.step = TimeEmbedding(cfg, "time_conditioning.step", device)
+        self.step = None
+        if cfg.time_conditioning != "iteration":
+            self.step = TimeEmbedding(cfg, "time_conditioning.step", device)
 
     def forward(self, iteration: int, n_iterations: int) -> Float[Tensor, "d_model"]:
+        if self.step is None:
+            return self.time(float(iteration))
         return self.time(iteration / n_iterations) + self.step(1.0 / n_iterations)
 
 
@@ -126,10 +130,12 @@ class _TimeConditioning(Mechanism):
     settings = (
         Setting(
             "time_conditioning",
-            bool,
+            bool | str,
             False,
-            "Blocks are modulated by how far the loop is (t / T) and by the size of its steps "
-            "(1 / T): gates on what they write, scales on what they read (LoopFormer).",
+            "Blocks are modulated, with gates on what they write and scales on what they read. "
+            "``True``: by how far the loop is (t / T) and by the size of its steps (1 / T) "
+            '(LoopFormer). ``"iteration"``: by the number t of the iteration alone (TMLT).',
+            choices=(False, True, "iteration"),
         ),
     )
     points = (
@@ -150,14 +156,14 @@ class _TimeConditioning(Mechanism):
             )
 
     def describe(self, cfg: Config) -> list[str]:
-        return [
-            "time     c = time(t / T) + step(1 / T); "
-            "each branch: x += g(c)·branch(ln(x)·(1 + a(c)))"
-        ]
+        whole = "time(t / T) + step(1 / T)"
+        condition = "time(t)" if cfg.time_conditioning == "iteration" else whole
+        return [f"time     c = {condition}; each branch: x += g(c)·branch(ln(x)·(1 + a(c)))"]
 
     def weights(self, cfg: Config) -> Tensors:
         d, found = cfg.d_model, {}
-        for name in ("time_conditioning.time", "time_conditioning.step"):
+        parts = ("time",) if cfg.time_conditioning == "iteration" else ("time", "step")
+        for name in (f"time_conditioning.{part}" for part in parts):
             found[f"{name}.W_in"] = matrix(N_FREQUENCIES, d)
             found[f"{name}.W_out"] = matrix(d, d)
             found[f"{name}.b_in"] = found[f"{name}.b_out"] = vector(d)

@@ -35,6 +35,7 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in (*ARCHITECTURES, *MECHANISMS, *STACKS, *SIDE_BY_SIDE)},
     "llama3": ("retrofitted", dict(use_NTK_by_parts_rope=True, NTK_original_ctx_len=32)),
     "loopformer": ("weightless", dict(n_prelude=0, time_conditioning=True)),
+    "tmlt": ("weightless", dict(n_prelude=0, time_conditioning="iteration")),
     "loopus": ("ouro", dict(state_gate_rank=2, halt_head=True, norm_between_iterations=False)),
     "iquest": ("ouro", dict(first_pass_window=3)),
     "hrm": ("hrm_text", dict(n_extra_tokens=4, prefix_mask=False)),

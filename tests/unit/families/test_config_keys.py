@@ -91,6 +91,8 @@ REFERENCE = {
         bos_token_id eos_token_id pad_token_id max_model_loops""",
     "loopformer-base": """block_size vocab_size n_layer n_head n_embd intermediate_dim bias dropout
         bos_token_id eos_token_id pad_token_id max_model_loops""",
+    "tmlt": """block_size vocab_size n_layer n_head n_embd intermediate_dim bias dropout
+        bos_token_id eos_token_id pad_token_id max_model_loops""",
     "hrm": f"{PUZZLES}",
     "trm": f"{PUZZLES} puzzle_emb_len mlp_t no_ACT_continue",
     "ifm-loopedlm": XLLM,
@@ -108,6 +110,7 @@ RELEASED = {
     "loopus": "wild/loopus_legacy_keys",
     "loopformer": "wild/loopformer_plain",
     "loopformer-base": "wild/loopformer_plain",
+    "tmlt": "wild/loopformer_plain",
     "hrm": "wild/hrm_plain",
     "trm": "wild/trm_plain",
     "ifm-loopedlm": "ifm_loopedlm",

@@ -33,13 +33,16 @@ CONFIG = dict(
 EPS = torch.finfo(torch.float32).eps
 
 
-def shapes():
+EMBEDDERS = ("time_embedder", "dt_embedder")
+
+
+def shapes(embedders=EMBEDDERS):
     found = {
         "transformer.wte.weight": (VOCAB, D),
         "transformer.wpe.weight": (N_CTX, D),
         "transformer.norm_f.weight": (D,),
     }
-    for embedder in ("time_embedder", "dt_embedder"):
+    for embedder in embedders:
         found |= {
             f"{embedder}.mlp.0.weight": (D, 256),
             f"{embedder}.mlp.0.bias": (D,),
@@ -67,12 +70,17 @@ def embed_time(weights, embedder, t):
     return F.linear(hidden, weights[f"{key}.2.weight"], weights[f"{key}.2.bias"])
 
 
-def stated(weights, tokens, n_iterations):
+def of_time_and_step(weights, t, n_iterations):
+    dt = 1 / n_iterations
+    return embed_time(weights, "time_embedder", t * dt) + embed_time(weights, "dt_embedder", dt)
+
+
+def stated(weights, tokens, n_iterations, condition=of_time_and_step):
     """The logits by the published equations, with equal steps."""
-    n_pos, dt = tokens.shape[1], 1 / n_iterations
+    n_pos = tokens.shape[1]
     x = weights["transformer.wte.weight"][tokens] + weights["transformer.wpe.weight"][:n_pos]
     for t in range(n_iterations):
-        c = embed_time(weights, "time_embedder", t * dt) + embed_time(weights, "dt_embedder", dt)
+        c = condition(weights, t, n_iterations)
         for layer in range(N_LAYER):
             w = {
                 key.removeprefix(f"transformer.h.blocks.{layer}."): value
@@ -119,13 +127,57 @@ def test_logits_are_those_of_the_published_equations(loaded, tmp_path):
     assert_close(folded(TOKENS), stated(weights, TOKENS, 8), **CLOSE)
 
 
-@pytest.mark.parametrize("prefix", ["", "gpt."])
-def test_the_loop_without_modulation_is_the_published_one(tmp_path, prefix):
+def load(directory, config, weights):
+    write(directory, config, weights)
+    with pytest.warns(UserWarning, match="tokenizer"):
+        model = LoopedTransformer.from_pretrained_no_processing(
+            directory, device="cpu", dtype=torch.float64
+        )
+    return model, {key: weight.double() for key, weight in weights.items()}
+
+
+@pytest.mark.parametrize("model_type", ["tmlt", "tmlt_ee"])
+def test_modulation_by_the_number_of_the_iteration_is_the_published_one(tmp_path, model_type):
+    config = {**CONFIG, "model_type": model_type}
+    model, weights = load(tmp_path, config, draw(shapes(("time_embedder",))))
+    assert model.cfg.time_conditioning == "iteration"
+
+    def of_iteration(weights, t, n_iterations):
+        return embed_time(weights, "time_embedder", float(t))
+
+    for n_iterations in (8, 1, 3):
+        expected = stated(weights, TOKENS, n_iterations, of_iteration)
+        assert_close(model(TOKENS, n_iterations=n_iterations), expected, **CLOSE)
+    findings = [finding for finding in check_model(model) if finding.status == "failed"]
+    assert not findings
+    # An iteration does not know how many there are, so the states on the way are exits.
+    curve = exit_curve(model, [TOKENS[0]], progress=False)
+    for t in (0, 4):
+        loss = model(TOKENS[:1], return_type="loss", n_iterations=t + 1)
+        assert_close(curve.loss[t].to(loss), loss, rtol=1e-5, atol=1e-6)
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.warns(UserWarning, match="tokenizer"):
+        again = LoopedTransformer.from_pretrained_no_processing(
+            tmp_path / "saved", device="cpu", dtype=torch.float64
+        )
+    assert torch.equal(again(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize("kind", ["true", 2, "step"])
+def test_other_conditions_are_refused(kind):
+    with pytest.raises(ConfigError, match="time_conditioning must be one of"):
+        tiny_config("weightless", n_prelude=0, time_conditioning=kind)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "model_type"), [("", "base_loop"), ("gpt.", "base_loop"), ("", "base_loop_ee")]
+)
+def test_the_loop_without_modulation_is_the_published_one(tmp_path, prefix, model_type):
     wanted = {k: s for k, s in shapes().items() if "embedder" not in k and "adaLN" not in k}
     for layer in range(N_LAYER):
         wanted |= {f"transformer.h.blocks.{layer}.norm_{i}.weight": (D,) for i in (1, 2)}
     weights = draw(wanted)
-    config = {**CONFIG, "model_type": "base_loop"}
+    config = {**CONFIG, "model_type": model_type}
     write(tmp_path, config, {f"{prefix}{key}": weight for key, weight in weights.items()})
     with pytest.warns(UserWarning, match="tokenizer"):
         model = LoopedTransformer.from_pretrained_no_processing(
@@ -266,3 +318,5 @@ def test_conditioned_blocks_are_all_in_the_loop(changes):
 def test_describe_states_the_modulation():
     text = tiny_config("weightless", n_prelude=0, time_conditioning=True).describe()
     assert "c = time(t / T) + step(1 / T)" in text
+    text = tiny_config("weightless", n_prelude=0, time_conditioning="iteration").describe()
+    assert "c = time(t);" in text

@@ -19,6 +19,7 @@ CHANGES: dict[str, dict] = {
     "first_pass_window": dict(first_pass_window=3),
     "value_embeddings": dict(value_embeddings=True, value_gate_channels=5),
     "time_conditioning": dict(time_conditioning=True),
+    "time_conditioning by t": dict(time_conditioning="iteration"),
     "state_gate_rank": dict(state_gate_rank=3, halt_head=True),
     "exit_gate": dict(exit_gate=True),
     "norm_injection": dict(norm_injection=True),
