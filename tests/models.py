@@ -210,6 +210,16 @@ STACKS: dict[str, dict[str, Any]] = {
         initial_state="hashed_normal",
         injection="gated_diagonal",
     ),
+    "repeated": dict(
+        n_prelude=1,
+        n_core=4,
+        n_coda=1,
+        n_iterations=4,
+        stacks=("L", "H"),
+        layer_repeats=2,
+        slow_injection=True,
+        injection="gated_diagonal",
+    ),
 }
 """Architectures with two stacks, which some tools refuse."""
 

@@ -144,9 +144,8 @@ class LoopedTransformerConfig(BaseConfig):
         stacks = None
         if self.stacks is not None:
             stacks = self.stacks * (self.n_iterations // len(self.stacks))
-        return LoopLayout(
-            self.n_prelude, self.n_core, self.n_coda, self.n_iterations, stacks, self.shared_stacks
-        )
+        sizes = self.n_prelude, self.n_core, self.n_coda, self.n_iterations
+        return LoopLayout(*sizes, stacks, self.shared_stacks, self.layer_repeats)
 
     @property
     def slow_stack(self) -> str | None:

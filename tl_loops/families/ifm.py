@@ -77,8 +77,9 @@ def _tensors(cfg: LoopedTransformerConfig) -> Iterator[TensorSpec]:
 
 def _stored_layers(cfg: LoopedTransformerConfig) -> list[str]:
     """The physical names of the layers in the order in which they are stored."""
+    n_core = cfg.n_core // cfg.layer_repeats
     stacks = [""] if cfg.stacks is None or cfg.shared_stacks else [f".{SLOW}", f".{FAST}"]
-    core = [f"core{stack}.{layer}" for stack in stacks for layer in range(cfg.n_core)]
+    core = [f"core{stack}.{layer}" for stack in stacks for layer in range(n_core)]
     ends = [
         [f"{phase}.{layer}" for layer in range(size)]
         for phase, size in (("prelude", cfg.n_prelude), ("coda", cfg.n_coda))
@@ -162,6 +163,9 @@ _PART_1: dict[str, dict[str, Any]] = {
     "dense-huginn-500b": _part_1_huginn(),
     "dense-shared-hl-336b": _part_1_huginn(huginn_hierarchical_state="shared_hl"),
     "dense-split-hl-336b": _part_1_huginn(huginn_hierarchical_state="split_hl"),
+    "dense-split-hl-x2-336b": _part_1_huginn(
+        huginn_hierarchical_state="split_hl", huginn_split_module_repeats=2
+    ),
 }
 _VARIANTS: dict[str, dict[str, Any]] = {
     "huginn-linear": {

@@ -14,7 +14,8 @@ class BlockCoordinate:
     Attributes:
         phase: ``"prelude"``, ``"core"`` or ``"coda"``.
         iteration: The pass through the core, counted from 0; ``None`` outside the core.
-        layer: The physical layer inside its phase (inside its stack where there are several).
+        layer: The layer inside its phase (inside its stack where there are several), counted on
+            where an iteration runs its layers several times.
         stack: The stack that this iteration calls, for models with more than one; else ``None``.
     """
 

@@ -10,7 +10,7 @@ from tl_loops.arguments import argument, check_at_least, checked
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.coordinate import PHASES, BlockCoordinate
 from tl_loops.layout.names import activation_name, iteration_spec
-from tl_loops.layout.segments import Segment, check_segments, segment_calls, segments_notation
+from tl_loops.layout.segments import Segment, check_segments, loops_notation, segment_calls
 from tl_loops.layout.selection import one_index
 
 Values = TypeVar("Values")
@@ -35,6 +35,7 @@ class LoopLayout:
         stacks: Name of the stack that each iteration calls (one entry per iteration), for models
             whose iterations call one of several stacks; else ``None``.
         shared_stacks: Whether all stacks are the same layers.
+        layer_repeats: How often in a row an iteration runs its layers.
         segments: The loops, where there are several; else ``None``.
         loops: The same, or the one loop that there is, by their physical layers.
     """
@@ -47,20 +48,21 @@ class LoopLayout:
         n_iterations: int,
         stacks: tuple[str, ...] | None = None,
         shared_stacks: bool = False,
+        layer_repeats: int = 1,
     ):
         """The layout of one loop, of ``n_core`` blocks.
 
         Raises:
-            ValueError: A size is too small, or there is not one stack per iteration.
+            ValueError: A size is too small or no multiple, or there is not one stack per iteration.
         """
         check_at_least(0, n_prelude=n_prelude, n_coda=n_coda)
-        check_at_least(1, n_core=n_core, n_iterations=n_iterations)
+        check_at_least(1, n_core=n_core, n_iterations=n_iterations, layer_repeats=layer_repeats)
+        if n_core % layer_repeats:
+            raise ValueError(f"n_core={n_core} is no multiple of layer_repeats={layer_repeats}")
         if stacks is not None and len(stacks) != n_iterations:
-            raise ValueError(
-                f"stacks names {len(stacks)} calls, but n_iterations is {n_iterations}"
-            )
+            raise ValueError(f"stacks names {len(stacks)} calls, not n_iterations={n_iterations}")
         loop = Segment(n_prelude, n_prelude + n_core, n_iterations)
-        self._set((loop,), n_coda, stacks, shared_stacks, None)
+        self._set((loop,), n_coda, stacks, shared_stacks, None, layer_repeats)
 
     @classmethod
     def of_segments(cls, segments: Sequence[Segment], n_coda: int) -> "LoopLayout":
@@ -73,8 +75,7 @@ class LoopLayout:
         Raises:
             ValueError: The segments are empty, overlap or leave a gap.
         """
-        segments = tuple(segments)
-        check_segments(segments)
+        check_segments(segments := tuple(segments))
         stacks = tuple(name for name, _ in segment_calls(segments))
         layout = object.__new__(cls)
         layout._set(segments, n_coda, stacks, False, segments)
@@ -87,10 +88,11 @@ class LoopLayout:
         stacks: tuple[str, ...] | None,
         shared_stacks: bool,
         segments: tuple[Segment, ...] | None,
+        layer_repeats: int = 1,
     ) -> None:
         self.n_prelude, self.n_coda = loops[0].start, n_coda
         self.stacks, self.shared_stacks, self.segments = stacks, shared_stacks, segments
-        self.loops = loops
+        self.loops, self.layer_repeats = loops, layer_repeats
         self._calls = tuple(segment for _, segment in segment_calls(loops))
         self.n_iterations = len(self._calls)
         lengths = [segment.n_layers for segment in self._calls]
@@ -99,7 +101,8 @@ class LoopLayout:
         self._firsts = tuple(accumulate(lengths, initial=self.n_prelude))
 
     def _key(self) -> tuple[Any, ...]:
-        return self.loops, self.n_coda, self.stacks, self.shared_stacks, self.segments
+        one = self.loops, self.n_coda, self.stacks, self.shared_stacks, self.layer_repeats
+        return *one, self.segments
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LoopLayout) and self._key() == other._key()
@@ -132,9 +135,10 @@ class LoopLayout:
     @property
     def n_physical_layers(self) -> int:
         """Number of distinct sets of block weights."""
-        if self.segments is not None or self.stacks is None or self.shared_stacks:
+        if self.segments is not None:
             return self.n_pass
-        return self.n_prelude + len(set(self.stacks)) * self.n_core + self.n_coda
+        n_stacks = 1 if self.stacks is None or self.shared_stacks else len({*self.stacks})
+        return self.n_prelude + n_stacks * self.n_core // self.layer_repeats + self.n_coda
 
     @property
     def core_start(self) -> int:
@@ -208,9 +212,7 @@ class LoopLayout:
         With several loops ``(2, 2⊗3, 1, 1⊗2, 4)``: a number alone is passed once.
         Source: 2604.11791, section 3.
         """
-        one = self.loops[0]
-        core = f"{one.n_layers}⊗{one.n_iterations}"
-        loops = core if self.segments is None else segments_notation(self.segments)
+        loops = loops_notation(self.loops, self.segments is not None, self.layer_repeats)
         return f"({self.n_prelude}, {loops}, {self.n_coda})" + ("_I" if injected else "")
 
     def index(
@@ -277,7 +279,9 @@ class LoopLayout:
         """
         at = self.coordinate(index)
         stack = f"{at.stack}." if at.stack is not None and not self.shared_stacks else ""
-        return f"{at.phase}.{stack}{at.layer}"
+        repeats = self.layer_repeats if at.phase == "core" else 1
+        layer = at.layer if repeats == 1 else at.layer % (self.n_core // repeats)
+        return f"{at.phase}.{stack}{layer}"
 
     def physical_names(self) -> list[str]:
         """Names of all physical layers, in the order of their first use."""
@@ -371,9 +375,7 @@ class LoopLayout:
         array: Any = values
         shape: tuple[int, ...] = tuple(getattr(array, "shape", ()))
         if not shape or shape[0] != self.n_layers:
-            raise ValueError(
-                f"by_iteration() needs [{self.n_layers}, ...] (one entry per block), got {shape}"
-            )
+            raise ValueError(f"by_iteration() needs [{self.n_layers}, ...], by block, got {shape}")
         core = array[self.core_start : self.coda_start]
         return core.reshape(self.n_iterations, self.n_core, *shape[1:])
 
@@ -392,8 +394,7 @@ class LoopLayout:
                 f"{self.notation(injected=False)} has several loops, so one number of iterations "
                 "does not say which: call tl_loops.loop(model, loops=...) again, at no copy"
             )
-        stacks = self.stacks
-        if stacks is not None:
-            stacks = tuple(stacks[t % len(stacks)] for t in range(max(n_iterations, 0)))
+        old, times = self.stacks, range(max(n_iterations, 0))
+        stacks = None if old is None else tuple(old[t % len(old)] for t in times)
         sizes = self.n_prelude, self.n_core, self.n_coda, n_iterations
-        return LoopLayout(*sizes, stacks, self.shared_stacks)
+        return LoopLayout(*sizes, stacks, self.shared_stacks, self.layer_repeats)

@@ -41,7 +41,9 @@ _FORMAT = "tl_loops profile 2"
 _UNSEALED_FORMAT = "tl_loops profile 1"
 _SIZES = ("n_prelude", "n_core", "n_coda")
 _SHARED = "(shared)"
-"""After the names of stacks: they are the same layers. No stack can be called so."""
+_REPEATS = "(repeats)"
+"""After the names of stacks: they are the same layers, or a number of times that a call runs its
+layers follows. No stack can be called so."""
 
 _TEXT = (
     "metric",
@@ -140,7 +142,8 @@ def _header(profile: "LoopProfile") -> Row:
     sizes = {name: None if at is None else getattr(at, name) for name in _SIZES}
     stacks = None
     if at is not None and at.stacks is not None:
-        stacks = " ".join((*at.stacks, _SHARED) if at.shared_stacks else at.stacks)
+        repeats = (_REPEATS, str(at.layer_repeats)) if at.layer_repeats > 1 else ()
+        stacks = " ".join((*at.stacks, *((_SHARED,) if at.shared_stacks else ()), *repeats))
     values |= {**sizes, "stacks": stacks, "n_layers": profile.n_layers}
     return {name: values[name] for name in _MODEL}
 
@@ -165,10 +168,14 @@ def _profile(header: Row, rows: list[Row], options: dict[str, Any], sealed: Row 
     n_layers = int(header["n_layers"])
     layout = None
     if header["n_core"] is not None:
-        words = [] if header["stacks"] is None else header["stacks"].split(" ")
+        text, _, repeats = (header["stacks"] or "").partition(f" {_REPEATS} ")
+        words = text.split(" ") if text else []
         stacks = tuple(word for word in words if word != _SHARED) or None
         sizes = {name: int(header[name]) for name in (*_SIZES, "n_iterations")}
-        layout = LoopLayout(**sizes, stacks=stacks, shared_stacks=_SHARED in words)
+        shared = _SHARED in words
+        layout = LoopLayout(
+            **sizes, stacks=stacks, shared_stacks=shared, layer_repeats=int(repeats or 1)
+        )
     if sealed is None:
         check_unsealed(rows, layout, n_layers)
     moments = {name: Moments.empty(n_layers) for name in options}

@@ -13,7 +13,8 @@ from tl_loops.runs.moments import Moments
 from tl_loops.runs.running_moments import RunningMoments
 
 KIND = "measurement"
-_LAYOUT = ("n_prelude", "n_core", "n_coda", "n_iterations", "stacks", "shared_stacks")
+_SIZES = ("n_prelude", "n_core", "n_coda", "n_iterations")
+_LAYOUT = (*_SIZES, "stacks", "shared_stacks", "layer_repeats")
 
 Parts = tuple[dict[str, Moments], LoopLayout | None, Provenance]
 """Moments, layout and provenance: what a profile is made of."""

@@ -101,14 +101,17 @@ def _last_path(layout: LoopLayout) -> int:
 
 
 def core_calls(layout: LoopLayout) -> dict[str, list[int]]:
-    """For each physical layer of the core the unrolled blocks that call it, in order.
+    """For each layer of the core the unrolled blocks that call it, one per iteration, in order.
 
-    Stacks that share their layers stay apart: their states are two.
+    Stacks that share their layers stay apart: their states are two. So do the times that an
+    iteration runs its layers.
     """
     calls: dict[str, list[int]] = {}
     for block in range(layout.core_start, layout.coda_start):
         stack = layout.coordinate(block).stack if layout.shared_stacks else None
         name = layout.physical_name(block)
+        if layout.layer_repeats > 1:
+            name += f" ({layout.coordinate(block).layer})"
         calls.setdefault(name if stack is None else f"{name} ({stack})", []).append(block)
     return calls
 

@@ -74,6 +74,15 @@ class _Stacks(Mechanism):
             "Both stacks are the same layers (TRM); their states stay two.",
         ),
         Setting(
+            "layer_repeats",
+            int,
+            1,
+            "How often in a row a call runs its layers (IFM's split states). The injection and the "
+            "other state enter once, before the first of them. ``n_core`` counts all blocks of a "
+            "call, so it is a multiple.",
+            at_least=1,
+        ),
+        Setting(
             "slow_injection",
             bool,
             False,
@@ -105,6 +114,11 @@ class _Stacks(Mechanism):
                 raise ConfigError(
                     "slow_initial_state, shared_stacks and slow_injection need stacks"
                 )
+            if cfg.layer_repeats != 1:
+                raise ConfigError(
+                    f"layer_repeats={cfg.layer_repeats} needs stacks: with one state, write more "
+                    "iterations"
+                )
             return
         names = [name for name in stacks if isinstance(name, str) and name.isidentifier()]
         if len(names) < len(stacks) or len(set(stacks)) != 2 or stacks.count(stacks[-1]) != 1:
@@ -134,7 +148,9 @@ class _Stacks(Mechanism):
             into_fast = injection_in_words(cfg, f"{fast} + {slow}")
         if cfg.slow_injection:
             into_slow = injection_in_words(cfg, f"{slow} + {fast}")
-        run, cycles = f"{cfg.n_core} x block", cfg.n_iterations // len(cfg.stacks)
+        repeats = cfg.layer_repeats
+        run, cycles = f"{cfg.n_core // repeats} x block", cfg.n_iterations // len(cfg.stacks)
+        run = run if repeats == 1 else f"{repeats} x ({run})"
         calls = [
             f"core     {cycles} x [ calls of {' '.join(cfg.stacks)} ], each call{layers}:",
             f"  {cfg.stacks[0]:<6} {into_fast}; {run}; {fast} = {after}",

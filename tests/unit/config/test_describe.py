@@ -40,6 +40,7 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "iquest": ("ouro", dict(first_pass_window=3)),
     "hrm": ("hrm_text", dict(n_extra_tokens=4, prefix_mask=False)),
     "trm": ("hrm_text", dict(shared_stacks=True)),
+    "repeated layers": ("hrm_text", dict(n_core=4, layer_repeats=2)),
     "scaled": ("huginn", dict(rotary_scaling_factor=2.0, output_logits_soft_cap=20.0)),
     "orthogonal": ("olmo_grouped", dict(injection="orthogonal", initial_state="hashed_normal")),
     "own_norm": (

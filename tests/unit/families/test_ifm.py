@@ -42,6 +42,10 @@ KINDS = {
     "p1 middle-prelude-injection": dict(huginn_state_init="input"),
     "p1 shared-hl": dict(huginn_hierarchical_state="shared_hl", loop_times=8),
     "p1 split-hl": dict(huginn_hierarchical_state="split_hl", loop_times=8),
+    "p1 split-hl-x2": dict(
+        huginn_hierarchical_state="split_hl", loop_times=8, huginn_split_module_repeats=2
+    ),
+    "shared-hl-x3": dict(huginn_hierarchical_state="shared_hl", huginn_split_module_repeats=3),
     "zero state, scaled, no gate": dict(huginn_state_init="zero", scale_emb=True, swiglu=False),
     "one key for each head": dict(
         num_kv_heads=None,
@@ -202,9 +206,15 @@ class Stated:
         z_h, z_l = e, self.first(e)
         for _ in range(2):
             for _ in range(3):
-                z_l = self.layers(*low, self.inject("input_injection", z_l + z_h, e))
-            z_h = self.layers(*high, self.inject("input_injection", z_h + z_l, e))
+                z_l = self.call(*low, self.inject("input_injection", z_l + z_h, e))
+            z_h = self.call(*high, self.inject("input_injection", z_h + z_l, e))
         return z_h
+
+    def call(self, first, last, x):
+        """One update of a state: its layers, run so often in a row."""
+        for _ in range(self.cfg.get("huginn_split_module_repeats", 1)):
+            x = self.layers(first, last, x)
+        return x
 
 
 def load(directory, content, weights, **options):
@@ -250,7 +260,9 @@ def test_shared_keys_are_the_terminal_keys_of_the_published_evaluation(tmp_path,
     assert not torch.allclose(last, model(TOKENS)[:, 8:], rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("kind", ["p2 huginn-linear", "p2 parcae", "p2 orthoinj", "p1 split-hl"])
+@pytest.mark.parametrize(
+    "kind", ["p2 huginn-linear", "p2 parcae", "p2 orthoinj", "p1 split-hl", "p1 split-hl-x2"]
+)
 def test_every_promise_is_kept_and_gradients_reach_every_weight(tmp_path, kind):
     content = released(**KINDS[kind])
     model = load(tmp_path, content, drawn(content["model"]), dtype=torch.float32)
@@ -352,8 +364,8 @@ def test_a_tokenizer_in_a_folder_of_its_own_is_found(tmp_path):
             "'huginn_prelude_orthogonal' needs",
         ),
         (
-            dict(huginn_hierarchical_state="split_hl", huginn_split_module_repeats=2),
-            "'huginn_split_module_repeats' is 2: calls that run their layers several times",
+            dict(huginn_hierarchical_state="split_hl", huginn_split_module_repeats=0),
+            "'huginn_split_module_repeats' is 0, expected a number from 1 to 1000",
         ),
         (
             dict(huginn_hierarchical_state="split_hl", huginn_recurrent_layers=3, num_layers=6),
@@ -393,6 +405,7 @@ def test_it_is_recognised_without_a_model_type():
         ("loopedlm-p1-dense-d28-336b", "(0, 28⊗1, 0)", 1_496_667_648),
         ("loopedlm-p1-dense-d112-500b", "(0, 112⊗1, 0)", 3_676_915_200),
         ("loopedlm-p1-dense-huginn-500b", "(8, 12⊗8, 8)_I", 1_499_030_016),
+        ("loopedlm-p1-dense-split-hl-x2-336b", "(8, (6⊗2)⊗8, 8)_I", 1_499_030_016),
         ("loopedlm-p2-huginn-s-fixed-r5", "(1, 2⊗5, 1)_I", 303_579_648),
         ("loopedlm-p2-huginn-l-learned-entropy0", "(1, 2⊗5, 1)_I", 2_488_338_432),
     ],

@@ -5,7 +5,7 @@ import torch
 
 from tests.closeness import assert_close
 from tests.models import STACKS, tiny_config, tiny_model, tiny_tokens
-from tl_loops import ConfigError, LoopedSemanticsError, exit_curve, lens, measure
+from tl_loops import ConfigError, LoopedSemanticsError, LoopProfile, exit_curve, lens, measure
 from tl_loops.model.check import check_model
 from tl_loops.model.start import start_run
 from tl_loops.patching import activation_patch
@@ -251,6 +251,43 @@ def test_a_saved_model_loads_and_keeps_its_promises(model, tmp_path):
     assert not failed, failed
 
 
+def test_layers_that_a_call_runs_twice_are_one_set_of_weights(tmp_path):
+    twice = tiny_model("repeated", initializer_range=0.15)
+    layout = twice.layout
+    assert layout.n_physical_layers == 6 and twice.cfg.notation == "(1, (2⊗2)⊗4, 1)_I"
+    for layer in range(4):
+        index = layout.index(iteration=2, layer=layer)
+        assert layout.physical_name(index) == f"core.L.{layer % 2}"
+        assert twice.hook_name(f"iter.2.{layer}.hook_z") == f"blocks.{index}.hook_z"
+        owner = twice.blocks[layout.index(iteration=0, layer=layer % 2)]
+        assert twice.blocks[index].attn.W_Q is owner.attn.W_Q
+    # The same as four layers of which the last two have the weights of the first two.
+    four = tiny_model("repeated", layer_repeats=1)
+    weights = dict(twice.physical_state_dict())
+    for name in four.physical_state_dict():
+        kind, _, rest = name.partition(".")
+        stack, _, inner = rest.partition(".")
+        if kind == "core":
+            layer, _, leaf = inner.partition(".")
+            weights[name] = weights[f"core.{stack}.{int(layer) % 2}.{leaf}"]
+    four.load_physical_state_dict(weights)
+    assert_close(twice(TOKENS), four(TOKENS), rtol=1e-6, atol=1e-6)
+    twice(TOKENS, return_type="loss").backward()
+    four(TOKENS, return_type="loss").backward()
+    theirs = {name: p.grad for name, p in four.physical_named_parameters()}
+    for name, parameter in twice.physical_named_parameters():
+        expected = theirs[name]
+        if name.startswith("core."):
+            kind, stack, layer, leaf = name.split(".", 3)
+            expected = expected + theirs[f"core.{stack}.{int(layer) + 2}.{leaf}"]
+        assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-6)
+    profile = measure(twice, [TOKENS[0], TOKENS[1]], progress=False)
+    for ending in ("json", "csv", "parquet"):
+        profile.save(tmp_path / f"profile.{ending}")
+        again = LoopProfile.load(tmp_path / f"profile.{ending}")
+        assert again.layout == layout != four.layout
+
+
 def test_describe_names_both_states():
     text = tiny_config("hrm_text").describe()
     assert "zL = learned vector, zH = e" in text
@@ -270,6 +307,9 @@ def test_describe_names_both_states():
         (dict(stacks=("L 1", "H")), "must name two stacks"),
         (dict(n_iterations=4), "multiple of 3, the calls of one cycle L L H"),
         (dict(slow_injection=True), "slow_injection needs an injection"),
+        (dict(layer_repeats=2, stacks=None), "layer_repeats=2 needs stacks"),
+        (dict(layer_repeats=3), "n_core=2 is no multiple of layer_repeats=3"),
+        (dict(layer_repeats=0), "layer_repeats must be at least 1"),
         (dict(exit_gate=True), "exit_gate is not supported with stacks"),
         (dict(stacks=None, slow_initial_state="learned"), "slow_injection need stacks"),
         (dict(attention_dir="bidirectional"), "prefix_mask needs attention_dir='causal'"),

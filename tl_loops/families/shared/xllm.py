@@ -138,10 +138,9 @@ def _two_states(released: Released, core: int, injects: bool) -> dict[str, Any]:
     repeats = _number(released, "huginn_split_module_repeats", 1)
     if kind == "none":
         return {}
-    if repeats != 1:
+    if not 1 <= repeats <= 1000:
         raise CheckpointError(
-            f"'huginn_split_module_repeats' is {repeats}: calls that run their layers several "
-            "times are not implemented; expected 1"
+            f"'huginn_split_module_repeats' is {repeats}, expected a number from 1 to 1000"
         )
     fast = _number(released, "huginn_hierarchical_l_cycles", 3)
     slow = _number(released, "huginn_hierarchical_h_cycles", 2)
@@ -156,7 +155,8 @@ def _two_states(released: Released, core: int, injects: bool) -> dict[str, Any]:
         "stacks": (FAST,) * fast + (SLOW,),
         "shared_stacks": kind == "shared_hl",
         "slow_injection": injects,
-        "n_core": core if kind == "shared_hl" else core // 2,
+        "n_core": repeats * (core if kind == "shared_hl" else core // 2),
+        "layer_repeats": repeats,
         "n_iterations": slow * (fast + 1),
     }
 
