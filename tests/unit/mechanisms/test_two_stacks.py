@@ -258,7 +258,7 @@ def test_layers_that_a_call_runs_twice_are_one_set_of_weights(tmp_path):
     for layer in range(4):
         index = layout.index(iteration=2, layer=layer)
         assert layout.physical_name(index) == f"core.L.{layer % 2}"
-        assert twice.hook_name(f"iter.2.{layer}.hook_z") == f"blocks.{index}.hook_z"
+        assert twice.hook_name(f"iter.2.{layer}.hook_mlp_out") == f"blocks.{index}.hook_mlp_out"
         owner = twice.blocks[layout.index(iteration=0, layer=layer % 2)]
         assert twice.blocks[index].attn.W_Q is owner.attn.W_Q
     # The same as four layers of which the last two have the weights of the first two.
