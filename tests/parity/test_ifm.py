@@ -1,7 +1,7 @@
-"""IFM LoopedLM of every kind against the numbers of the released forward passes.
+"""IFM LoopedLM of every kind against numbers of the released forward passes, transcribed.
 
-The numbers are those of the released model classes on one CPU in float32: their parallel layers
-are plain ones, and their CUDA kernel for the norm is its formula. All kinds have the same layers.
+The transcription ran on one CPU in float32, without the branches of training: parallel layers are
+plain ones, and the CUDA kernel for the norm is its formula. All kinds have the same layers.
 """
 
 import json

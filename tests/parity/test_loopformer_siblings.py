@@ -1,4 +1,4 @@
-"""TMLT and Base-Loop against the numbers of the released forward passes, on one CPU in float32."""
+"""TMLT and Base-Loop against numbers of the released forward passes, transcribed, on one CPU."""
 
 import json
 from pathlib import Path
