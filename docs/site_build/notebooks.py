@@ -17,6 +17,13 @@ GITHUB = re.compile(r"https://github\.com/([\w.-]+/[\w.-]+?)/?$")
 NEIGHBOUR = re.compile(r"\]\((\w+)\.ipynb\)")
 """A link to another notebook, whose page stands beside this one."""
 
+TABLE = re.compile(
+    r'<div>\n<style scoped>.*?</style>\n<table border="1" class="dataframe">(.*?)</table>\n'
+    r"(<p>.*?</p>\n)?</div>",
+    re.S,
+)
+"""A table of pandas, whose style the site's own takes the place of."""
+
 TRUNK = "main"
 
 
@@ -29,12 +36,19 @@ def on_files(files: Files, config: Any) -> Files:
             picture = f"notebooks/{path.stem}_{name}"
             files.append(File.generated(config, picture, content=content))
             text = text.replace(f"]({name})", f"]({path.stem}_{name})")
+        text = TABLE.sub(_table, text)
         text = NEIGHBOUR.sub(r"](\1.md)", text)
         text = text.replace("![png]", f"![A figure of {path.stem.replace('_', ' ')}]")
         title, _, rest = text.partition("\n")
         page = f"{title}\n\n{_where(path.name, config.repo_url)}\n{_indented_output(rest)}"
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=page))
     return files
+
+
+def _table(found: re.Match[str]) -> str:
+    """Without the spaces in front of lines, which would make them code."""
+    rows = re.sub(r"^ +", "", found[1], flags=re.M)
+    return f"<table>{rows}</table>\n\n{found[2] or ''}"
 
 
 def _where(name: str, repository: str | None) -> str:

@@ -24,6 +24,23 @@
     }
     return "rgb(255, 255, 255)";
   };
+  // The colour of the cell of a heatmap that a word stands on, or null outside of all.
+  const cellColour = (text) => {
+    const box = text.getBoundingClientRect();
+    const [x, y] = [(box.left + box.right) / 2, (box.top + box.bottom) / 2];
+    for (const image of text.closest(".js-plotly-plot").querySelectorAll(".heatmaplayer image")) {
+      const at = image.getBoundingClientRect();
+      if (x < at.left || x > at.right || y < at.top || y > at.bottom) continue;
+      const canvas = document.createElement("canvas");
+      [canvas.width, canvas.height] = [Math.round(at.width), Math.round(at.height)];
+      const context = canvas.getContext("2d");
+      context.drawImage(image, 0, 0, canvas.width, canvas.height);
+      const place = [x - at.left, y - at.top].map((v, i) => Math.min(Math.floor(v), [canvas.width, canvas.height][i] - 1));
+      const [r, g, b, a] = context.getImageData(...place, 1, 1).data;
+      if (a === 255) return `rgb(${r}, ${g}, ${b})`;
+    }
+    return null;
+  };
   // A title of several lines is as wide as its widest, which may not be the first.
   const linesOf = (text) => {
     const lines = [...text.querySelectorAll("tspan.line")];
@@ -51,8 +68,12 @@
       if (!inside(boxes[i])) say(cell, `${named(text)} is cut off`);
       const fill = getComputedStyle(text).fill;
       const ratio = contrast(fill, ground(text));
-      // Words in the cells of a heatmap are black or white by the colour of their cell.
-      if (ratio < 3 && !text.closest(".heatmap-label")) say(cell, `${named(text)} has a contrast of ${ratio.toFixed(1)}`);
+      if (text.closest(".heatmap-label")) {
+        const under = cellColour(text);
+        const ink = getComputedStyle(text.querySelector("tspan[style]") ?? text).fill;
+        if (under === null) say(cell, `${named(text)} stands on no cell`);
+        else if (contrast(ink, under) < 4.5) say(cell, `${named(text)} in ${ink} on ${under}`);
+      } else if (ratio < 3) say(cell, `${named(text)} has a contrast of ${ratio.toFixed(1)}`);
       for (let j = 0; j < i; j++)
         if (meet(boxes[i], boxes[j])) say(cell, `${named(texts[j])} meets ${named(text)}`);
     });
@@ -81,6 +102,14 @@
       }
       if (part.scrollHeight > part.clientHeight + 1 && getComputedStyle(part).overflowY !== "visible")
         say(cell, `a view shows ${part.clientHeight} of ${part.scrollHeight} px`);
+      // Names of heads on their colours, which a shade over them may darken.
+      for (const name of part.querySelectorAll("h4")) {
+        const style = getComputedStyle(name);
+        const [under, shade] = [numbers(ground(name)), numbers(style.boxShadow.match(/rgba?\([^)]*\)/)?.[0] ?? "rgba(0, 0, 0, 0)")];
+        const mixed = under.slice(0, 3).map((c, i) => c * (1 - (shade[3] ?? 1)) + shade[i] * (shade[3] ?? 1));
+        const ratio = contrast(style.color, `rgb(${mixed.join(", ")})`);
+        if (ratio < 4.5) say(cell, `${named(name)} has a contrast of ${ratio.toFixed(1)}`);
+      }
       const dark = part.closest(".circuits-view").classList.contains("dark");
       if (dark !== luminance(ground(part)) < 0.3) say(cell, "a view is not drawn for its page");
     }

@@ -69,3 +69,23 @@ def test_notebooks_are_pages_and_open_in_colab_where_the_repository_is_known(tmp
     shown = {name for text in pages.values() for name in re.findall(r"\]\(([^)]*\.png)\)", text)}
     assert pictures and pictures == shown
     assert not any(re.search(r"<script|src=.http", text) for text in pages.values())
+    tables = "".join(
+        re.findall(r"^<table>.*?</table>$", pages["notebooks/first_steps.md"], re.M | re.S)
+    )
+    assert "<th>relative_depth</th>" in tables  # of pandas, as a table and not as code
+    assert not any(re.search(r"<style|```text\n\s*<t", text) for text in pages.values())
+
+
+def test_axes_are_words_and_returned_sentences_are_whole(tmp_path):
+    griffe = pytest.importorskip("griffe")
+    (tmp_path / "some.py").write_text(
+        'def f(x: Float[Tensor, "iteration *batch"], y: "int") -> Bool[Tensor, "pos"] | None:\n'
+        '    """Do.\n\n    Returns:\n        `[a: b]` in [0, 1]: one.\n    """\n'
+    )
+    extensions = griffe.load_extensions(hook("sphinx_roles").SphinxRoles)
+    module = griffe.load("some", search_paths=[tmp_path], extensions=extensions)
+    assert str(module["f"].parameters["x"].annotation) == "Float[Tensor, 'iteration *batch']"
+    assert str(module["f"].parameters["y"].annotation) == "int"
+    assert str(module["f"].returns) == "Bool[Tensor, 'pos'] | None"
+    (returned,) = module["f"].docstring.parse("google", returns_multiple_items=False)[1].value
+    assert returned.description == "`[a: b]` in [0, 1]&#58; one."

@@ -72,9 +72,24 @@ def colour_at(stops: Sequence[str], place: float | int) -> str:
 
 
 def is_dark(colour: str) -> bool:
-    """Whether light text reads better on a colour than dark text."""
-    red, green, blue = _channels(colour)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue < 128
+    """Whether white text reads better on a colour than black; one has a contrast above 4.5."""
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+        for c in (channel / 255 for channel in _channels(colour))
+    ]
+    luminance = sum(share * c for share, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+    return (1 + 0.05) / (luminance + 0.05) > (luminance + 0.05) / 0.05
+
+
+def ink_on(stops: Sequence[tuple[float | int, str]], place: float) -> str:
+    """Black or white: what is read on the colour at a place from 0 to 1 of one of the scales."""
+    place = min(max(place, 0.0), 1.0)
+    places = [at for at, _ in stops]
+    after = next(i for i in range(1, len(stops)) if place <= places[i])
+    (low, start), (high, stop) = stops[after - 1 : after + 1]
+    return (
+        "#ffffff" if is_dark(colour_at((start, stop), (place - low) / (high - low))) else "#000000"
+    )
 
 
 def _channels(colour: str) -> list[int]:

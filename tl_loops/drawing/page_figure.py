@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from tl_loops.drawing.figure import Figure
+from tl_loops.drawing.figure import Figure, Heat
 from tl_loops.drawing.fit import fit
 from tl_loops.drawing.plotly_figure import colour_scale
 from tl_loops.drawing.plotly_figure import render as render_plotly
+from tl_loops.drawing.plotly_traces import written_cells
 
 WIDTHS = (310, 470, 900)
 """Pixels that there are layouts for; a page takes the widest that it has room for."""
@@ -77,8 +78,21 @@ def render(figure: Figure) -> PageFigure:
     content = {"data": data, "layouts": _different(layouts)}
     if figure.colours is not None:
         content["dark"] = colour_scale(figure.colours, dark=True)
+        if content["dark"] != colour_scale(figure.colours, dark=False):
+            content["darkWords"] = _words_on_dark(figure, data)
     heights = {width: int(layout["height"]) for width, layout in layouts.items()}
     return PageFigure(figure.title, details, remarks, content, heights)
+
+
+def _words_on_dark(figure: Figure, data: list[dict[str, Any]]) -> dict[int, list[list[str]]]:
+    """The words of heatmaps in the colours of a dark page, by the number of their trace."""
+    heats = [mark for panel in figure.panels for mark in panel.marks if isinstance(mark, Heat)]
+    places = [place for place, trace in enumerate(data) if trace["type"] == "heatmap"]
+    return {
+        place: written_cells(mark, figure.colours, dark=True)
+        for place, mark in zip(places, heats, strict=True)
+        if mark.text is not None and "texttemplate" in data[place]
+    }
 
 
 def compact(value: Any) -> Any:

@@ -78,7 +78,7 @@ def render(
     for place, panel in enumerate(figure.panels):
         row, column = divmod(place, sizes.columns)
         at: dict[str, Any] = {"row": row + 1, "col": column + 1}
-        _draw_panel(drawn, panel, figure, sizes, at, named)
+        _draw_panel(drawn, panel, figure, sizes, at, named, dark)
         if not figure.at_bottom(place) and not panel.note:
             drawn.update_xaxes(showticklabels=False, title_text="", **at)
         # Above the left edge of its own panel, whose share of the width is even.
@@ -102,7 +102,7 @@ def render(
     if figure.colours is not None:
         drawn.update_layout(coloraxis=_colour_axis(figure.colours, dark, height))
     if moving:
-        _animate(drawn, fitted(whole, sizes), sizes)
+        _animate(drawn, fitted(whole, sizes), sizes, dark)
     if figure.colours is not None:
         _write_unit(drawn, sizes, bottom)
     drawn.update_layout(**options)
@@ -236,6 +236,7 @@ def _draw_panel(
     sizes: Fit,
     at: dict[str, Any],
     named: set[str] | None,
+    dark: bool,
 ) -> None:
     if panel.note:
         drawn.add_trace(go.Scatter(x=[], y=[], showlegend=False), **at)
@@ -252,7 +253,7 @@ def _draw_panel(
         drawn.update_xaxes(visible=False, **at)
         drawn.update_yaxes(visible=False, **at)
         return
-    for trace in [] if named is None else traces_of(panel, named):
+    for trace in [] if named is None else traces_of(panel, figure, named, dark):
         drawn.add_trace(trace, **at)
     for mark in panel.marks:
         add_shape(drawn, mark, panel, at)
@@ -319,12 +320,13 @@ def _log_ticks(limits: tuple[Number, Number], pixels: int, apart: int) -> dict[s
     return powers | {"dtick": math.ceil(apart / decade), "tick0": 0}
 
 
-def _animate(drawn: go.Figure, figure: Figure, sizes: Fit) -> None:
+def _animate(drawn: go.Figure, figure: Figure, sizes: Fit, dark: bool) -> None:
     """One frame a panel, a slider over them, and a button that plays them."""
     instant = {"frame": {"duration": 0, "redraw": True}, "mode": "immediate"}
     steps = []
     drawn.frames = [
-        go.Frame(name=panel.title, data=traces_of(panel, set())) for panel in figure.panels
+        go.Frame(name=panel.title, data=traces_of(panel, figure, set(), dark))
+        for panel in figure.panels
     ]
     for panel in figure.panels:
         steps.append({"label": panel.title, "method": "animate", "args": [[panel.title], instant]})

@@ -6,14 +6,15 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from tl_loops.drawing.figure import Bars, Box, Heat, Line, Panel, Rule, Span
+from tl_loops.drawing.colours import ON_DARK, SCALES, ink_on
+from tl_loops.drawing.figure import Bars, Box, ColourScale, Figure, Heat, Line, Panel, Rule, Span
 from tl_loops.drawing.fit import CELL_SIZE
 
 _SYMBOLS = {"circle": "circle", "diamond": "diamond", "square": "square"}
 
 
-def traces_of(panel: Panel, named: set[str]) -> list[Any]:
-    """The traces of a panel; a name is in the legend once."""
+def traces_of(panel: Panel, figure: Figure, named: set[str], dark: bool) -> list[Any]:
+    """The traces of a panel of a figure; a name is in the legend once."""
     traces: list[Any] = []
     for mark in panel.marks:
         if isinstance(mark, Line):
@@ -34,7 +35,7 @@ def traces_of(panel: Panel, named: set[str]) -> list[Any]:
             )
             named.add(mark.name)
         elif isinstance(mark, Heat):
-            traces.append(_heatmap(mark, panel))
+            traces.append(_heatmap(mark, figure.colours, dark))
     return traces
 
 
@@ -90,13 +91,33 @@ def _hover(texts: Any, panel: Panel) -> dict[str, Any]:
     }
 
 
-def _heatmap(mark: Heat, panel: Panel) -> go.Heatmap:
+def written_cells(mark: Heat, colours: ColourScale | None, dark: bool) -> list[list[str]]:
+    """The words in the cells of a heatmap as plotly's HTML, each black or white as its cell needs.
+
+    Left to itself plotly writes in grey, which cannot be read on cells of medium lightness.
+    """
+    assert mark.text is not None and colours is not None, "a heatmap needs a colour scale"
+    stops, (low, high) = (ON_DARK if dark else SCALES)[colours.name], colours.limits
+    rows = []
+    for texts, values in zip(mark.text.tolist(), mark.values.tolist(), strict=True):
+        row = []
+        for text, value in zip(texts, values, strict=True):
+            written = escape(text)
+            if text and np.isfinite(value):
+                ink = ink_on(stops, (value - low) / ((high - low) or 1.0))
+                written = f'<span style="color:{ink}">{written}</span>'
+            row.append(written)
+        rows.append(row)
+    return rows
+
+
+def _heatmap(mark: Heat, colours: ColourScale | None, dark: bool) -> go.Heatmap:
     settings: dict[str, Any] = {"hovertemplate": "%{z:.4g}<extra></extra>"}
     if mark.hover is not None:
         texts = np.array([[escape(text) for text in row] for row in mark.hover.tolist()])
         settings = {"hovertext": texts, "hovertemplate": "%{hovertext}: %{z:.4g}<extra></extra>"}
     if mark.text is not None:
-        written = [[escape(text) for text in row] for row in mark.text.tolist()]
+        written = written_cells(mark, colours, dark)
         settings |= {"text": written, "texttemplate": "%{text}", "textfont": {"size": CELL_SIZE}}
     values = mark.values.astype(np.float32)  # half the size of the page
     return go.Heatmap(z=values, coloraxis="coloraxis", hoverongaps=False, **settings)

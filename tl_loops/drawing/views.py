@@ -37,6 +37,8 @@ _STYLE = (
     ".narrow>div>div>h3+div>div{flex:0 0 25%!important;max-width:25%!important;"
     "width:25%!important}.narrow h2,.narrow h3{font-size:13px!important;margin:4px 0!important}"
     ".narrow h4{font-size:9px!important}"
+    # Names of heads are white on bright colours, which a shade makes dark enough to read them.
+    ".circuits-frame h4{box-shadow:inset 0 0 0 99px rgba(0,0,0,.6)}"
     "@media print{.circuits-frame{height:auto!important;overflow:visible}"
     ".circuits-view.dark .circuits-frame{filter:none}}</style>"
 )

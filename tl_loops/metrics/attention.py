@@ -220,7 +220,7 @@ def colsum_concentration(
     C = 1 + (1/log T) sum_j q_j log q_j with the share q_j = c_j / sum_j c_j of the column sums c_j
     = sum_i A_ij, arXiv 2604.11791 Sec. 2.2 (the shares there are c_j / T, which is the same where
     rows sum to 1). It does not depend on which position is the sink. The causal mask alone gives C
-    > 0: 0.097 for uniform causal attention at T = 64.
+    above 0: 0.097 for uniform causal attention at T = 64.
 
     Args:
         pattern: attention weights, rows sum to 1.

@@ -179,7 +179,7 @@ def plot_exit_curves(
     notes = [f"{curve.n_targets} predicted tokens."]
     if curve.has_answers and np.isfinite(curve.oracle_headroom):
         notes.append(
-            f"A perfect choice of the exit would add {curve.oracle_headroom:.3f} accuracy."
+            f"A perfect choice of the exit would add {100 * curve.oracle_headroom:.1f}% accuracy."
         )
     if std:
         notes.append("Bands: one standard deviation over prompts.")

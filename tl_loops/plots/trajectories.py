@@ -104,7 +104,7 @@ def plot_trajectories(
             note = "Nothing to draw: with one iteration only there is no path."
         panels.append(Panel((), x, y, note=note))
     shares = ", ".join(
-        f"{kind.replace('_', ' ')} {100 * found.fraction(kind):.3g}%"
+        f"{kind.replace('_', ' ')} {100 * found.fraction(kind):.1f}%"
         for kind in TRAJECTORY_LABELS
         if labels.size
     )

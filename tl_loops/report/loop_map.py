@@ -43,8 +43,9 @@ def loop_map_section(model: Model, profile: LoopProfile, prompt: PromptText) -> 
     paragraphs = [
         finding,
         "The Jacobian of an iteration at the state of the last token, the other tokens held: the "
-        f"spectral radius (gaps: not found within {_PRODUCTS} products), and ‖J‖_F over the root "
-        "of the number of dimensions, which is how much a random small change is stretched.",
+        f"spectral radius (gaps: not found within {_PRODUCTS} products), and its Frobenius norm "
+        "over the root of the number of dimensions, which is how much a random small change is "
+        "stretched.",
     ]
     if T > 1 and {*PATHS} <= {*profile.metrics}:
         radial, tangential = (float(profile.by_iteration(name)[-1, -1]) for name in PATHS[:2])

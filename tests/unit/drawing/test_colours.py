@@ -100,3 +100,17 @@ def test_nothing_is_the_colour_of_the_page():
         nothing, most = scales["weights"][0][1], scales["weights"][-1][1]
         assert contrast(nothing, page) < 1.2 and contrast(most, page) > 7
         assert contrast(scales["diverging"][2][1], page) < 1.2
+
+
+@pytest.mark.parametrize("scales", [colours.SCALES, colours.ON_DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("name", colours.SCALES)
+def test_words_on_every_colour_of_a_scale_can_be_read(scales, name):
+    stops = scales[name]
+    assert [place for place, _ in stops][:: len(stops) - 1] == [0, 1]
+    for place in np.linspace(0, 1, 301):
+        after = max(1, int(np.searchsorted([at for at, _ in stops], place)))
+        (low, first), (high, last) = stops[after - 1 : after + 1]
+        ground = colours.colour_at((first, last), (place - low) / (high - low))
+        assert contrast(colours.ink_on(stops, float(place)), ground) >= 4.5, (place, ground)
+    assert colours.ink_on(stops, -3.0) == colours.ink_on(stops, 0.0)
+    assert colours.ink_on(stops, 3.0) == colours.ink_on(stops, 1.0)

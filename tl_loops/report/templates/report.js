@@ -29,7 +29,7 @@
   // In the page's colours, light or dark.
   const themed = ({ element, text }) => {
     const [ink, soft, line] = [colour("--ink"), colour("--soft"), colour("--line")];
-    const { data, layouts, dark } = JSON.parse(text);
+    const { data, layouts, dark, darkWords } = JSON.parse(text);
     const room = onPaper ? PAPER_WIDTH : element.clientWidth;
     const layout = laidOut(layouts, room);
     Object.assign(layout, {
@@ -49,6 +49,8 @@
     }
     const isDark = !onPaper && matchMedia("(prefers-color-scheme: dark)").matches;
     if (dark && isDark) layout.coloraxis.colorscale = dark;
+    if (darkWords && isDark)
+      for (const [place, words] of Object.entries(darkWords)) data[place].text = words;
     // Words in the cells of a heatmap only where they fit.
     const cells = layout.meta.written ? data : data.map((trace) => ({ ...trace, texttemplate: "" }));
     return { data: cells, layout };
