@@ -1,7 +1,7 @@
 """What each part of a cached run contributes to the residual stream."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from tl_loops.cache.carry import Carrier, Rows, pull_back
-from tl_loops.cache.path import FrozenNorm, Site, Step, Target, path_steps, working
+from tl_loops.cache.path import (
+    FrozenNorm,
+    Site,
+    Step,
+    Target,
+    fresh_scale,
+    path_steps,
+    working,
+)
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.labels import part_labels
 from tl_loops.layout.layout import LoopLayout
@@ -150,11 +158,7 @@ class CachedRun:
         return FrozenNorm.of(getattr(block, name), self._input_scale(target, name))
 
     def _scale(self, x: Tensor) -> Tensor:
-        norm = self.model.ln_final
-        if getattr(norm, "off", False):
-            return torch.ones_like(x[..., :1])
-        x = x - x.mean(-1, keepdim=True) if norm.centred else x
-        return (x.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
+        return fresh_scale(x, self.model.ln_final)
 
     def _check_read(self, norm: FrozenNorm, last: Tensor, name: str) -> None:
         """Raise on a norm that did not read the last state, of a model without a coda."""
@@ -270,12 +274,21 @@ class CachedRun:
         return Rows(self.read(name)[None], [site.label])
 
     def _branch_norm(self, site: Site) -> FrozenNorm | None:
-        """The norm between a branch and the add, where there is one."""
-        if self.model.cfg.block_norm not in ("sandwich", "post_branch"):
+        """The norm between a branch and the add, where there is one, with the share it adds."""
+        cfg = self.model.cfg
+        if cfg.block_norm not in ("sandwich", "post_branch", "stream"):
             return None
         assert site.block is not None
-        name = self.model.cfg.branch_norms[site.kind == "mlp"]
-        return self.freeze(f"blocks.{site.block}.{name}", getattr(self.block(site.block), name))
+        block, name = self.block(site.block), cfg.branch_norms[site.kind == "mlp"]
+        frozen = self.freeze(f"blocks.{site.block}.{name}", getattr(block, name))
+        for mechanism in getattr(cfg, "mechanisms", ()):
+            share = mechanism.added(block, site.kind)
+            if share is not None:
+                assert frozen.scale is not None
+                share = working(share).to(frozen.scale)
+                gain = share if frozen.gain is None else frozen.gain * share
+                frozen = replace(frozen, gain=gain)
+        return frozen
 
     def _unmodulated(self) -> None:
         """Raise on to take apart branches whose output is gated."""

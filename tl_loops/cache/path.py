@@ -8,7 +8,7 @@ held at what they were in one run, all of these are linear.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,16 @@ def working(x: Tensor) -> Tensor:
     """``x`` without a gradient, in float32 or better."""
     x = x.detach()
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def fresh_scale(x: Float[Tensor, "*batch d_model"], norm: Any) -> Float[Tensor, "*batch 1"]:
+    """What a norm divides an input by."""
+    if getattr(norm, "off", False):
+        return torch.ones_like(x[..., :1])
+    squares = (x - x.mean(-1, keepdim=True) if norm.centred else x).pow(2)
+    sums = getattr(norm, "sums", False)  # the norms of TransformerLens do not
+    power = squares.sum(-1, keepdim=True) if sums else squares.mean(-1, keepdim=True)
+    return (power + norm.eps).sqrt()
 
 
 # Linear maps.
@@ -106,7 +116,7 @@ class Projection:
 
 def injection_maps(injection: Any, device: torch.device) -> tuple[Mix, Mix]:
     """The maps of the state and of e whose sum enters an iteration (``carry`` and ``prepare``)."""
-    if injection.kind == "add":
+    if injection.kind in ("add", "add_normed"):  # the norms are steps of their own
         return Mix(), Mix()
     if injection.kind in ("gated_diagonal", "orthogonal"):
         # Taken from the module, so that its rounding is the model's own.
@@ -178,10 +188,11 @@ class BeginLoop(NamedTuple):
 class Inject(NamedTuple):
     """``prepare(e)`` is added to the stream."""
 
-    prepare: Mix
+    prepare: Mix | FrozenNorm
     site: Site
 
 
+Branch = Literal["attn", "mlp"]
 Step = Read | Write | Map | BeginLoop | Inject
 Freeze = Callable[[str, Any], FrozenNorm]
 """Makes a frozen norm from the prefix of its hook names and its module."""
@@ -240,7 +251,8 @@ def path_steps(
     cfg, blocks = model.cfg, model.physical_blocks()
     first = from_iteration or 0
     norm_sum = cfg.block_norm in ("post_residual", "post_norm")
-    carry, prepare = Mix(), Mix()
+    carry: Mix = Mix()
+    prepare: Mix | FrozenNorm = Mix()
     if cfg.injection is not None:
         carry, prepare = injection_maps(model.injection, device or model.embed.W_E.device)
     if from_iteration is not None:
@@ -256,6 +268,17 @@ def path_steps(
             yield Write(Site("norm_bias", f"{label}_norm_bias", iteration=iteration, norm=frozen))
 
     readout = cfg.readout.over(layout)
+
+    def find(branch: Branch, index: int, block: Any) -> Iterator[Step]:
+        """What a block makes of the stream before it adds a branch."""
+        if cfg.block_norm == "stream":
+            name = "ln1" if branch == "attn" else "ln2"
+            label = f"{layout.label(index)}_{branch}"
+            yield from normed(f"blocks.{index}.{name}", getattr(block, name), label, None)
+        for mechanism in cfg.mechanisms:
+            share = mechanism.kept(block, branch)
+            if share is not None:
+                yield Map(Mix(diagonal=working(share).to(device or share.device)))
 
     def enter_coda() -> Iterator[Step]:
         for step in readout.before_coda:
@@ -290,6 +313,10 @@ def path_steps(
                 for point in on_path.adds:
                     yield Write(Site(point, f"r{t}_{point}", iteration=t))
             if cfg.injection is not None:
+                if cfg.injection == "add_normed":
+                    prefix = f"iter.{t}.ln_state"
+                    yield from normed(prefix, model.iter[0].ln_state, f"r{t}_state", t)
+                    prepare = freeze("ln_injection", model.ln_injection)
                 yield Map(carry)
                 if model.injection.kind == "orthogonal":
                     yield Map(_projection(model.injection, injected, device))
@@ -302,12 +329,14 @@ def path_steps(
             return
         block = blocks[physical]
         yield Read(index)
+        yield from find("attn", index, block)
         yield Write(Site("attn", f"{label}_attn_out", index))
         if norm_sum:
             prefix = f"blocks.{index}.ln1_post"
             yield from normed(prefix, block.ln1_post, f"{label}_attn", t)
         if target.state_out is None and index == target.layer:
             return
+        yield from find("mlp", index, block)
         if not cfg.attn_only:
             yield Write(Site("mlp", f"{label}_mlp_out", index))
         if norm_sum:

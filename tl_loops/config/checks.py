@@ -17,7 +17,7 @@ from tl_loops.upstream import SOFTCAP_DISABLED
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "positional_embedding_type": ("rotary", "standard", "none"),
-    "normalization_type": ("RMS", "RMSPre", "LN", "LNPre"),
+    "normalization_type": ("RMS", "RMSPre", "LN", "LNPre", "L2"),
     "attention_dir": ("causal", "bidirectional"),
     "act_fn": tuple(ACTIVATIONS),
 }
@@ -110,10 +110,10 @@ def check_values(cfg: Any) -> None:
     for mechanism in active:
         mechanism.check_iterations(cfg, cfg.n_iterations)
     check_rows(cfg, active, cfg.n_iterations)
-    centred = cfg.normalization_type not in ("RMS", "RMSPre")
+    centred = cfg.normalization_type in ("LN", "LNPre")
     if centred and cfg.block_norm not in ("pre", "post_norm"):
         raise ConfigError(
-            f"block_norm={cfg.block_norm!r} needs an RMS norm, "
+            f"block_norm={cfg.block_norm!r} needs a norm that does not centre, "
             f"got normalization_type={cfg.normalization_type!r}"
         )
     if cfg.parallel_attn_mlp and cfg.block_norm != "pre":

@@ -43,7 +43,8 @@ class LoopedTransformerConfig(BaseConfig):
             ``"sandwich"``: pre-norm, plus a norm on each branch's output before the add (Ouro).
             ``"post_residual"``: pre-norm, plus a norm on the sum after each add (Huginn).
             ``"post_branch"``: only the branch outputs (OLMo-2). ``"post_norm"``: only the sum
-            after each add (the original and the Universal Transformer).
+            after each add (the original and the Universal Transformer). ``"stream"``: the stream
+            itself before each branch, which is added to the normed stream, and its output (Dory).
         block_norm_weight: Whether the norms of blocks have gains, where norms have any.
         norm_between_iterations: The final norm is applied to the state after every iteration
             (Ouro). Without a coda the last of these is the final norm itself.
@@ -59,7 +60,7 @@ class LoopedTransformerConfig(BaseConfig):
         qk_norm: Norm of queries and keys. ``"full"``: over the whole projection with a weight,
             before heads are split and rotated (OLMo-2). ``"head"``: weightless per head, after
             the rotation (Parcae). ``"head_weight"``: per head with a weight that all heads share,
-            before the rotation (Qwen3).
+            before the rotation (Qwen3); weightless where norms have no weights (Dory).
         qk_bias: Queries and keys have a bias (``b_Q``, ``b_K``), added before the rotation.
         value_bias: Values have a bias (``b_V``), with ``qk_bias`` as in Qwen2.
         attn_bias: Queries, keys, values and the attention output have biases.
@@ -79,7 +80,7 @@ class LoopedTransformerConfig(BaseConfig):
     n_coda: int = setting(0, at_least=0)
     n_iterations: int = setting(1, of_the_weights=False, at_least=1)
     block_norm: str = setting(
-        "pre", choices=("pre", "sandwich", "post_residual", "post_branch", "post_norm")
+        "pre", choices=("pre", "sandwich", "post_residual", "post_branch", "post_norm", "stream")
     )
     block_norm_weight: bool = setting(True)
     norm_between_iterations: bool = setting(False, of_the_weights=False)

@@ -12,6 +12,7 @@ _NORMS = {
     "RMSPre": "RMS: x / √(mean(x²) + {eps}), without weights",
     "LN": "LayerNorm: (x - mean(x)) / √(var(x) + {eps})·w + b",
     "LNPre": "LayerNorm: (x - mean(x)) / √(var(x) + {eps}), without weights",
+    "L2": "L2: x / √(sum(x²) + {eps}), without weights",
 }
 _SIDE_BY_SIDE = "x += attn(ln1(x)) + mlp(ln2(x))"
 _BLOCKS = {
@@ -20,6 +21,7 @@ _BLOCKS = {
     "post_residual": "x = ln1_post(x + attn(ln1(x))); x = ln2_post(x + mlp(ln2(x)))",
     "post_branch": "x += ln1_post(attn(x)); x += ln2_post(mlp(x))",
     "post_norm": "x = ln1_post(x + attn(x)); x = ln2_post(x + mlp(x))",
+    "stream": "x = ln1(x); x += ln1_post(attn(x)); x = ln2(x); x += ln2_post(mlp(x))",
 }
 _QUERY_KEY_NORMS = {
     "full": "q and k normed over all heads, with weights",
@@ -91,7 +93,8 @@ def _attention(cfg: Config) -> str:
     biased += ["the output"] if cfg.attn_bias else []
     said += [f"biases of {', '.join(biased)}"] if biased else []
     if cfg.qk_norm is not None:
-        said.append(_QUERY_KEY_NORMS[cfg.qk_norm])
+        norm = _QUERY_KEY_NORMS[cfg.qk_norm]
+        said.append(norm if cfg.norm_has_weight else norm.replace(", with weights", ""))
     return ", ".join(said)
 
 

@@ -55,7 +55,7 @@ _OF_TRANSFORMER_LENS: dict[str, Setting] = {
 def range_of(field: dataclasses.Field) -> Setting | None:
     """What a field may hold; ``None`` for a field that is no number."""
     kind = str(field.type)
-    if "float" not in kind and "int" not in kind:
+    if "tuple" in kind or ("float" not in kind and "int" not in kind):
         return None
     own = setting_of(field) or _OF_TRANSFORMER_LENS.get(field.name)
     return dataclasses.replace(own or Setting("", None, None, ""), kind=_kind(kind))

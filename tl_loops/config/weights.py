@@ -57,6 +57,8 @@ def block_tensors(cfg: Config, number: int) -> Tensors:
     for mechanism in MECHANISMS:
         if mechanism.active(cfg):
             found |= mechanism.block_weights(cfg, number)
+            for name, length in mechanism.block_norms(cfg).items():
+                found |= norm_tensors(cfg, name, length)
     return found | mlp_tensors(cfg)
 
 

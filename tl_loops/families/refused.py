@@ -34,17 +34,6 @@ class Refused:
 
 REFUSED: tuple[Refused, ...] = (
     Refused(
-        "Dory",
-        ("nvidia/NVIDIA-Nemotron-Labs-Dory1.0-4B-BF16",),
-        ("dory",),
-        ("DoryForCausalLM",),
-        "its blocks keep the stream on the unit sphere: an L2 norm replaces the stream before each "
-        "branch, and the stream moves towards the normed branch at a learned rate. Missing, too, "
-        "are the scales of queries after the rotation, of the attention gate and of the MLP, the "
-        "norms of heads and neurons before they write, sliding windows with a rotary base of their "
-        "own, the injection norm(s) + norm(e), and a scale for each logit",
-    ),
-    Refused(
         "Inkling-2",
         ("thinkingmachines/Inkling-2-Mini",),
         ("inkling2_loop", "inkling2_loop_text"),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 
 from tl_loops.errors import CheckpointError, shortened
 from tl_loops.families.base import Family, Released
+from tl_loops.families.dory import DORY
 from tl_loops.families.gpt2 import GPT2
 from tl_loops.families.gpt_neox import GPT_NEOX
 from tl_loops.families.hrm import HRM, TRM
@@ -39,6 +40,7 @@ FAMILIES: tuple[Family, ...] = (
     HRM_TEXT,
     HRM_TEXT_SPLIT,
     NANBEIGE,
+    DORY,
     IQUEST_LOOP,
     LOOPUS,
     LOOPFORMER,

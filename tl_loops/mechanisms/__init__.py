@@ -12,15 +12,19 @@ from tl_loops.mechanisms.halting import HALTING
 from tl_loops.mechanisms.hyper_connections import HYPER_CONNECTIONS
 from tl_loops.mechanisms.initial_state import INITIAL_STATE
 from tl_loops.mechanisms.injection import INJECTION
+from tl_loops.mechanisms.inner_norms import INNER_NORMS
 from tl_loops.mechanisms.inputs import EXTRA_TOKENS, PREFIX_MASK
 from tl_loops.mechanisms.kv_sharing import KV_SHARING
 from tl_loops.mechanisms.mechanism import Mechanism
+from tl_loops.mechanisms.residual_rate import RESIDUAL_RATE
 from tl_loops.mechanisms.router import ROUTER
+from tl_loops.mechanisms.scales import SCALES
 from tl_loops.mechanisms.stacks import STACKS
 from tl_loops.mechanisms.state_gate import STATE_GATE
 from tl_loops.mechanisms.step_embedding import STEP_EMBEDDING
 from tl_loops.mechanisms.time_conditioning import TIME_CONDITIONING
 from tl_loops.mechanisms.value_embeddings import VALUE_EMBEDDINGS
+from tl_loops.mechanisms.windows import WINDOWS
 
 MECHANISMS: tuple[Mechanism, ...] = (
     EXTRA_TOKENS,
@@ -36,7 +40,11 @@ MECHANISMS: tuple[Mechanism, ...] = (
     EXIT_GATE,
     HALTING,
     FIRST_PASS,
+    RESIDUAL_RATE,
+    SCALES,
     ATTENTION_GATE,
+    INNER_NORMS,
+    WINDOWS,
     VALUE_EMBEDDINGS,
     PREFIX_MASK,
     KV_SHARING,

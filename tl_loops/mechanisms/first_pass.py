@@ -20,6 +20,7 @@ from tl_loops.mechanisms.mechanism import (
     Setting,
 )
 from tl_loops.mechanisms.tensors import PhysicalTensor, Tensors, add_parameters
+from tl_loops.mechanisms.windows import windowed
 from tl_loops.upstream import HookPoint
 
 
@@ -48,20 +49,6 @@ class FirstPassGate(nn.Module):
         return self.hook_gate(torch.sigmoid((q * self.W).sum(-1) + self.b))
 
 
-def windowed(context: Context, n_new: int, n_keys: int, window: int) -> Context:
-    """The same with each query seeing its own position and the ``window - 1`` before it alone."""
-    device = context.positions.device
-    query = torch.arange(n_keys - n_new, n_keys, device=device).unsqueeze(-1)
-    key = torch.arange(n_keys, device=device)
-    allowed = ((key <= query) & (key > query - window))[None, None]
-    blind = None
-    if context.allowed is not None:
-        allowed = allowed & context.allowed
-        sees_any = allowed.any(-1, keepdim=True)
-        blind = None if bool(sees_any.all()) else ~sees_any
-    return replace(context, allowed=allowed, blind=blind)
-
-
 class _Keep(Part):
     """Keeps keys and values of iteration 0, by layer, and tells a block where it stands."""
 
@@ -85,7 +72,7 @@ class _AttendToFirst(AttentionPart):
         if self._iteration == 0:
             self._first[self._layer] = k, v
             return attend(q, k, v, context, hooks)
-        near = windowed(context, q.shape[1], k.shape[1], self._window)
+        near = windowed(context, self._window)
         own = attend(q, k, v, near, hooks)
         first = (self._gate.hook_attn_scores, self._gate.hook_pattern)
         everything = attend(q, *self._first[self._layer], context, first)

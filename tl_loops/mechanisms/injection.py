@@ -14,7 +14,10 @@ from tl_loops.mechanisms.tensors import Tensors, add_parameters, matrix, vector
 from tl_loops.mechanisms.words import exactly
 from tl_loops.upstream import unshared
 
-KINDS = (None, "concat", "concat_injection_first", "add", "gated_diagonal", "orthogonal")
+KINDS = (
+    *(None, "concat", "concat_injection_first", "add", "add_normed"),
+    *("gated_diagonal", "orthogonal"),
+)
 _CONCATS, _DECAYS = ("concat", "concat_injection_first"), ("gated_diagonal", "orthogonal")
 
 
@@ -51,8 +54,11 @@ class Injection(nn.Module):
         return self.W[d:] if self.kind == "concat" else self.W[:d]
 
     def prepare(self, e: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """The additive part of the injected input, which e alone decides."""
-        if self.kind == "add":
+        """The additive part of the injected input, which e alone decides.
+
+        With ``"add_normed"`` e and s are given normed.
+        """
+        if self.kind in ("add", "add_normed"):
             return e
         if self.kind in _DECAYS:
             return F.softplus(self.dt_bias) * F.linear(e, self.W_B.T)
@@ -64,7 +70,7 @@ class Injection(nn.Module):
         ``carry(s) + prepare(e)`` is the input of an iteration; with ``"orthogonal"``,
         ``project(carry(s), prepare(e)) + prepare(e)``.
         """
-        if self.kind == "add":
+        if self.kind in ("add", "add_normed"):
             return s
         if self.kind in _DECAYS:
             return s * torch.exp(-F.softplus(self.dt_bias) * torch.exp(self.A_log))
@@ -91,14 +97,18 @@ class Injection(nn.Module):
 class _Inject(Part):
     def __init__(self, run: Run):
         super().__init__(run)
-        given = run.injection
-        self._prepared = None if given is None else run.model.injection.prepare(given)
+        self._normed = run.cfg.injection == "add_normed"
+        self._prepared = None if run.injection is None else self._prepare(run.injection)
+
+    def _prepare(self, e: Tensor) -> Tensor:
+        model = self.run.model
+        return model.injection.prepare(model.ln_injection(e) if self._normed else e)
 
     def begin(self, x: Tensor) -> Tensor:
         model = self.run.model
         x = model.ln_injection(x) if self.run.cfg.norm_injection else x
         x = model.hook_injection(unshared(x, model.hook_injection))
-        self._prepared = model.injection.prepare(x)
+        self._prepared = self._prepare(x)
         return x
 
     def enter(self, t: int, state: Tensor) -> Tensor:
@@ -106,6 +116,7 @@ class _Inject(Part):
         if stacks is not None and stacks[t] == stacks[-1] and not cfg.slow_injection:
             return state  # Of two stacks, e enters the calls of the fast one alone.
         assert self._prepared is not None
+        state = self.run.model.iter[t].ln_state(state) if self._normed else state
         return self.run.model.injection(state, self._prepared)
 
 
@@ -123,6 +134,7 @@ def injection_in_words(cfg: Config, state: str = "s") -> str:
         "concat": f"x = [{state}, e] W{bias}",
         "concat_injection_first": f"x = [e, {state}] W{bias}",
         "add": f"x = {state} + e",
+        "add_normed": f"x = ln_state({state}) + ln_injection(e)",
         "gated_diagonal": f"x = {v} + {a}",
         "orthogonal": f"v = {v}; a = {a}; x = v - {along} + a",
     }[cfg.injection]
@@ -138,7 +150,9 @@ class _InjectionMechanism(Mechanism):
             None,
             "How the prelude output e enters each iteration with the state s. ``None``: not. "
             '``"concat"``: linear map of [s, e]. ``"concat_injection_first"``: of [e, s]. '
-            '``"add"``: s + e. ``"gated_diagonal"``: s·exp(-Δ·exp(A)) + Δ·(e Bᵀ), Δ = '
+            '``"add"``: s + e. ``"add_normed"``: norm(s) + norm(e), the first without a gain '
+            "(Dory). "
+            '``"gated_diagonal"``: s·exp(-Δ·exp(A)) + Δ·(e Bᵀ), Δ = '
             'softplus(dt) (Parcae). ``"orthogonal"``: v - (v·a) / (a·a + ε)·a + a with the v and a '
             'whose sum ``"gated_diagonal"`` is (2610.06833).',
             choices=KINDS,
@@ -168,6 +182,7 @@ class _InjectionMechanism(Mechanism):
     points = (
         spec("hook_injection", "run", "batch pos d_model", moment="loop", residual=True),
         *norm_specs("ln_injection", "run", moment="loop"),
+        *norm_specs("ln_state", "iteration", moment="before"),
     )
 
     def active(self, cfg: Config) -> bool:
@@ -176,6 +191,8 @@ class _InjectionMechanism(Mechanism):
     def check(self, cfg: Config) -> None:
         if cfg.norm_injection and cfg.injection is None:
             raise ConfigError("norm_injection needs an injection")
+        if cfg.norm_injection and cfg.injection == "add_normed":
+            raise ConfigError("injection='add_normed' norms e already: leave norm_injection out")
         if cfg.injection_bias and cfg.injection not in _CONCATS:
             raise ConfigError(
                 f"injection_bias needs injection='concat' or 'concat_injection_first', got "
@@ -190,7 +207,11 @@ class _InjectionMechanism(Mechanism):
         return self.points[:1] if place == "run" else ()  # the norm has its own
 
     def norms(self, cfg: Config) -> tuple[str, ...]:
-        return ("ln_injection",) if cfg.norm_injection else ()
+        normed = cfg.norm_injection or cfg.injection == "add_normed"
+        return ("ln_injection",) if normed else ()
+
+    def iteration_norms(self, cfg: Config) -> tuple[str, ...]:
+        return ("ln_state",) if cfg.injection == "add_normed" else ()
 
     def weights(self, cfg: Config) -> Tensors:
         d = cfg.d_model

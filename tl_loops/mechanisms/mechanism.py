@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tl_loops.errors import ConfigError
 from tl_loops.layout.names import HookSpec, Place
-from tl_loops.mechanisms.block_parts import AttentionPart, BlockPart, Context
+from tl_loops.mechanisms.block_parts import AttentionPart, BlockPart, Branch, Context, MLPPart
 from tl_loops.mechanisms.tensors import Tensors
 
 Config: TypeAlias = Any
@@ -106,8 +106,12 @@ class Part:
         """From the state (after ``hook_state_in``) towards what enters the first core block."""
         return state
 
+    def layer_context(self, number: int, context: Any) -> Any:
+        """The context of a physical layer, counted through prelude, core and coda."""
+        return context
+
     def context(self, t: int, layer: int, context: Any, x: Tensor) -> Any:
-        """The context of a core block."""
+        """The context of a core block, after that of its layer."""
         return context
 
     def leave(self, t: int, state: Tensor) -> Tensor:
@@ -215,6 +219,30 @@ class Mechanism:
         """The modules of a physical layer, by name in the block: ``"attn.hook_gate"``."""
         return {}
 
+    def iteration_norms(self, cfg: Config) -> tuple[str, ...]:
+        """Names of norms of the model's width, without a gain, that each iteration has for it."""
+        return ()
+
+    def block_norms(self, cfg: Config) -> dict[str, int]:
+        """Its norms in a physical layer, by name in the block, with the lengths they act on."""
+        return {}
+
+    def rotary_bases(self, cfg: Config) -> tuple[float, ...]:
+        """Rotary bases besides ``rotary_base`` that some layers rotate by."""
+        return ()
+
+    def effective(self, block: Any, weight: str, W: Tensor) -> Tensor:
+        """A weight of a block (``"W_Q"``, ``"W_out"``) as the block applies it."""
+        return W
+
+    def kept(self, block: Any, branch: Branch) -> Tensor | None:
+        """The share of the stream that an add keeps, [d_model]; ``None``: all of it."""
+        return None
+
+    def added(self, block: Any, branch: Branch) -> Tensor | None:
+        """The share of a branch's (normed) output that is added, [d_model]; ``None``: all."""
+        return None
+
     def fold_attention_norm(self, block: Any, gain: Tensor) -> None:
         """Fold the gain of a block's pre-attention norm into weights of its own that read it."""
 
@@ -234,6 +262,10 @@ class Mechanism:
 
     def attention_part(self, attention: Any, context: Context) -> AttentionPart | None:
         """Its part of one call of an attention; ``None``: it has none."""
+        return None
+
+    def mlp_part(self, mlp: Any) -> MLPPart | None:
+        """Its part of one call of an MLP; ``None``: it has none."""
         return None
 
     def scales_branches(self, cfg: Config) -> bool:

@@ -96,6 +96,31 @@ def add_parameters(
             module.register_parameter(leaf, nn.Parameter(memory))
 
 
+class Scale(nn.Module):
+    """``c · w``: a weight that is trained in units of its own.
+
+    Args:
+        weight: The shape of w.
+        factor: c.
+        dtype: Of w.
+        device: Where w goes.
+    """
+
+    def __init__(
+        self,
+        weight: PhysicalTensor,
+        factor: float,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        self.factor = factor
+        self.w = nn.Parameter(weight.empty(dtype, device))
+
+    def forward(self) -> Float[Tensor, "..."]:
+        return self.w * self.factor
+
+
 def project_in(
     x: Float[Tensor, "batch pos *head_or_not d_model"],
     W: Float[Tensor, "head d_model d_head"],

@@ -46,7 +46,7 @@ class EffectiveWeights(Mapping[str, Tensor]):
             rows = working(embed.W_E) * self._model.cfg.embed_scale
             return rows if embed.ln is None else freshly_normed(rows, embed.ln)
         if name == "unembed.W_U":
-            return _read_through(self._model.ln_final, self._model.unembed.W_U)
+            return _read_through(self._model.ln_final, self._model.W_U)
         _, index, part, weight = name.split(".")
         return effective_weight(self._blocks[int(index)], part, weight)
 
@@ -57,18 +57,33 @@ class EffectiveWeights(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def effective_weight(block: Any, part: str, weight: str) -> Tensor:
-    """One weight of a block with the norms next to it folded in; see :class:`EffectiveWeights`."""
+def effective_weight(block: Any, part: str, weight: str, of_sum: bool = True) -> Tensor:
+    """One weight of a block with the norms next to it folded in; see :class:`EffectiveWeights`.
+
+    Args:
+        block: The block.
+        part: ``"attn"`` or ``"mlp"``.
+        weight: The weight's name.
+        of_sum: Whether a norm on the sum, after the add, counts as next to what writes.
+    """
     if any(mechanism.scales_branches(block.cfg) for mechanism in block.cfg.mechanisms):
         raise LoopedSemanticsError(
             "what the blocks of this model read and write is scaled by the iteration, so their "
             "weights have no one effect: read the raw weights from model.blocks"
         )
     raw = getattr(getattr(block, part), weight)
+    for mechanism in block.cfg.mechanisms:
+        raw = mechanism.effective(block, weight, raw)
     before, after = ("ln1", "ln1_post") if part == "attn" else ("ln2", "ln2_post")
     if weight in ("W_O", "W_out"):
-        norm = getattr(block, after, None)
-        return working(raw) if norm is None else FrozenNorm.of(norm, None, raw.device)(working(raw))
+        norm, added = getattr(block, after, None), working(raw)
+        on_sum = block.cfg.block_norm in ("post_residual", "post_norm")
+        if norm is not None and (of_sum or not on_sum):
+            added = FrozenNorm.of(norm, None, raw.device)(added)
+        for mechanism in block.cfg.mechanisms:
+            share = mechanism.added(block, "attn" if part == "attn" else "mlp")
+            added = added if share is None else added * working(share).to(added)
+        return added
     return _read_through(getattr(block, before, None), raw)
 
 
@@ -213,9 +228,7 @@ def _composition(
         if (at.iteration or 0) > 0 or (apart and at.phase == "coda"):
             return None
         writers.append(names.index(layout.physical_name(site.block)))
-        inside = cfg.block_norm in ("sandwich", "post_branch")
-        attn = block(site.block).attn
-        W_O = effective_weight(block(site.block), "attn", "W_O") if inside else working(attn.W_O)
+        W_O = effective_weight(block(site.block), "attn", "W_O", of_sum=False)
         return Rows(W_O.flatten(0, 1), [site.label] * (heads * cfg.d_head))
 
     carrier = Carrier(rows)

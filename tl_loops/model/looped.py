@@ -73,6 +73,7 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
     ln_coda: Norm
     coda_in: nn.Module
     _rotary: RotaryTable | None
+    _further_rotary: dict[float, RotaryTable]
 
     def __init__(
         self,
@@ -126,6 +127,9 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
         object.__setattr__(
             self, "_rotary", RotaryTable(cfg) if cfg.positional_embedding_type == "rotary" else None
         )
+        bases = [base for mechanism in cfg.mechanisms for base in mechanism.rotary_bases(cfg)]
+        further = {base: RotaryTable(cfg, base) for base in bases}
+        object.__setattr__(self, "_further_rotary", further)
         if weights is None and cfg.init_weights:
             self.init_weights()
         if move_to_device:

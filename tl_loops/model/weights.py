@@ -208,6 +208,12 @@ class PhysicalWeights(TransformerBase):
     accumulated_bias: Any = circuits.accumulated_bias
     all_composition_scores: Any = circuits.all_composition_scores
 
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The unembedding; with ``cfg.logit_scale`` a new matrix, whose columns are scaled."""
+        W_U, factors = self.unembed.W_U, self.unembed.factors
+        return W_U if factors is None else W_U * factors.to(W_U.dtype)
+
     # Stacks over physical layers.
 
     def _stack(self, path: str) -> Tensor:
@@ -343,7 +349,9 @@ class PhysicalWeights(TransformerBase):
             return left
         if cfg.normalization_type == "LN":
             return ["fold_ln (only RMS norms are folded)"]
-        if cfg.block_norm not in ("post_branch", "post_norm"):
+        if cfg.block_norm == "stream":
+            left.append("fold_ln for ln1 and ln2 (what they give is the residual stream)")
+        elif cfg.block_norm not in ("post_branch", "post_norm"):
             for block in self.physical_blocks().values():
                 kv = block.attn.kv_prefix
                 attention_in = ("W_Q", f"{kv}W_K", f"{kv}W_V")

@@ -99,6 +99,8 @@ class Attention(nn.Module):
         asked = (mechanism.attention_part(self, context) for mechanism in self._mechanisms)
         parts = [part for part in asked if part is not None]
         q, k, v = self._queries_keys_values(query_input, key_input, value_input, context, parts)
+        for part in parts:
+            q = part.queries(q)
         far = None
         if past is not None:
             k, v = past.append(k, v)

@@ -1,4 +1,4 @@
-"""One unrolled transformer block, in the four published norm placements."""
+"""One unrolled transformer block, in the published norm placements."""
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,8 @@ class Block(nn.Module):
     ``hook_attn_out`` and ``hook_mlp_out`` are what is added to the residual stream;
     ``hook_resid_mid`` and ``hook_resid_post`` are the stream after each add (and after the norm
     on the sum, with ``"post_residual"`` and ``"post_norm"``). ``ln1`` and ``ln2`` norm a branch's
-    input; ``ln1_post`` and ``ln2_post`` its output, or with these two the sum. With
+    input, or with ``"stream"`` the stream itself, to which the branch is then added; ``ln1_post``
+    and ``ln2_post`` norm its output, or with the first two the sum. With
     ``cfg.parallel_attn_mlp`` both branches read the stream that enters the block, and there is no
     ``hook_resid_mid``.
 
@@ -42,9 +43,10 @@ class Block(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.norm_sum = cfg.block_norm in ("post_residual", "post_norm")
-        self.norm_input = cfg.block_norm not in ("post_branch", "post_norm")
+        self.norm_stream = cfg.block_norm == "stream"
+        self.norm_input = cfg.block_norm not in ("post_branch", "post_norm", "stream")
         weight = cfg.block_norm_weight
-        if self.norm_input:
+        if self.norm_input or self.norm_stream:
             self.ln1 = Norm(cfg, device=device, weight=weight)
             self.ln2 = Norm(cfg, device=device, weight=weight)
         if cfg.block_norm != "pre":
@@ -53,7 +55,7 @@ class Block(nn.Module):
         self._mechanisms = add_block_modules(self, cfg, number, device, "")
         attention = Attention if cfg.n_key_value_heads is None else GroupedQueryAttention
         self.attn = attention(cfg, device, number)
-        self.mlp = MLP(cfg, device)
+        self.mlp = MLP(cfg, device, number)
 
         self.hook_attn_in = HookPoint()  # [batch, pos, head, d_model], with cfg.use_attn_in
         self.hook_q_input = HookPoint()  # [batch, pos, head, d_model], with use_split_qkv_input
@@ -77,21 +79,23 @@ class Block(nn.Module):
 
         asked = (mechanism.block_part(self, context) for mechanism in self._mechanisms)
         parts = [part for part in asked if part is not None]
-        inputs = self._attention_inputs(resid_pre, parts)
+        stream = self.ln1(resid_pre) if self.norm_stream else resid_pre
+        inputs = self._attention_inputs(stream, parts)
         attn_out = self.attn(*inputs, context=context, past=past)
         for part in parts:
             attn_out = part.write("attn", attn_out)
-        resid_mid = self._add(resid_pre, attn_out, "ln1_post", self.hook_attn_out)
+        resid_mid = self._add("attn", stream, attn_out, parts)
         if self.cfg.parallel_attn_mlp:
             mlp_in = resid_pre
         else:
-            mlp_in = resid_mid = self.hook_resid_mid(resid_mid)
+            resid_mid = self.hook_resid_mid(resid_mid)
+            mlp_in = resid_mid = self.ln2(resid_mid) if self.norm_stream else resid_mid
 
         mlp_in = self.hook_mlp_in(mlp_in.clone()) if self.cfg.use_hook_mlp_in else mlp_in
         mlp_out = self.mlp(self._read("mlp", mlp_in, parts))
         for part in parts:
             mlp_out = part.write("mlp", mlp_out)
-        resid_post = self._add(resid_mid, mlp_out, "ln2_post", self.hook_mlp_out)
+        resid_post = self._add("mlp", resid_mid, mlp_out, parts)
         return self.hook_resid_post(resid_post)
 
     def _read(self, branch: Branch, x: Tensor, parts: list[BlockPart]) -> Tensor:
@@ -102,13 +106,18 @@ class Block(nn.Module):
             x = part.read(branch, x)
         return x
 
-    def _add(self, resid: Tensor, branch: Tensor, norm: str, hook: HookPoint) -> Tensor:
-        if self.cfg.block_norm == "pre":
-            return resid + hook(branch)
-        post_norm = getattr(self, norm)
-        if self.norm_sum:
-            return post_norm(resid + hook(branch))
-        return resid + hook(post_norm(branch))
+    def _add(self, branch: Branch, resid: Tensor, out: Tensor, parts: list[BlockPart]) -> Tensor:
+        """The stream after a branch, and the norm on its output or on the sum."""
+        attention = branch == "attn"
+        hook = self.hook_attn_out if attention else self.hook_mlp_out
+        post_norm = None
+        if self.cfg.block_norm != "pre":
+            post_norm = self.ln1_post if attention else self.ln2_post
+            out = out if self.norm_sum else post_norm(out)
+        for part in parts:
+            resid, out = part.keep(branch, resid), part.add(branch, out)
+        total = resid + hook(out)
+        return post_norm(total) if post_norm is not None and self.norm_sum else total
 
     def _attention_inputs(
         self, resid: Tensor, parts: list[BlockPart]

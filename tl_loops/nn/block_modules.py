@@ -5,6 +5,9 @@ from torch import nn
 
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.mechanisms import Mechanism
+from tl_loops.nn.norm import Norm
+
+_PARTS = {"": "block_part", "attn": "attention_part", "mlp": "mlp_part"}
 
 
 def add_block_modules(
@@ -14,14 +17,14 @@ def add_block_modules(
     device: torch.device | str | None,
     prefix: str,
 ) -> tuple[Mechanism, ...]:
-    """Give a block, or its attention, the modules of the config's mechanisms.
+    """Give a block, its attention or its MLP the modules of the config's mechanisms.
 
     Args:
-        owner: The block, or its attention.
+        owner: The block, its attention or its MLP.
         cfg: The config.
         number: Of the physical layer, counted through prelude, core and coda.
         device: Where the weights go.
-        prefix: What the names of its modules begin with: ``""`` or ``"attn"``.
+        prefix: What the names of its modules begin with: ``""``, ``"attn"`` or ``"mlp"``.
 
     Returns:
         The mechanisms that have a part in its calls.
@@ -31,6 +34,10 @@ def add_block_modules(
             place, _, leaf = name.rpartition(".")
             if place == prefix:
                 setattr(owner, leaf, module)
-    method = "attention_part" if prefix else "block_part"
+        for name, length in mechanism.block_norms(cfg).items():
+            place, _, leaf = name.rpartition(".")
+            if place == prefix:
+                setattr(owner, leaf, Norm(cfg, length, device))
+    method = _PARTS[prefix]
     idle = getattr(Mechanism, method)
     return tuple(m for m in cfg.mechanisms if getattr(type(m), method) is not idle)

@@ -24,6 +24,7 @@ class ForwardContext:
         causal: With ``allowed=None``: whether attention is causal.
         blind: Queries that see no key at all (padding); their attention output is zero.
         tokens: The new tokens, where they are known.
+        n_past: Tokens in the key-value cache.
         notes: What mechanisms tell the core block that this is for, by their names.
     """
 
@@ -34,6 +35,7 @@ class ForwardContext:
     causal: bool
     blind: Bool[Tensor, "batch 1 query 1"] | None
     tokens: Int[Tensor, "batch pos"] | None = None
+    n_past: int = 0
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -95,4 +97,4 @@ def make_context(
         allowed = allowed.expand(batch, 1, n_new, n_keys)
     # One new token after a cache sees every key: neither mask nor causality is needed.
     causal = causal and not (n_past > 0 and n_new == 1)
-    return ForwardContext(positions, cos, sin, allowed, causal, blind, tokens)
+    return ForwardContext(positions, cos, sin, allowed, causal, blind, tokens, n_past)

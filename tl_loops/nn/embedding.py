@@ -77,11 +77,15 @@ class PosEmbed(nn.Module):
 
 
 class Unembed(nn.Module):
-    """``x W_U + b_U``; with ``cfg.tie_word_embeddings`` W_U is the transposed embedding itself."""
+    """``x W_U + b_U``; with ``cfg.tie_word_embeddings`` W_U is the transposed embedding itself.
+
+    With ``cfg.logit_scale`` each logit is multiplied by a factor of its token.
+    """
 
     _embed: Embed
     W_U: Tensor
     b_U: Tensor
+    w: nn.Parameter
 
     def __init__(
         self,
@@ -91,6 +95,7 @@ class Unembed(nn.Module):
     ):
         super().__init__()
         self.tied = cfg.tie_word_embeddings
+        self.logit_scale: float | None = cfg.logit_scale
         if self.tied:
             # A plain reference: the embedding owns the weight.
             object.__setattr__(self, "_embed", embed)
@@ -108,7 +113,18 @@ class Unembed(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch read d_vocab"]:
         # A hook on hook_in may keep the positions alone that somebody wants to read.
-        return self.hook_out(F.linear(self.hook_in(x), self.W_U.T, self.b_U))
+        logits = F.linear(self.hook_in(x), self.W_U.T, self.b_U)
+        factors = self.factors
+        if factors is not None:
+            logits = (logits.to(factors.dtype) * factors).to(logits.dtype)
+        return self.hook_out(logits)
+
+    @property
+    def factors(self) -> Float[Tensor, "d_vocab"] | None:
+        """What each logit is multiplied by, in float32 or better; ``None``: they are not."""
+        if self.logit_scale is None:
+            return None
+        return self.w.to(torch.promote_types(self.w.dtype, torch.float32)) * self.logit_scale
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

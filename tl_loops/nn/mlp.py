@@ -9,6 +9,7 @@ from tl_loops.config.activations import ACTIVATIONS
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.config.weights import mlp_tensors
 from tl_loops.mechanisms.tensors import add_parameters
+from tl_loops.nn.block_modules import add_block_modules
 from tl_loops.upstream import HookPoint
 
 
@@ -16,6 +17,11 @@ class MLP(nn.Module):
     """``act(x W_in + b_in) W_out + b_out``, plain or gated.
 
     Gated: ``(act(x W_gate) · x W_in + b_in) W_out + b_out``.
+
+    Args:
+        cfg: The config.
+        device: Where the weights go.
+        number: Of the physical layer, counted through prelude, core and coda.
     """
 
     W_gate: nn.Parameter
@@ -24,7 +30,12 @@ class MLP(nn.Module):
     b_in: Tensor
     b_out: Tensor
 
-    def __init__(self, cfg: LoopedTransformerConfig, device: torch.device | str | None = None):
+    def __init__(
+        self,
+        cfg: LoopedTransformerConfig,
+        device: torch.device | str | None = None,
+        number: int = 0,
+    ):
         super().__init__()
         assert cfg.d_mlp is not None and cfg.act_fn is not None
         self.gated = cfg.gated_mlp
@@ -34,17 +45,27 @@ class MLP(nn.Module):
             for name, width in (("b_in", cfg.d_mlp), ("b_out", cfg.d_model)):
                 zeros = torch.zeros(width, dtype=cfg.dtype, device=device)
                 self.register_buffer(name, zeros, persistent=False)
+        self._mechanisms = add_block_modules(self, cfg, number, device, "mlp")
         self.hook_pre = HookPoint()  # [batch, pos, d_mlp], what the activation function gets
         if self.gated:
             self.hook_pre_linear = HookPoint()  # [batch, pos, d_mlp]
-        self.hook_post = HookPoint()  # [batch, pos, d_mlp], neuron activations
+        self.hook_post = HookPoint()  # [batch, pos, d_mlp], what W_out reads
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        asked = (mechanism.mlp_part(self) for mechanism in self._mechanisms)
+        parts = [part for part in asked if part is not None]
         if self.gated:
-            pre = self.hook_pre(F.linear(x, self.W_gate.T))
-            linear = self.hook_pre_linear(F.linear(x, self.W_in.T))
+            pre, linear = F.linear(x, self.W_gate.T), F.linear(x, self.W_in.T)
+            for part in parts:
+                pre, linear = part.pre(pre), part.linear(linear)
+            pre, linear = self.hook_pre(pre), self.hook_pre_linear(linear)
             # In one operation, so that a bias of zero costs nothing.
             post = torch.addcmul(self.b_in.to(pre.dtype), self.act_fn(pre), linear)
         else:
-            post = self.act_fn(self.hook_pre(F.linear(x, self.W_in.T, self.b_in)))
+            pre = F.linear(x, self.W_in.T, self.b_in)
+            for part in parts:
+                pre = part.pre(pre)
+            post = self.act_fn(self.hook_pre(pre))
+        for part in parts:
+            post = part.neurons(post)
         return F.linear(self.hook_post(post), self.W_out.T, self.b_out)

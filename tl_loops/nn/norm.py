@@ -12,7 +12,7 @@ class Norm(nn.Module):
     """Normalisation over the last axis, in float32, as ``cfg.normalization_type`` says.
 
     ``"RMS"``: x / sqrt(mean(x²) + eps) · w. ``"LN"``: the same on the centred input, plus b.
-    ``"RMSPre"`` and ``"LNPre"`` have no weights.
+    ``"RMSPre"`` and ``"LNPre"`` have no weights. ``"L2"``: x / sqrt(sum(x²) + eps), without one.
 
     Args:
         cfg: The config.
@@ -35,6 +35,7 @@ class Norm(nn.Module):
         super().__init__()
         self.eps, self.dtype = cfg.eps, cfg.dtype
         self.off = off
+        self.sums = cfg.normalization_type == "L2"
         self.centred = cfg.normalization_type in ("LN", "LNPre") and not off
         length = cfg.d_model if length is None else length
         self.w: nn.Parameter | None = None
@@ -50,7 +51,9 @@ class Norm(nn.Module):
         """What a (centred) input is divided by."""
         if self.off:
             return torch.ones_like(x[..., :1])
-        return (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+        squares = x.pow(2)
+        power = squares.sum(-1, keepdim=True) if self.sums else squares.mean(-1, keepdim=True)
+        return (power + self.eps).sqrt()
 
     def forward(self, x: Float[Tensor, "*batch length"]) -> Float[Tensor, "*batch length"]:
         dtype = x.dtype

@@ -9,18 +9,24 @@ from torch import Tensor
 from tl_loops.config.config import LoopedTransformerConfig
 
 
-def rotary_frequencies(cfg: LoopedTransformerConfig) -> Float[Tensor, "half_rotary_dim"]:
+def rotary_frequencies(
+    cfg: LoopedTransformerConfig, base: float | None = None
+) -> Float[Tensor, "half_rotary_dim"]:
     """Angle per position of each rotated pair, in radians.
 
     θ_i = base^(-2i / rotary_dim), divided by ``rotary_scaling_factor``; with
     ``use_NTK_by_parts_rope`` long wavelengths are stretched as in Llama 3.1 (equal to section 3.2
     of 2309.00071 with linear interpolation between the two wavelength bounds).
 
+    Args:
+        cfg: The config.
+        base: In the place of ``cfg.rotary_base``.
+
     Source: 2104.09864, section 3.2.2.
     """
     assert cfg.rotary_dim is not None
     exponents = torch.arange(0, cfg.rotary_dim, 2, dtype=torch.float32) / cfg.rotary_dim
-    theta = 1.0 / (float(cfg.rotary_base) ** exponents)
+    theta = 1.0 / (float(cfg.rotary_base if base is None else base) ** exponents)
     if cfg.use_NTK_by_parts_rope:
         wavelength = 2 * math.pi / theta
         low, high = cfg.NTK_by_parts_low_freq_factor, cfg.NTK_by_parts_high_freq_factor
@@ -32,11 +38,11 @@ def rotary_frequencies(cfg: LoopedTransformerConfig) -> Float[Tensor, "half_rota
 class RotaryTable:
     """Cosines and sines by position, computed once per device and grown on demand.
 
-    One table serves all blocks of a model: frequencies do not depend on layer or iteration.
+    One table serves all blocks of a model that rotate by one base.
     """
 
-    def __init__(self, cfg: LoopedTransformerConfig):
-        self.frequencies = rotary_frequencies(cfg)
+    def __init__(self, cfg: LoopedTransformerConfig, base: float | None = None):
+        self.frequencies = rotary_frequencies(cfg, base)
         self.frequencies = -self.frequencies if cfg.rotary_reversed else self.frequencies
         self.layout = cfg.rotary_layout
         rounded = cfg.rotary_table_dtype

@@ -111,7 +111,7 @@ def layer(
     if cfg.qk_norm == "full":
         yield whole(f"{attn}.q_norm.weight", (q_width,), f"{name}.attn.q_norm.w")
         yield whole(f"{attn}.k_norm.weight", (kv_width,), f"{name}.attn.k_norm.w")
-    if cfg.qk_norm == "head_weight":
+    if cfg.qk_norm == "head_weight" and cfg.norm_has_weight:
         yield whole(f"{attn}.q_norm.weight", (e,), f"{name}.attn.q_norm.w")
         yield whole(f"{attn}.k_norm.weight", (e,), f"{name}.attn.k_norm.w")
     yield whole(f"{mlp}.gate_proj.weight", (d_mlp, d), f"{name}.mlp.W_gate", transposed)

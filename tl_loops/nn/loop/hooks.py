@@ -26,5 +26,8 @@ class IterationHooks(nn.Module):
             names += [point.name for point in mechanism.points_of(cfg, "iteration")]
         for name in names:
             setattr(self, name, HookPoint())
+        for mechanism in cfg.mechanisms:
+            for name in mechanism.iteration_norms(cfg):
+                setattr(self, name, Norm(cfg, weight=False))
         if norm is not None:
             self.norm = norm

@@ -1,0 +1,71 @@
+"""Norms of what the heads give to ``W_O`` and the neurons to ``W_out`` (Dory)."""
+
+from typing import Any
+
+from torch import Tensor
+
+from tl_loops.layout.names import norm_specs
+from tl_loops.mechanisms.block_parts import AttentionPart, Context, MLPPart
+from tl_loops.mechanisms.mechanism import Config, Mechanism, Setting
+
+
+class _NormHeads(AttentionPart):
+    """One norm over all heads of a position."""
+
+    def __init__(self, attention: Any):
+        self._attention = attention
+
+    def heads(self, z: Tensor, query_input: Tensor) -> Tensor:
+        return self._attention.heads_norm(z.flatten(-2)).view_as(z)
+
+
+class _NormNeurons(MLPPart):
+    def __init__(self, mlp: Any):
+        self._mlp = mlp
+
+    def neurons(self, post: Tensor) -> Tensor:
+        return self._mlp.neurons_norm(post)
+
+
+class _InnerNorms(Mechanism):
+    name = "inner_norms"
+    settings = (
+        Setting(
+            "inner_norms",
+            bool,
+            False,
+            "What the heads give to W_O is normed over all heads together, after a gate, and what "
+            "the neurons give to W_out over all neurons (Dory).",
+        ),
+    )
+    points = (
+        *norm_specs("attn.heads_norm", "block", ("batch", "pos", "heads_and_d_head")),
+        *norm_specs("mlp.neurons_norm", "block", ("batch", "pos", "d_mlp")),
+    )
+
+    def describe(self, cfg: Config) -> list[str]:
+        return ["inside   all heads are normed together before W_O, all neurons before W_out"]
+
+    def block_norms(self, cfg: Config) -> dict[str, int]:
+        return {"attn.heads_norm": cfg.n_heads * cfg.d_head, "mlp.neurons_norm": cfg.d_mlp}
+
+    def attention_part(self, attention: Any, context: Context) -> AttentionPart:
+        return _NormHeads(attention)
+
+    def mlp_part(self, mlp: Any) -> MLPPart:
+        return _NormNeurons(mlp)
+
+    def effective(self, block: Any, weight: str, W: Tensor) -> Tensor:
+        if weight == "W_O":
+            gain = block.attn.heads_norm.w
+            return W if gain is None else W * gain.view(*W.shape[:2], 1)
+        if weight == "W_out":
+            gain = block.mlp.neurons_norm.w
+            return W if gain is None else W * gain[:, None]
+        return W
+
+    def keeps_value_biases(self, cfg: Config) -> str:
+        return "inner_norms scale what they add"
+
+
+INNER_NORMS = _InnerNorms()
