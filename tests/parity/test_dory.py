@@ -132,7 +132,7 @@ def test_a_config_that_counts_layers_once_is_the_same_model(model, expected, tmp
     kinds = config["layer_types"][::2]
     halves = {key: config[key] // 2 for key in config if key.startswith(("n_input", "n_output"))}
     once = changed(
-        tmp_path / "model",
+        tmp_path / "dory",
         layer_types=kinds,
         num_hidden_layers=5,
         n_recurrent_layers=None,

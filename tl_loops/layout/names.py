@@ -29,7 +29,7 @@ class HookSpec:
         flag: The config field that must be on for it to fire.
         first_iteration: The iteration from which on it fires.
         head_when: Config fields, the values with which it has a head axis after the positions, and
-            the name of that axis.
+            the name of that axis; ``None``: none. The first that holds counts.
         moment: When it fires. Run: at the ``"start"``, entering the ``"loop"``, before the
             ``"coda"``, at the ``"end"``. Iteration: ``"before"`` its blocks, in the
             ``"first"`` of them, or ``"after"`` them.
@@ -41,7 +41,7 @@ class HookSpec:
     axes: tuple[str, ...]
     flag: str | None = None
     first_iteration: int = 0
-    head_when: tuple[tuple[str, Any, str], ...] = ()
+    head_when: tuple[tuple[str, Any, str | None], ...] = ()
     moment: Moment = "after"
     residual: bool = False
 
@@ -63,7 +63,7 @@ class HookSpec:
         """The axes under a config, which may split a norm's input by heads."""
         for field, value, head in self.head_when:
             if getattr(cfg, field, None) == value:
-                return (*self.axes[:2], head, *self.axes[2:])
+                return (*self.axes[:2], *((head,) if head else ()), *self.axes[2:])
         return self.axes
 
 
@@ -118,7 +118,11 @@ declare(
     *(HookSpec(f"mlp.hook_{x}", "block", _MLP) for x in ("pre", "pre_linear", "post", "mid")),
 )
 # With split inputs it fires for queries, keys and values; a cache keeps the last.
-_LN1_HEADS = (("use_split_qkv_input", True, "kv_head"), ("use_attn_in", True, "head"))
+_LN1_HEADS = (
+    ("block_norm", "stream", None),  # it norms the stream, before inputs are split
+    ("use_split_qkv_input", True, "kv_head"),
+    ("use_attn_in", True, "head"),
+)
 _norm("ln1", "block", head_when=_LN1_HEADS)
 _norm("ln2", "block")
 _norm("ln1_post", "block")

@@ -29,7 +29,7 @@ from tl_loops.nn.embedding import Embed, PosEmbed, Unembed
 from tl_loops.nn.initialise import initialise
 from tl_loops.nn.loop.hooks import IterationHooks
 from tl_loops.nn.norm import Norm
-from tl_loops.nn.rotary import RotaryTable
+from tl_loops.nn.rotary import RotaryTable, rotary_tables
 from tl_loops.nn.unrolling import iteration_hooks, physical_blocks, tied_copy, unroll
 from tl_loops.upstream import (
     USE_DEFAULT_VALUE,
@@ -124,12 +124,8 @@ class LoopedTransformer(CoordinateHooks, PhysicalWeights):
         self.iter = nn.ModuleList(iteration_hooks(cfg, self.ln_final))
         if cfg.norm_before_coda:
             self.ln_coda = tied_copy(self.ln_final)
-        object.__setattr__(
-            self, "_rotary", RotaryTable(cfg) if cfg.positional_embedding_type == "rotary" else None
-        )
-        bases = [base for mechanism in cfg.mechanisms for base in mechanism.rotary_bases(cfg)]
-        further = {base: RotaryTable(cfg, base) for base in bases}
-        object.__setattr__(self, "_further_rotary", further)
+        for name, tables in zip(("_rotary", "_further_rotary"), rotary_tables(cfg), strict=True):
+            object.__setattr__(self, name, tables)
         if weights is None and cfg.init_weights:
             self.init_weights()
         if move_to_device:

@@ -101,3 +101,12 @@ def apply_rotary(
         other = rotated.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     out = (rotated * cos + other * sin).to(x.dtype)
     return out if width == x.shape[-1] else torch.cat([out, x[..., width:]], dim=-1)
+
+
+def rotary_tables(
+    cfg: LoopedTransformerConfig,
+) -> tuple[RotaryTable | None, dict[float, RotaryTable]]:
+    """The table of a model, where positions are rotated, and those of its mechanisms, by base."""
+    main = RotaryTable(cfg) if cfg.positional_embedding_type == "rotary" else None
+    bases = (base for mechanism in cfg.mechanisms for base in mechanism.rotary_bases(cfg))
+    return main, {base: RotaryTable(cfg, base) for base in bases}

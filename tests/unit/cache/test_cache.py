@@ -184,6 +184,9 @@ def test_head_results_times_the_frozen_norm_sum_to_the_attention(model, cache):
         if model.cfg.block_norm in ("sandwich", "post_branch"):
             scale = cache[f"blocks.{index}.ln1_post.hook_scale"]
             total = total * block.ln1_post.w / scale
+        elif model.cfg.block_norm == "stream":
+            rate = (model.cfg.residual_rate * block.attn_rate.w).abs()
+            total = total * rate / cache[f"blocks.{index}.ln1_post.hook_scale"]
         assert_close(total, cache["attn_out", index], **CLOSE)
 
 

@@ -153,13 +153,19 @@ def test_attributions_sum_to_the_logits(either):
 
 def held(model, cache, but=None):
     """Hooks that hold every norm on the stream and every branch output, but one, as they were."""
-    between = (
-        ("ln1_post", "ln2_post") if model.cfg.block_norm in ("post_residual", "post_norm") else ()
-    )
+    posts = ("ln1_post", "ln2_post")
+    by_placement = {"post_residual": posts, "post_norm": posts, "stream": ("ln1", "ln2")}
+    between = by_placement.get(model.cfg.block_norm, ())
 
     def is_held(name):
         if name.endswith("hook_scale"):
-            on_stream = (".norm.", "ln_coda", "ln_injection", *(f".{n}." for n in between))
+            on_stream = (
+                ".norm.",
+                "ln_coda",
+                "ln_injection",
+                "ln_state",
+                *(f".{n}." for n in between),
+            )
             return any(part in name for part in on_stream)
         return name.endswith(("hook_attn_out", "hook_mlp_out")) and name != but
 
@@ -237,7 +243,7 @@ def test_each_head_is_what_goes_missing_without_it(model, cache):
         own = f"blocks.{index}.hook_attn_out"
         scale = f"blocks.{index}.ln1_post.hook_scale"
         hooks = [*held(model, cache, but=own), (f"blocks.{index}.attn.hook_z", without)]
-        if model.cfg.block_norm in ("sandwich", "post_branch"):
+        if model.cfg.block_norm in ("sandwich", "post_branch", "stream"):
             hooks.append((scale, lambda x, hook: cache[hook.name].clone()))
         missing = before - end_of(cache, model, hooks)
         assert_close(missing, stack[index * model.cfg.n_heads + head], **CLOSE)
@@ -256,7 +262,7 @@ def test_each_neuron_is_what_goes_missing_without_it(model, cache):
 
         own = f"blocks.{index}.hook_mlp_out"
         hooks = [*held(model, cache, but=own), (f"blocks.{index}.mlp.hook_post", without)]
-        if model.cfg.block_norm in ("sandwich", "post_branch"):
+        if model.cfg.block_norm in ("sandwich", "post_branch", "stream"):
             scale = f"blocks.{index}.ln2_post.hook_scale"
             hooks.append((scale, lambda x, hook: cache[hook.name].clone()))
         missing = before - end_of(cache, model, hooks)

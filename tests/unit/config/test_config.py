@@ -78,7 +78,7 @@ def test_describe_tells_the_data_flow():
         (dict(initial_state_std=-1.0), "initial_state_std must be at least 0"),
         (dict(exit_threshold=0.5), "exit_threshold needs exit_gate"),
         (dict(norm_before_coda=True, norm_between_iterations=True), "exclude each other"),
-        (dict(normalization_type="LN", block_norm="sandwich"), "needs an RMS norm"),
+        (dict(normalization_type="LN", block_norm="sandwich"), "a norm that does not centre"),
         (dict(n_key_value_heads=3), "must be a multiple"),
         (dict(act_fn="swish"), "act_fn must be one of"),
         (dict(norm_injection=True, injection=None), "norm_injection needs an injection"),

@@ -48,12 +48,14 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
         dict(norm_between_iterations=True, own_norm_between_iterations=True, injection_bias=True),
     ),
     "windowed": ("retrofitted", dict(kv_sharing="window:2")),
+    "near": ("retrofitted", dict(attn_window=3, attn_window_layers=(0,))),
 }
 # Values of fields that are neither numbers nor one of a few names.
 OTHERS: dict[str, list[Any]] = {
     "dtype": [torch.float32, torch.bfloat16, torch.float64],
     "stacks": [None, ("L", "H"), ("L", "L", "H"), ("a", "b")],
     "kv_sharing": [None, "first", "all", "window:1", "window:2"],
+    "attn_window_layers": [None, (0,), (1,), (0, 1)],
 }
 # Numbers next to those that architectures have, so that texts that round are found out.
 NUMBERS = [0.0, 1e-6, 1.00000001e-6, 1e-5, 0.01, 0.0100001, 0.02, 0.02000001, 0.5, 0.6, 1.0, 2.0]

@@ -96,6 +96,11 @@ REFERENCE = {
     "hrm": f"{PUZZLES}",
     "trm": f"{PUZZLES} puzzle_emb_len mlp_t no_ACT_continue",
     "ifm-loopedlm": XLLM,
+    "dory": """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+        num_key_value_heads head_dim hidden_act max_position_embeddings initializer_range use_cache
+        pad_token_id bos_token_id eos_token_id tie_word_embeddings rope_parameters attention_bias
+        attention_dropout mlp_bias sliding_window layer_types ngpt_alpha_init n_input_layers
+        n_recurrent_layers n_output_layers n_recurrent_loops recurrent_kv_cache_mode""",
 }
 RELEASED = {
     "huginn": "huginn",
@@ -114,6 +119,7 @@ RELEASED = {
     "hrm": "wild/hrm_plain",
     "trm": "wild/trm_plain",
     "ifm-loopedlm": "ifm_loopedlm",
+    "dory": "dory",
 }
 # Values at which a family reads further keys.
 KINDS = {
@@ -212,9 +218,15 @@ def fields_of(name: str, /, **changes) -> dict:
 def test_keys_without_effect_change_no_field():
     for name in REFERENCE:
         family, plain = BY_NAME[name], fields_of(name)
-        for key in {*family.without_effect, *COMMON_WITHOUT_EFFECT} - {"full_config", "arch"}:
-            # 'initializer_range' gives HRM-Text its scale where 'embedding_scale' is missing.
+        # 'initializer_range' is the unit of Dory's scales, and gives HRM-Text its scale where
+        # 'embedding_scale' is missing.
+        counts = {"full_config", "arch"} | ({"initializer_range"} if name == "dory" else set())
+        for key in {*family.without_effect, *COMMON_WITHOUT_EFFECT} - counts:
             assert fields_of(name, **{key: 0.123}) == plain, (name, key)
+
+
+def test_the_unit_of_scales_counts():
+    assert fields_of("dory", initializer_range=0.08)["logit_scale"] == 1 / 0.08
 
 
 @pytest.mark.parametrize(

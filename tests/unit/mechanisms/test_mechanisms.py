@@ -529,7 +529,7 @@ def test_patching_everything_gives_the_clean_logits(name):
         (dict(hyper_connections=2, norm_between_iterations=True), "exclude each other"),
         (dict(step_embedding="sinusoid"), "step_embedding must be one of"),
         (dict(step_embedding="learned", max_iterations=2), "more than the max_iterations=2"),
-        (dict(block_norm="sandwich", normalization_type="LN"), "needs an RMS norm"),
+        (dict(block_norm="sandwich", normalization_type="LN"), "a norm that does not centre"),
     ],
 )
 def test_bad_fields_are_named(changes, message):

@@ -50,7 +50,15 @@ def dense_score(model, left, right, mode, head1, head2):
     inner = cfg.block_norm in ("sandwich", "post_branch")
     if inner:
         path = path @ linear(blocks[left].ln1_post)
+    c = cfg.residual_rate
+    if c is not None:
+        path = path * (c * blocks[left].attn_rate.w).abs()
     for index in range(left, right):
+        if c is not None:
+            kept = 1 - (c * blocks[index].mlp_rate.w).abs()
+            path = path * (
+                kept if index == left else kept * (1 - (c * blocks[index].attn_rate.w).abs())
+            )
         at, after = layout.coordinate(index), layout.coordinate(index + 1)
         if cfg.block_norm in ("post_residual", "post_norm"):
             path = path @ linear(blocks[index].ln1_post) @ linear(blocks[index].ln2_post)
@@ -69,12 +77,15 @@ def dense_score(model, left, right, mode, head1, head2):
             path = step(path) - step(torch.zeros(cfg.d_model))  # without a bias
     writes = reads(blocks[left], "W_V", head1) @ blocks[left].attn.W_O[head1] @ path
     q, k, v = (reads(blocks[right], f"W_{x}", head2) for x in "QKV")
+    if cfg.query_scale is not None:
+        q = q * (cfg.query_scale * blocks[right].attn.query_scale.w[head2]) ** 2
     if cfg.qk_norm == "full":
         q = q * blocks[right].attn.q_norm.w.view(cfg.n_heads, -1)[head2]
         groups = blocks[right].attn.groups
         k = k * blocks[right].attn.k_norm.w.view(cfg.n_heads // groups, -1)[head2 // groups]
     W_O = blocks[right].attn.W_O[head2]
     W_O = W_O @ linear(blocks[right].ln1_post) if inner else W_O
+    W_O = W_O if c is None else W_O * (c * blocks[right].attn_rate.w).abs()
     if mode == "V" and cfg.block_norm in ("post_residual", "post_norm"):
         W_O = W_O @ linear(blocks[right].ln1_post)
     circuit = {"Q": q @ k.T, "K": k @ q.T, "V": v @ W_O}[mode]

@@ -199,7 +199,10 @@ def test_loss_is_that_of_the_logits(model):
 
 def test_weights_as_properties(model):
     assert model.W_E is model.embed.W_E
-    assert torch.equal(model.W_U, model.unembed.W_U) and model.b_U is model.unembed.b_U
+    scale = model.cfg.logit_scale
+    factors = 1.0 if scale is None else scale * model.unembed.w  # one for each token
+    assert torch.equal(model.W_U, model.unembed.W_U * factors)
+    assert model.b_U is model.unembed.b_U
     W_QK = torch.einsum("lhde,lhfe->lhdf", model.W_Q, model.W_K)
     assert_close(model.QK.AB, W_QK, **CLOSE)
     assert_close(model.OV.AB, torch.einsum("lhde,lhef->lhdf", model.W_V, model.W_O), **CLOSE)
