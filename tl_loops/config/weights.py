@@ -3,6 +3,7 @@
 from typing import Any
 
 from tl_loops.mechanisms import MECHANISMS
+from tl_loops.mechanisms.norm import norm_tensors
 from tl_loops.mechanisms.tensors import PhysicalTensor, Tensors, matrix, vector
 
 Config = Any  # the config counts its parameters here
@@ -57,8 +58,6 @@ def block_tensors(cfg: Config, number: int) -> Tensors:
     for mechanism in MECHANISMS:
         if mechanism.active(cfg):
             found |= mechanism.block_weights(cfg, number)
-            for name, length in mechanism.block_norms(cfg).items():
-                found |= norm_tensors(cfg, name, length)
     return found | mlp_tensors(cfg)
 
 
@@ -110,14 +109,4 @@ def mlp_tensors(cfg: Config) -> Tensors:
     found["mlp.W_out"] = matrix(d_mlp, d)
     if cfg.mlp_bias:
         found["mlp.b_in"], found["mlp.b_out"] = vector(d_mlp), vector(d)
-    return found
-
-
-def norm_tensors(cfg: Config, name: str, length: int) -> Tensors:
-    """The gain, and LayerNorm's bias, of a norm; without weights none."""
-    if not cfg.norm_has_weight:
-        return {}
-    found = {f"{name}.w": vector(length)}
-    if cfg.normalization_type == "LN":
-        found[f"{name}.b"] = vector(length)
     return found

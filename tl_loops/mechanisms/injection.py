@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tl_loops.errors import ConfigError
 from tl_loops.layout.names import HookSpec, Place, norm_specs, spec
 from tl_loops.mechanisms.mechanism import Config, Mechanism, OnPath, Part, Run, Setting
+from tl_loops.mechanisms.norm import Norm
 from tl_loops.mechanisms.tensors import Tensors, add_parameters, matrix, vector
 from tl_loops.mechanisms.words import exactly
 from tl_loops.upstream import unshared
@@ -24,8 +25,9 @@ _CONCATS, _DECAYS = ("concat", "concat_injection_first"), ("gated_diagonal", "or
 class Injection(nn.Module):
     """The injection's weights and maps, by ``cfg.injection``.
 
-    Every kind is affine in s once e is fixed, so the part that depends on e alone is computed once
-    per forward pass (:meth:`prepare`) and shared by all iterations.
+    The part that depends on e alone is computed once per forward pass (:meth:`prepare`) and shared
+    by all iterations. Once e is fixed every kind is affine in s, or with ``"add_normed"`` in the
+    normed s.
     """
 
     A_log: nn.Parameter
@@ -33,10 +35,14 @@ class Injection(nn.Module):
     W_B: nn.Parameter
     W: nn.Parameter
     b: nn.Parameter | None
+    _norm: Norm | None
 
     def __init__(self, cfg: Config, device: torch.device | str | None = None):
         super().__init__()
         self.kind, self.eps = cfg.injection, cfg.injection_eps
+        # Without weights, and no child: its hook points are no part of a run.
+        norm = Norm(cfg, weight=False) if self.kind == "add_normed" else None
+        object.__setattr__(self, "_norm", norm)
         add_parameters(self, INJECTION.weights(cfg), "injection", cfg.dtype, device)
         if not cfg.injection_bias:
             self.register_parameter("b", None)
@@ -53,22 +59,34 @@ class Injection(nn.Module):
         d = self.W.shape[1]
         return self.W[d:] if self.kind == "concat" else self.W[:d]
 
-    def prepare(self, e: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    def prepare(
+        self, e: Float[Tensor, "*batch d_model"], norm: nn.Module | None = None
+    ) -> Float[Tensor, "*batch d_model"]:
         """The additive part of the injected input, which e alone decides.
 
-        With ``"add_normed"`` e and s are given normed.
+        Args:
+            e: What the prelude gives.
+            norm: With ``"add_normed"``: a norm whose hook points fire; ``None``: none do.
         """
-        if self.kind in ("add", "add_normed"):
+        if self.kind == "add_normed":
+            return self._normed(e, norm)
+        if self.kind == "add":
             return e
         if self.kind in _DECAYS:
             return F.softplus(self.dt_bias) * F.linear(e, self.W_B.T)
         return F.linear(e, self.W_injection.T, self.b)
 
+    def _normed(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        norm = self._norm if norm is None else norm
+        assert norm is not None
+        return norm(x)
+
     def carry(self, s: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """The linear map of the state that does not depend on e.
+        """The linear map of the state (with ``"add_normed"`` of the normed one) without e.
 
         ``carry(s) + prepare(e)`` is the input of an iteration; with ``"orthogonal"``,
-        ``project(carry(s), prepare(e)) + prepare(e)``.
+        ``project(carry(s), prepare(e)) + prepare(e)``; with ``"add_normed"``,
+        ``carry(norm(s)) + prepare(e)``.
         """
         if self.kind in ("add", "add_normed"):
             return s
@@ -86,8 +104,20 @@ class Injection(nn.Module):
         return (v_ - along * a_).to(v.dtype)
 
     def forward(
-        self, s: Float[Tensor, "*batch d_model"], prepared: Float[Tensor, "*batch d_model"]
+        self,
+        s: Float[Tensor, "*batch d_model"],
+        prepared: Float[Tensor, "*batch d_model"],
+        norm: nn.Module | None = None,
     ) -> Float[Tensor, "*batch d_model"]:
+        """What enters an iteration.
+
+        Args:
+            s: The state.
+            prepared: :meth:`prepare` of e.
+            norm: With ``"add_normed"``: a norm whose hook points fire; ``None``: none do.
+        """
+        if self.kind == "add_normed":
+            s = self._normed(s, norm)
         carried = self.carry(s)
         if self.kind == "orthogonal":
             carried = self.project(carried, prepared)
@@ -102,7 +132,7 @@ class _Inject(Part):
 
     def _prepare(self, e: Tensor) -> Tensor:
         model = self.run.model
-        return model.injection.prepare(model.ln_injection(e) if self._normed else e)
+        return model.injection.prepare(e, model.ln_injection if self._normed else None)
 
     def begin(self, x: Tensor) -> Tensor:
         model = self.run.model
@@ -116,8 +146,9 @@ class _Inject(Part):
         if stacks is not None and stacks[t] == stacks[-1] and not cfg.slow_injection:
             return state  # Of two stacks, e enters the calls of the fast one alone.
         assert self._prepared is not None
-        state = self.run.model.iter[t].ln_state(state) if self._normed else state
-        return self.run.model.injection(state, self._prepared)
+        model = self.run.model
+        norm = model.iter[t].ln_state if self._normed else None
+        return model.injection(state, self._prepared, norm)
 
 
 def injection_in_words(cfg: Config, state: str = "s") -> str:
@@ -150,8 +181,7 @@ class _InjectionMechanism(Mechanism):
             None,
             "How the prelude output e enters each iteration with the state s. ``None``: not. "
             '``"concat"``: linear map of [s, e]. ``"concat_injection_first"``: of [e, s]. '
-            '``"add"``: s + e. ``"add_normed"``: norm(s) + norm(e), the first without a gain '
-            "(Dory). "
+            '``"add"``: s + e. ``"add_normed"``: norm(s) + norm(e), without gains (Dory). '
             '``"gated_diagonal"``: s·exp(-Δ·exp(A)) + Δ·(e Bᵀ), Δ = '
             'softplus(dt) (Parcae). ``"orthogonal"``: v - (v·a) / (a·a + ε)·a + a with the v and a '
             'whose sum ``"gated_diagonal"`` is (2610.06833).',
@@ -207,11 +237,7 @@ class _InjectionMechanism(Mechanism):
         return self.points[:1] if place == "run" else ()  # the norm has its own
 
     def norms(self, cfg: Config) -> tuple[str, ...]:
-        normed = cfg.norm_injection or cfg.injection == "add_normed"
-        return ("ln_injection",) if normed else ()
-
-    def iteration_norms(self, cfg: Config) -> tuple[str, ...]:
-        return ("ln_state",) if cfg.injection == "add_normed" else ()
+        return ("ln_injection",) if cfg.norm_injection else ()
 
     def weights(self, cfg: Config) -> Tensors:
         d = cfg.d_model
@@ -227,7 +253,13 @@ class _InjectionMechanism(Mechanism):
         return {}
 
     def modules(self, cfg: Config, device: Any) -> dict[str, nn.Module]:
-        return {"injection": Injection(cfg, device)}
+        found: dict[str, nn.Module] = {"injection": Injection(cfg, device)}
+        if cfg.injection == "add_normed":
+            found["ln_injection"] = Norm(cfg, weight=False)
+        return found
+
+    def iteration_modules(self, cfg: Config) -> dict[str, nn.Module]:
+        return {"ln_state": Norm(cfg, weight=False)} if cfg.injection == "add_normed" else {}
 
     def part(self, run: Run) -> Part:
         return _Inject(run)

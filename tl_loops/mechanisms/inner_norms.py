@@ -2,11 +2,13 @@
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_loops.layout.names import norm_specs
 from tl_loops.mechanisms.block_parts import AttentionPart, Context, MLPPart
 from tl_loops.mechanisms.mechanism import Config, Mechanism, Setting
+from tl_loops.mechanisms.norm import Norm, norm_tensors
+from tl_loops.mechanisms.tensors import Tensors
 
 
 class _NormHeads(AttentionPart):
@@ -25,6 +27,11 @@ class _NormNeurons(MLPPart):
 
     def neurons(self, post: Tensor) -> Tensor:
         return self._mlp.neurons_norm(post)
+
+
+def _lengths(cfg: Config) -> dict[str, int]:
+    """The norms of a layer, with the lengths that they act on."""
+    return {"attn.heads_norm": cfg.n_heads * cfg.d_head, "mlp.neurons_norm": cfg.d_mlp}
 
 
 class _InnerNorms(Mechanism):
@@ -46,8 +53,14 @@ class _InnerNorms(Mechanism):
     def describe(self, cfg: Config) -> list[str]:
         return ["inside   all heads are normed together before W_O, all neurons before W_out"]
 
-    def block_norms(self, cfg: Config) -> dict[str, int]:
-        return {"attn.heads_norm": cfg.n_heads * cfg.d_head, "mlp.neurons_norm": cfg.d_mlp}
+    def block_weights(self, cfg: Config, number: int) -> Tensors:
+        found: Tensors = {}
+        for name, length in _lengths(cfg).items():
+            found |= norm_tensors(cfg, name, length)
+        return found
+
+    def block_modules(self, cfg: Config, number: int, device: Any = None) -> dict[str, nn.Module]:
+        return {name: Norm(cfg, length, device) for name, length in _lengths(cfg).items()}
 
     def attention_part(self, attention: Any, context: Context) -> AttentionPart:
         return _NormHeads(attention)

@@ -196,7 +196,7 @@ class Mechanism:
     # Its weights.
 
     def norms(self, cfg: Config) -> tuple[str, ...]:
-        """Names of norms of the model's width that the model has for it."""
+        """Names of norms of the model's width, with gains, that the model has for it."""
         return ()
 
     def weights(self, cfg: Config) -> Tensors:
@@ -219,12 +219,8 @@ class Mechanism:
         """The modules of a physical layer, by name in the block: ``"attn.hook_gate"``."""
         return {}
 
-    def iteration_norms(self, cfg: Config) -> tuple[str, ...]:
-        """Names of norms of the model's width, without a gain, that each iteration has for it."""
-        return ()
-
-    def block_norms(self, cfg: Config) -> dict[str, int]:
-        """Its norms in a physical layer, by name in the block, with the lengths they act on."""
+    def iteration_modules(self, cfg: Config) -> dict[str, nn.Module]:
+        """Modules without weights of one iteration, by name in it."""
         return {}
 
     def rotary_bases(self, cfg: Config) -> tuple[float, ...]:

@@ -28,7 +28,7 @@ from tl_loops.model.weights import PhysicalWeights, Weights, owners
 from tl_loops.nn.embedding import Embed, PosEmbed, Unembed
 from tl_loops.nn.initialise import initialise
 from tl_loops.nn.loop.hooks import IterationHooks
-from tl_loops.nn.norm import Norm
+from tl_loops.mechanisms.norm import Norm
 from tl_loops.nn.rotary import RotaryTable, rotary_tables
 from tl_loops.nn.unrolling import iteration_hooks, physical_blocks, tied_copy, unroll
 from tl_loops.upstream import (

@@ -16,7 +16,7 @@ from tl_loops.mechanisms.tensors import add_parameters, project_in
 from tl_loops.nn.block_modules import add_block_modules
 from tl_loops.nn.context import ForwardContext
 from tl_loops.nn.kv_cache import FarKeys
-from tl_loops.nn.norm import Norm
+from tl_loops.mechanisms.norm import Norm
 from tl_loops.nn.rotary import apply_rotary
 from tl_loops.upstream import FactoredMatrix, HookPoint, KeyValueCacheEntry, has_hooks
 

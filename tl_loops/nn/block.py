@@ -10,7 +10,7 @@ from tl_loops.nn.attention import Attention, GroupedQueryAttention
 from tl_loops.nn.block_modules import add_block_modules
 from tl_loops.nn.context import ForwardContext
 from tl_loops.nn.mlp import MLP
-from tl_loops.nn.norm import Norm
+from tl_loops.mechanisms.norm import Norm
 from tl_loops.upstream import HookPoint, KeyValueCacheEntry, unshared
 
 

@@ -5,7 +5,6 @@ from torch import nn
 
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.mechanisms import Mechanism
-from tl_loops.nn.norm import Norm
 
 _PARTS = {"": "block_part", "attn": "attention_part", "mlp": "mlp_part"}
 
@@ -34,10 +33,6 @@ def add_block_modules(
             place, _, leaf = name.rpartition(".")
             if place == prefix:
                 setattr(owner, leaf, module)
-        for name, length in mechanism.block_norms(cfg).items():
-            place, _, leaf = name.rpartition(".")
-            if place == prefix:
-                setattr(owner, leaf, Norm(cfg, length, device))
     method = _PARTS[prefix]
     idle = getattr(Mechanism, method)
     return tuple(m for m in cfg.mechanisms if getattr(type(m), method) is not idle)

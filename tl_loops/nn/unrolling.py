@@ -10,7 +10,7 @@ from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.nn.block import Block
 from tl_loops.nn.loop.hooks import IterationHooks
-from tl_loops.nn.norm import Norm
+from tl_loops.mechanisms.norm import Norm
 from tl_loops.upstream import HookPoint
 
 Module = TypeVar("Module", bound=nn.Module)

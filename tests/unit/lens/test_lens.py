@@ -9,6 +9,7 @@ from tests.closeness import assert_close as close
 from tests.models import ARCHITECTURES, SIZES, tiny_model, tiny_tokens
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.lens import CodaLens, LogitLens, coda_lens, exit_lens, logit_lens, read_lens
+from tl_loops.layout.names import spec_of
 from tl_loops.lens.points import select_points
 from tl_loops.metrics.readout import (
     kl_divergence,
@@ -153,13 +154,9 @@ def test_exit_lens_is_refused_behind_which_a_coda_follows(models, tokens, archit
 
 
 def test_points_are_as_deep_as_the_order_in_which_they_fire(model, tokens):
-    names = [
-        name
-        for name in model.hook_dict
-        if name.startswith(("hook_embed", "hook_i", "iter."))
-        or name.endswith(("resid_pre", "resid_mid", "resid_post"))
-    ]
-    names = [name for name in names if not name.endswith(("exit_gate",)) and ".norm." not in name]
+    specs = {name: spec_of(name) for name in model.hook_dict}
+    names = [name for name, spec in specs.items() if spec is not None and spec.residual]
+    assert len(names) > 3 * model.cfg.n_layers
     points = {point.name: point for point in select_points(model, names)}
     fired = []
     model.run_with_hooks(

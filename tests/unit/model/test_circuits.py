@@ -72,7 +72,7 @@ def dense_score(model, left, right, mode, head1, head2):
             path = path @ model.coda_in.W
         if at.phase == "prelude" and new_iteration and cfg.norm_injection:
             path = path @ linear(model.ln_injection)
-        if new_iteration and cfg.injection is not None:
+        if new_iteration and cfg.injection not in (None, "add_normed"):  # its norms are scales
             step = model.injection.prepare if at.phase == "prelude" else model.injection.carry
             path = step(path) - step(torch.zeros(cfg.d_model))  # without a bias
     writes = reads(blocks[left], "W_V", head1) @ blocks[left].attn.W_O[head1] @ path

@@ -3,7 +3,7 @@
 from torch import nn
 
 from tl_loops.config.config import LoopedTransformerConfig
-from tl_loops.nn.norm import Norm
+from tl_loops.mechanisms.norm import Norm
 from tl_loops.upstream import HookPoint
 
 
@@ -27,7 +27,7 @@ class IterationHooks(nn.Module):
         for name in names:
             setattr(self, name, HookPoint())
         for mechanism in cfg.mechanisms:
-            for name in mechanism.iteration_norms(cfg):
-                setattr(self, name, Norm(cfg, weight=False))
+            for name, module in mechanism.iteration_modules(cfg).items():
+                setattr(self, name, module)
         if norm is not None:
             self.norm = norm

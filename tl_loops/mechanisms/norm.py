@@ -1,11 +1,15 @@
-"""RMSNorm and LayerNorm with TransformerLens's hook points."""
+"""Norms with TransformerLens's hook points, and their weights as data."""
+
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_loops.config.config import LoopedTransformerConfig
+from tl_loops.mechanisms.tensors import Tensors, vector
 from tl_loops.upstream import HookPoint
+
+Config = Any  # its class takes fields from the mechanisms
 
 
 class Norm(nn.Module):
@@ -26,7 +30,7 @@ class Norm(nn.Module):
 
     def __init__(
         self,
-        cfg: LoopedTransformerConfig,
+        cfg: Config,
         length: int | None = None,
         device: torch.device | str | None = None,
         weight: bool = True,
@@ -67,3 +71,13 @@ class Norm(nn.Module):
         if self.w is None:
             return normalized
         return normalized * self.w if self.b is None else normalized * self.w + self.b
+
+
+def norm_tensors(cfg: Config, name: str, length: int) -> Tensors:
+    """The gain, and LayerNorm's bias, of a norm; without weights none."""
+    if not cfg.norm_has_weight:
+        return {}
+    found = {f"{name}.w": vector(length)}
+    if cfg.normalization_type == "LN":
+        found[f"{name}.b"] = vector(length)
+    return found
