@@ -96,10 +96,11 @@ class ResidualReadout(ActivationCache):
         """The residual stream before every block up to ``layer`` (and after the last one).
 
         With ``apply_ln`` and ``layer`` at the end, every row goes through the final norm with a
-        scale of its own (the logit lens): times ``W_U`` it gives the logits that the model would
-        read out there. Rows that the final norm has already been applied to between iterations,
-        in a model without a coda, are not normed twice. With an earlier ``layer``, every row is
-        divided by the scale of that layer's norm, as in TransformerLens.
+        scale of its own (the logit lens): times ``W_U`` (and ``unembed.token_scale``, where
+        logits have scales) it gives the logits that the model would read out there. Rows that the
+        final norm has already been applied to between iterations, in a model without a coda, are
+        not normed twice. With an earlier ``layer``, every row is divided by the scale of that
+        layer's norm, as in TransformerLens.
 
         Args:
             layer: The stream that enters this block is the last row; ``None`` or -1: the end.

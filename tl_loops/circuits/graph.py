@@ -18,6 +18,7 @@ from tl_loops.layout.selection import one_index
 _PARTS = ("query", "key", "value")
 _MORE_READ = {
     "attn_gate": "a head's gate reads the stream, too",
+    "inner_norms": "the heads of a block are normed together, so a head reads those beside it, too",
     "first_pass_window": "a head reads keys and values of iteration 0, too",
     "kv_sharing": "a head reads keys and values of other iterations",
 }

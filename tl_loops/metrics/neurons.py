@@ -96,6 +96,7 @@ def neuron_vocabulary_statistics(
     vocab_mask: Bool[Tensor, "d_vocab"] | None = None,
     center: bool = False,
     chunk_size: int | None = None,
+    token_scale: Float[Tensor, "d_vocab"] | None = None,
 ) -> NeuronStatistics:
     """Moments over the vocabulary of cos(w_out, W_U[:, v]) per neuron (arXiv 2401.12181).
 
@@ -118,6 +119,8 @@ def neuron_vocabulary_statistics(
             mean over d_model, as TransformerLens's processing of LayerNorm models does; no change
             for weights processed so. Wrong for RMSNorm.
         chunk_size: neurons at a time; None keeps the scores of a chunk near 64 MB.
+        token_scale: what each token's logit is multiplied by, folded into the columns of `W_U`; a
+            negative one turns its column round. None where logits are not scaled.
 
     Returns:
         Statistics `[*layers, d_mlp]`, float32 (float64 for float64 weights).
@@ -139,7 +142,7 @@ def neuron_vocabulary_statistics(
         columns = columns[vocab_mask.to(W_U.device)]
     if len(columns) == 0:
         raise ValueError("no vocabulary entry is left to count, expected at least one")
-    unembedding = _Unembedding(W_U, columns, gamma_final, center, dtype)
+    unembedding = _Unembedding(W_U, columns, gamma_final, center, dtype, token_scale)
 
     neurons = W_out.reshape(-1, d_model)
     post = None
@@ -210,7 +213,7 @@ def prediction_suppression_neurons(
 
     Prelude and core neurons are judged by the unembedding too, although the coda reads them first.
     The model may be looped or a plain HookedTransformer: read are `cfg`, `W_out` (physical layers),
-    `W_U` and, where it exists, `ln_final.w`.
+    `W_U` and, where they exist, `ln_final.w` and `unembed.token_scale`.
 
     Args:
         model: the model.
@@ -264,7 +267,14 @@ def prediction_suppression_neurons(
         center = getattr(model.cfg, "normalization_type", None) in ("LN", "LNPre")
 
     statistics = neuron_vocabulary_statistics(
-        W_out, W_U, gamma_final, post_norm_weight, counted, center, chunk_size
+        W_out,
+        W_U,
+        gamma_final,
+        post_norm_weight,
+        counted,
+        center,
+        chunk_size,
+        getattr(getattr(model, "unembed", None), "token_scale", None),
     )
     classes = classify_neurons(statistics, kurtosis_threshold, variance_threshold)
     counts = [mask.sum(-1) for mask in (classes.prediction, classes.suppression, classes.partition)]
@@ -296,8 +306,10 @@ class _Unembedding:
         gamma: Tensor | None,
         center: bool,
         dtype: torch.dtype,
+        scale: Tensor | None,
     ):
         self.W_U = W_U
+        self.scale = None if scale is None else scale.detach().to(W_U.device, dtype)
         self.dtype = dtype
         self.gamma = None if gamma is None else gamma.detach().to(W_U.device, dtype)[:, None]
         self.n_columns = len(columns)
@@ -330,6 +342,8 @@ class _Unembedding:
 
     def _directions(self, block: slice | Tensor) -> Tensor:
         columns = self.W_U[:, block].to(self.dtype)
+        if self.scale is not None:
+            columns = columns * self.scale[block]
         if self.gamma is not None:
             columns = columns * self.gamma
         if self.mean is not None:

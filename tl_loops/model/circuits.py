@@ -21,7 +21,8 @@ class EffectiveWeights(Mapping[str, Tensor]):
 
     What reads the residual stream (``W_Q``, ``W_K``, ``W_V``, ``W_in``, ``W_gate``, ``W_U``) has
     the gain of its norm folded in, and the centring of LayerNorm; what writes to the stream
-    (``W_O``, ``W_out``) the gain of a norm after it. Up to a factor at each position, which is the
+    (``W_O``, ``W_out``) the gain of a norm after it. Trained scales and rates next to a weight are
+    folded in likewise. Up to a factor at each position, which is the
     norm's scale, these are the maps that the model applies; they do not change when norms are
     folded. The weights of the model are left alone: a matrix is made when it is asked for.
     """
@@ -46,7 +47,9 @@ class EffectiveWeights(Mapping[str, Tensor]):
             rows = working(embed.W_E) * self._model.cfg.embed_scale
             return rows if embed.ln is None else freshly_normed(rows, embed.ln)
         if name == "unembed.W_U":
-            return _read_through(self._model.ln_final, self._model.W_U)
+            W_U = _read_through(self._model.ln_final, self._model.unembed.W_U)
+            scale = self._model.unembed.token_scale
+            return W_U if scale is None else W_U * working(scale)
         _, index, part, weight = name.split(".")
         return effective_weight(self._blocks[int(index)], part, weight)
 

@@ -208,12 +208,6 @@ class PhysicalWeights(TransformerBase):
     accumulated_bias: Any = circuits.accumulated_bias
     all_composition_scores: Any = circuits.all_composition_scores
 
-    @property
-    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        """The unembedding; with ``cfg.logit_scale`` a new matrix, whose columns are scaled."""
-        W_U, factors = self.unembed.W_U, self.unembed.factors
-        return W_U if factors is None else W_U * factors.to(W_U.dtype)
-
     # Stacks over physical layers.
 
     def _stack(self, path: str) -> Tensor:

@@ -79,7 +79,8 @@ class PosEmbed(nn.Module):
 class Unembed(nn.Module):
     """``x W_U + b_U``; with ``cfg.tie_word_embeddings`` W_U is the transposed embedding itself.
 
-    With ``cfg.logit_scale`` each logit is multiplied by a factor of its token.
+    With ``cfg.logit_scale`` each token's logit is then multiplied by :attr:`token_scale`: W_U stays
+    the stored weight.
     """
 
     _embed: Embed
@@ -114,14 +115,14 @@ class Unembed(nn.Module):
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch read d_vocab"]:
         # A hook on hook_in may keep the positions alone that somebody wants to read.
         logits = F.linear(self.hook_in(x), self.W_U.T, self.b_U)
-        factors = self.factors
-        if factors is not None:
-            logits = (logits.to(factors.dtype) * factors).to(logits.dtype)
+        scale = self.token_scale
+        if scale is not None:
+            logits = (logits.to(scale.dtype) * scale).to(logits.dtype)
         return self.hook_out(logits)
 
     @property
-    def factors(self) -> Float[Tensor, "d_vocab"] | None:
-        """What each logit is multiplied by, in float32 or better; ``None``: they are not."""
+    def token_scale(self) -> Float[Tensor, "d_vocab"] | None:
+        """What each token's logit is multiplied by, in float32 or better; ``None``: it is not."""
         if self.logit_scale is None:
             return None
         return self.w.to(torch.promote_types(self.w.dtype, torch.float32)) * self.logit_scale

@@ -207,7 +207,15 @@ def test_what_goes_over_the_list_names_no_module_of_it(file):
     text = (PACKAGE / file).read_text(encoding="utf-8")
     for module in (PACKAGE / "mechanisms").glob("*.py"):
         if module.stem not in (
-            *("__init__", "mechanism", "block_parts", "tensors", "norm", "exclusions", "kv_sharing"),
+            *(
+                "__init__",
+                "mechanism",
+                "block_parts",
+                "tensors",
+                "norm",
+                "exclusions",
+                "kv_sharing",
+            ),
         ):
             allowed = module.stem == "iteration_weights"
             assert allowed or f"mechanisms.{module.stem} " not in text, (file, module.stem)

@@ -187,7 +187,9 @@ def test_residual_directions_read_the_final_norm(model):
     expected = logits.gather(-1, TOKENS[..., None])[..., 0] - model.b_U[TOKENS]
     directions = model.tokens_to_residual_directions(TOKENS)
     assert_close((norm * directions).sum(-1), expected, **CLOSE)
-    assert torch.equal(model.tokens_to_residual_directions(7), model.W_U[:, 7])
+    scale = model.unembed.token_scale
+    one = model.W_U[:, 7] if scale is None else model.W_U[:, 7] * scale[7]
+    assert torch.equal(model.tokens_to_residual_directions(7), one)
 
 
 def test_loss_is_that_of_the_logits(model):
@@ -199,9 +201,10 @@ def test_loss_is_that_of_the_logits(model):
 
 def test_weights_as_properties(model):
     assert model.W_E is model.embed.W_E
-    scale = model.cfg.logit_scale
-    factors = 1.0 if scale is None else scale * model.unembed.w  # one for each token
-    assert torch.equal(model.W_U, model.unembed.W_U * factors)
+    assert (
+        model.W_U.data_ptr()
+        == dict(model.unembed.named_parameters()).get("W_U", model.W_E).data_ptr()
+    )
     assert model.b_U is model.unembed.b_U
     W_QK = torch.einsum("lhde,lhfe->lhdf", model.W_Q, model.W_K)
     assert_close(model.QK.AB, W_QK, **CLOSE)
