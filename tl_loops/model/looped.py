@@ -17,6 +17,7 @@ from tl_loops.loading.arguments import check_arguments
 from tl_loops.loading.hub import push_to_hub
 from tl_loops.loading.stated_loop import StatedLoop
 from tl_loops.loading.tokenizer import load_tokenizer
+from tl_loops.mechanisms.norm import Norm
 from tl_loops.model import generation, readout, state_dicts
 from tl_loops.model.checks import block_index, check_return_type, given, key_value_sharing
 from tl_loops.model.exits import ExitMode
@@ -28,7 +29,6 @@ from tl_loops.model.weights import PhysicalWeights, Weights, owners
 from tl_loops.nn.embedding import Embed, PosEmbed, Unembed
 from tl_loops.nn.initialise import initialise
 from tl_loops.nn.loop.hooks import IterationHooks
-from tl_loops.mechanisms.norm import Norm
 from tl_loops.nn.rotary import RotaryTable, rotary_tables
 from tl_loops.nn.unrolling import iteration_hooks, physical_blocks, tied_copy, unroll
 from tl_loops.upstream import (

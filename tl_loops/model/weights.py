@@ -208,6 +208,24 @@ class PhysicalWeights(TransformerBase):
     accumulated_bias: Any = circuits.accumulated_bias
     all_composition_scores: Any = circuits.all_composition_scores
 
+    def tokens_to_residual_directions(self, tokens: Any) -> Float[Tensor, "*tokens d_model"]:
+        """The direction whose product with the final norm's output is a token's logit.
+
+        It is the token's column of ``W_U``, times its scale where the model scales logits
+        (``unembed.token_scale``).
+
+        Args:
+            tokens: Text of one token, an id, or ids of any shape (a single one loses its axes).
+        """
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        directions = super().tokens_to_residual_directions(tokens)
+        scale = self.unembed.token_scale
+        if scale is None:
+            return directions
+        scale = scale[tokens].view(*directions.shape[:-1], 1)
+        return (directions.to(scale.dtype) * scale).to(directions.dtype)
+
     # Stacks over physical layers.
 
     def _stack(self, path: str) -> Tensor:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.config.weights import block_tensors, query_key_norms
 from tl_loops.mechanisms.block_parts import AttentionPart
+from tl_loops.mechanisms.norm import Norm
 from tl_loops.mechanisms.tensors import add_parameters, project_in
 from tl_loops.nn.block_modules import add_block_modules
 from tl_loops.nn.context import ForwardContext
 from tl_loops.nn.kv_cache import FarKeys
-from tl_loops.mechanisms.norm import Norm
 from tl_loops.nn.rotary import apply_rotary
 from tl_loops.upstream import FactoredMatrix, HookPoint, KeyValueCacheEntry, has_hooks
 

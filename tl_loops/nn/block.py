@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.mechanisms.block_parts import BlockPart, Branch
+from tl_loops.mechanisms.norm import Norm
 from tl_loops.nn.attention import Attention, GroupedQueryAttention
 from tl_loops.nn.block_modules import add_block_modules
 from tl_loops.nn.context import ForwardContext
 from tl_loops.nn.mlp import MLP
-from tl_loops.mechanisms.norm import Norm
 from tl_loops.upstream import HookPoint, KeyValueCacheEntry, unshared
 
 

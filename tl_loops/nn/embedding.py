@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.config.weights import physical_tensors
-from tl_loops.mechanisms.tensors import add_parameters
 from tl_loops.mechanisms.norm import Norm
+from tl_loops.mechanisms.tensors import add_parameters
 from tl_loops.upstream import HookPoint
 
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.layout.layout import LoopLayout
+from tl_loops.mechanisms.norm import Norm
 from tl_loops.nn.block import Block
 from tl_loops.nn.loop.hooks import IterationHooks
-from tl_loops.mechanisms.norm import Norm
 from tl_loops.upstream import HookPoint
 
 Module = TypeVar("Module", bound=nn.Module)

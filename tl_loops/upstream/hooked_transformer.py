@@ -162,7 +162,7 @@ class HookedTransformer(TextMethods, HookedRootModule):
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        """The unembedding as it is stored; see :meth:`tokens_to_residual_directions`."""
+        """The unembedding."""
         return self.unembed.W_U
 
     @property
@@ -196,10 +196,7 @@ class HookedTransformer(TextMethods, HookedRootModule):
         return FactoredMatrix(self.W_V, self.W_O)
 
     def tokens_to_residual_directions(self, tokens: Any) -> Float[Tensor, "*tokens d_model"]:
-        """The direction whose product with the final norm's output is a token's logit.
-
-        It is the column of ``W_U``, times the scale of the token where logits have one
-        (``cfg.logit_scale``).
+        """The column of ``W_U`` of every token.
 
         Args:
             tokens: Text of one token, an id, or ids of any shape (a single one loses its axes).
@@ -207,12 +204,8 @@ class HookedTransformer(TextMethods, HookedRootModule):
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
         if isinstance(tokens, int) or tokens.numel() == 1:
-            tokens = int(tokens)
-        columns = self.W_U[:, tokens]
-        scale = getattr(self.unembed, "token_scale", None)  # TransformerLens has none
-        if scale is not None:
-            columns = (columns.to(scale.dtype) * scale[tokens]).to(columns.dtype)
-        return columns.movedim(0, -1)
+            return self.W_U[:, int(tokens)]
+        return self.W_U[:, tokens].movedim(0, -1)
 
     # Devices.
 

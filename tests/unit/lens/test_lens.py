@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tests.closeness import assert_close as close
 from tests.models import ARCHITECTURES, SIZES, tiny_model, tiny_tokens
 from tl_loops.errors import LoopedSemanticsError
-from tl_loops.lens import CodaLens, LogitLens, coda_lens, exit_lens, logit_lens, read_lens
 from tl_loops.layout.names import spec_of
+from tl_loops.lens import CodaLens, LogitLens, coda_lens, exit_lens, logit_lens, read_lens
 from tl_loops.lens.points import select_points
 from tl_loops.metrics.readout import (
     kl_divergence,
