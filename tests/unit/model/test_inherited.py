@@ -201,10 +201,8 @@ def test_loss_is_that_of_the_logits(model):
 
 def test_weights_as_properties(model):
     assert model.W_E is model.embed.W_E
-    assert (
-        model.W_U.data_ptr()
-        == dict(model.unembed.named_parameters()).get("W_U", model.W_E).data_ptr()
-    )
+    stored = dict(model.physical_named_parameters()).get("unembed.W_U", model.W_E)
+    assert model.W_U.data_ptr() == stored.data_ptr()
     assert model.b_U is model.unembed.b_U
     W_QK = torch.einsum("lhde,lhfe->lhdf", model.W_Q, model.W_K)
     assert_close(model.QK.AB, W_QK, **CLOSE)
