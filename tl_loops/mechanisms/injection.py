@@ -15,11 +15,8 @@ from tl_loops.mechanisms.tensors import Tensors, add_parameters, matrix, vector
 from tl_loops.mechanisms.words import exactly
 from tl_loops.upstream import unshared
 
-KINDS = (
-    *(None, "concat", "concat_injection_first", "add", "add_normed"),
-    *("gated_diagonal", "orthogonal"),
-)
 _CONCATS, _DECAYS = ("concat", "concat_injection_first"), ("gated_diagonal", "orthogonal")
+KINDS = (None, *_CONCATS, "add", "add_normed", *_DECAYS)
 
 
 class Injection(nn.Module):
