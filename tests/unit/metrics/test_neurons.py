@@ -288,6 +288,21 @@ def test_final_norm_weight_is_folded_unless_switched_off():
     assert torch.allclose(fields(unfolded), fields(expected), rtol=1e-4, equal_nan=True)
 
 
+def test_scales_of_logits_are_folded_into_the_columns():
+    model = planted_model()
+    scale = torch.cat([torch.full((3,), -2.0), 0.5 + torch.rand(197)])
+    model.unembed = SimpleNamespace(token_scale=scale)
+    scaled = prediction_suppression_neurons(model, center=True).statistics
+    expected = neuron_vocabulary_statistics(model.W_out, model.W_U * scale, center=True)
+    assert torch.allclose(fields(scaled), fields(expected), rtol=1e-4, equal_nan=True)
+    plain = neuron_vocabulary_statistics(model.W_out, model.W_U, center=True)
+    assert not torch.allclose(scaled.kurtosis, plain.kurtosis, rtol=0.01, equal_nan=True)
+    # A column that is turned round is written against: the planted neurons change their kind.
+    result = prediction_suppression_neurons(model)
+    assert result.prediction_count.tolist() == [0, 2]
+    assert result.suppression_count.tolist() == [1, 0]
+
+
 def test_post_norm_needs_its_weight():
     model = planted_model()
     weight = torch.tensor([[1.0, 2, 3, 4], [4.0, 3, 2, 1]])
