@@ -41,13 +41,13 @@ class Norm(nn.Module):
         self.off = off
         self.sums = cfg.normalization_type == "L2"
         self.centred = cfg.normalization_type in ("LN", "LNPre") and not off
-        length = cfg.d_model if length is None else length
+        width: int = cfg.d_model if length is None else length
         self.w: nn.Parameter | None = None
         self.b: nn.Parameter | None = None
         if cfg.norm_has_weight and weight and not off:
-            self.w = nn.Parameter(torch.ones(length, dtype=cfg.dtype, device=device))
+            self.w = nn.Parameter(torch.ones(width, dtype=cfg.dtype, device=device))
             if self.centred:
-                self.b = nn.Parameter(torch.zeros(length, dtype=cfg.dtype, device=device))
+                self.b = nn.Parameter(torch.zeros(width, dtype=cfg.dtype, device=device))
         self.hook_scale = HookPoint()
         self.hook_normalized = HookPoint()
 
