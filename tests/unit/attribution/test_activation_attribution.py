@@ -45,11 +45,14 @@ def curved(logits):
 
 
 def linear(model):
-    """Hooks that make a model linear in its embedding: fixed scales, patterns and MLP gates."""
+    """Hooks that make a model linear in its embedding: fixed scales, patterns and gates."""
     read = {}
 
     def scale(x, hook):
         return torch.full_like(x, 1.3)
+
+    def gate(x, hook):
+        return torch.full_like(x, 0.8)
 
     def pattern(x, hook):
         uniform = torch.ones(x.shape[-2:], dtype=x.dtype).tril()
@@ -64,6 +67,7 @@ def linear(model):
     return model.hooks(
         fwd_hooks=[
             (lambda name: name.endswith("hook_scale"), scale),
+            (lambda name: name.endswith("attn.hook_gate"), gate),
             (lambda name: name.endswith("hook_pattern"), pattern),
             (lambda name: name.endswith("mlp.hook_pre"), before_activation),
             (lambda name: name.endswith("mlp.hook_post"), behind_activation),
