@@ -591,7 +591,7 @@ def test_names_and_aliases_are_unique_and_not_transformer_lens_names():
 
 def test_every_hub_model_lists_a_config_a_source_and_known_unverified_fields():
     hub = [entry for entry in catalogue() if entry.known.packaged is None]
-    assert len(hub) == 75
+    assert len(hub) == 77
     for entry in hub:
         cfg = entry.config()
         assert cfg.n_params > 1e7 and cfg.model_name == entry.name.split("/")[1]
