@@ -35,7 +35,7 @@ class LoopLayout:
         stacks: Name of the stack that each iteration calls (one entry per iteration), for models
             whose iterations call one of several stacks; else ``None``.
         shared_stacks: Whether all stacks are the same layers.
-        layer_repeats: How often in a row an iteration runs its layers.
+        layer_repeats: How often in a row each iteration runs its layers.
         segments: The loops, where there are several; else ``None``.
         loops: The same, or the one loop that there is, by their physical layers.
     """
