@@ -44,7 +44,7 @@ def test_every_finding_has_results_a_picture_and_a_row(name):
     assert results["command"] == f"python demos/findings/{name}.py"
     assert results["seed"] == 0 and results["seconds"] > 0
     assert (ROOT / "docs" / "images" / "findings" / f"{name}.png").exists()
-    assert f"findings/{name}.py" in PAGE.read_text("utf-8")
+    assert f"| `{name}.py` |" in PAGE.read_text("utf-8")
 
 
 def test_random_stacks(quick):
