@@ -5,11 +5,11 @@
 
 Models of the shape (2, 4⊗4, 2) with and without injection, with plain pre-norm and with Huginn's
 norms, and a feedforward model of 12 layers, are trained from scratch on the text of
-``tl-loops-text``: equal steps, width and contexts, several seeds each, no penalty on the state. Two
-larger shapes have fewer steps and one seed. Compared are the loss by iterations up to 128, the step
-of the state there, and the stages of each block. Whether an iteration mirrors the feedforward model
-is the correlation of its profile with that of all 12 layers, both stretched to one length; beside
-it stand two feedforward models of different seeds, and random weights.
+``tl-loops-text``: equal steps, width and contexts, three seeds each, no penalty on the state. Two
+larger shapes have fewer steps. Compared are the loss by iterations up to 128, the step of the state
+there, and the stages of each block. Whether an iteration mirrors the feedforward model is the
+correlation of its profile with that of all 12 layers, both stretched to one length; beside it stand
+two feedforward models of different seeds, and random weights.
 """
 
 import shutil
@@ -230,7 +230,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def measure(quick: bool, seed: int) -> dict[str, Any]:
     """Train all, then compare."""
-    n_steps, fewer, n_seeds = (2, 2, 1) if quick else (800, 300, 2)
+    n_steps, fewer, n_seeds = (2, 2, 1) if quick else (800, 300, 3)
     tokenizer = LoopedTransformer.from_pretrained_no_processing("tl-loops-text").tokenizer
     assert tokenizer is not None
     d_vocab = len(tokenizer)
@@ -250,9 +250,12 @@ def measure(quick: bool, seed: int) -> dict[str, Any]:
         if name != FEEDFORWARD:
             models[name]["compared"] = compared(of, references, 4)
     for name, fields in {} if quick else LARGER.items():
-        of = [trained(fields, d_vocab, corpus, held_out, fewer, seed)]
+        of = [
+            trained(fields, d_vocab, corpus, held_out, fewer, s)
+            for s in range(seed, seed + n_seeds)
+        ]
         models[name] = {**summary(of), "n_steps": fewer}
-        models[name]["compared"] = compared(of, references[:1], fields["n_core"])
+        models[name]["compared"] = compared(of, references, fields["n_core"])
     others = [*references[1:], *references[:1]]
     return {
         "n_steps": n_steps,
