@@ -1,4 +1,4 @@
-"""Formulas of the metrics are typeset: what stands as code after **Formula** becomes mathematics.
+"""Formulas are typeset: code after **Formula**, and what stands in ``<span class="formula">``.
 
 The pages write formulas in plain characters (``‖x_t − x_{t−1}‖``), which read well in a file, too.
 Here ``_`` and ``^`` become subscripts and superscripts, and single letters italic. No script is
@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 PLACE = re.compile(r"(?:<li>|<p>)\s*(?:<p>)?<strong>Formula</strong>.*?</(?:li|p)>", re.S)
+SPAN = re.compile(r'<span class="formula">([^<]*)</span>')
 CODE = re.compile(r"<code>([^<]*)</code>")
 RAISED = re.compile(
     r"([_^])(?:\{([^{}]*)\}|\(([^()]*)\)|([A-Za-zα-ωΑ-Ω0-9]+(?:,[A-Za-z0-9]+)?|\*))"
@@ -20,6 +21,7 @@ ARGUMENT = re.compile(r"&quot;|[\"=]$|^[a-z_]{2,}(?:=\S+)?$|^\w+\(\)$")
 
 def on_page_content(html: str, **_: Any) -> str:
     """Typeset the formulas of a page."""
+    html = SPAN.sub(lambda span: _mathematics(span[1]), html)
     return PLACE.sub(lambda place: _line(place[0]), html)
 
 
@@ -39,6 +41,10 @@ def formula(text: str) -> str:
     """A formula in plain characters as HTML; names of arguments stay code."""
     if ARGUMENT.search(text):
         return f"<code>{text}</code>"
+    return _mathematics(text)
+
+
+def _mathematics(text: str) -> str:
     return f'<span class="formula">{_raised(text, letters=True)}</span>'
 
 

@@ -51,6 +51,8 @@ def test_formulas_are_typeset(text, html):
     typeset = formulas.on_page_content(line)
     assert html in typeset and "<code>norm=&quot;a&quot;</code>" in typeset
     assert formulas.on_page_content(f"<p><code>{text}</code></p>") == f"<p><code>{text}</code></p>"
+    marked = formulas.on_page_content(f'<p>as <span class="formula">{text}</span> says</p>')
+    assert html in marked
 
 
 def test_notebooks_are_pages_and_open_in_colab_where_the_repository_is_known(tmp_path):
