@@ -58,8 +58,8 @@ REFUSED: tuple[Refused, ...] = (
         ("LoopLMForCausalLM",),
         "two versions of their training code are public, of the same tensors and with different "
         "numbers: in one each iteration leaves block(h + e), in the other h plus what the block "
-        "adds to h + e, without e; which of them made the weights is not known, as the file that comes "
-        "with the weights was not seen",
+        "adds to h + e, without e; which of them made the weights is not known, as the file that "
+        "comes with the weights was not seen",
     ),
     Refused(
         "ALBERT",
