@@ -54,7 +54,8 @@ def test_measure_writes_a_profile(capsys, tmp_path):
     assert (profile.count("sink_rate") == 2).all()
 
 
-def test_measure_prints_a_table_without_a_file(capsys, tmp_path):
+def test_measure_prints_a_table_without_a_file(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # a process of several tests has it
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Ann likes Bob . 1 hops from Ann :")
     code, out, _ = run(
