@@ -50,6 +50,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # Workers are told the width of the terminal; commands are tried as in a pipe, which has none.
+    os.environ.pop("COLUMNS", None)
     checked = config.getoption("--check-types")
     starts_workers = bool(getattr(config.option, "numprocesses", None))  # and runs no test itself
     if checked is not None and not starts_workers:

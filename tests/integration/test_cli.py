@@ -24,8 +24,7 @@ def run(capsys, *arguments):
     return code, captured.out, captured.err
 
 
-def test_models_lists_every_name_with_notation_parameters_and_source(capsys, monkeypatch):
-    monkeypatch.delenv("COLUMNS", raising=False)
+def test_models_lists_every_name_with_notation_parameters_and_source(capsys):
     code, out, _ = run(capsys, "models")
     assert code == 0
     for entry in catalogue():
@@ -54,8 +53,7 @@ def test_measure_writes_a_profile(capsys, tmp_path):
     assert (profile.count("sink_rate") == 2).all()
 
 
-def test_measure_prints_a_table_without_a_file(capsys, tmp_path, monkeypatch):
-    monkeypatch.delenv("COLUMNS", raising=False)  # a process of several tests has it
+def test_measure_prints_a_table_without_a_file(capsys, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Ann likes Bob . 1 hops from Ann :")
     code, out, _ = run(

@@ -70,7 +70,7 @@ def test_two_spellings_of_one_tensor_are_refused(tmp_path):
 def test_every_other_spelling_leads_to_a_key_of_the_family():
     spellings = {family.name: family.spellings for family in FAMILIES if family.spellings}
     assert spellings.keys() == {
-        "loopformer", "loopformer-base", "loopus", "hrm", "trm", "gpt2", "ifm-loopedlm",
+        "loopformer", "loopformer-base", "loopus", "hrm", "trm", "gpt2", "ifm-loopedlm", "tmlt",
     }  # fmt: skip
     for family in FAMILIES:
         for found, expected in family.spellings:

@@ -127,7 +127,8 @@ def test_each_class_has_its_clearest_token(backend):
     drawn = curves(figure)
     np.testing.assert_allclose(drawn["token 0"][1], found.similarity[:, 0])
     np.testing.assert_allclose(drawn["token 1"][1], found.similarity[:, 1])
-    assert "Of 2 tokens: fixed point 50%, orbit 50%, slider 0%, unknown 0%." in words(figure)
+    shares = "fixed point 50.0%, orbit 50.0%, slider 0.0%, unknown 0.0%"
+    assert f"Of 2 tokens: {shares}." in words(figure)
     assert "mine · 64 iterations" in words(figure)
     same = plots.plot_trajectories(states, model="mine", backend=backend)
     np.testing.assert_allclose(curves(same)["token 0"][1], drawn["token 0"][1])
