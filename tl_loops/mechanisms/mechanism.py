@@ -106,8 +106,8 @@ class Part:
         """From the state (after ``hook_state_in``) towards what enters the first core block."""
         return state
 
-    def layer_context(self, number: int, context: Any) -> Any:
-        """The context of a physical layer, counted through prelude, core and coda."""
+    def layer_context(self, index: int, context: Any) -> Any:
+        """The context of an unrolled block, for what its physical layer alone decides."""
         return context
 
     def context(self, t: int, layer: int, context: Any, x: Tensor) -> Any:

@@ -37,13 +37,12 @@ class _Window(Part):
 
     def __init__(self, run: Run):
         super().__init__(run)
-        cfg = run.cfg
-        layers = cfg.attn_window_layers
-        self._layers = range(cfg.n_physical_layers) if layers is None else frozenset(layers)
+        layers, names = run.cfg.attn_window_layers, run.layout.physical_names()
+        self._names = set(names if layers is None else (names[layer] for layer in layers))
         self._fields: dict[str, Tensor | None] | None = None
 
-    def layer_context(self, number: int, context: Any) -> Any:
-        if number not in self._layers:
+    def layer_context(self, index: int, context: Any) -> Any:
+        if self.run.layout.physical_name(index) not in self._names:
             return context
         if self._fields is None:
             self._fields = self._made(context)

@@ -82,7 +82,6 @@ class StackRun:
         parts = (mechanism.part(self) for mechanism in self.cfg.mechanisms)
         self._parts: list[Part] = [part for part in parts if part is not None]
         self._readout = self.cfg.readout
-        self._numbers = {name: n for n, name in enumerate(self.layout.physical_names())}
         end = self.layout.n_layers if stop is None else stop
         for index in range(self.start, end):
             if index > self.start or enter_first:
@@ -104,9 +103,8 @@ class StackRun:
         if not self._parts:
             return context
         at = self.layout.coordinate(index)
-        number = self._numbers[self.layout.physical_name(index)]
         for part in self._parts:
-            context = part.layer_context(number, context)
+            context = part.layer_context(index, context)
         if at.iteration is None:
             return context
         for part in self._parts:
