@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from tl_loops.drawing.colours import MUTED
+from tl_loops.drawing.colours import MUTED, ON_DARK, SCALES, ink_on
 from tl_loops.drawing.sizes import finite_limits
 from tl_loops.errors import shortened
 
@@ -194,6 +194,12 @@ class ColourScale:
     unit: str
     name: Literal["sequential", "diverging", "weights"] = "sequential"
     limits: tuple[Number, Number] = (0.0, 1.0)
+
+    def ink(self, value: float, dark: bool) -> str:
+        """Black or white: what is read on the colour of a finite value, on a dark page or not."""
+        low, high = self.limits
+        stops = (ON_DARK if dark else SCALES)[self.name]
+        return ink_on(stops, float((value - low) / ((high - low) or 1.0)))
 
     @classmethod
     def of(

@@ -12,7 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogFormatter, LogFormatterMathtext, MaxNLocator, NullFormatter
 
-from tl_loops.drawing.colours import MUTED, ON_DARK, SCALES, ink_on
+from tl_loops.drawing.colours import MUTED, ON_DARK, SCALES
 from tl_loops.drawing.figure import (
     Axis,
     Bars,
@@ -224,12 +224,10 @@ def _draw_panel(ax: Any, panel: Panel, figure: Figure, sizes: Fit, dark: bool) -
 def _write_in_cells(ax: Any, mark: Heat, colours: ColourScale, dark: bool) -> None:
     """Short text in the middle of each cell, light on dark ones."""
     assert mark.text is not None
-    stops, (low, high) = (ON_DARK if dark else SCALES)[colours.name], colours.limits
     for (i, j), text in np.ndenumerate(mark.text):
         value = mark.values[i, j]
         if text and np.isfinite(value):
-            share = float((value - low) / ((high - low) or 1.0))
-            ink = ink_on(stops, share)
+            ink = colours.ink(float(value), dark)
             ax.text(j, i, _plain(text), ha="center", va="center", fontsize=7, color=ink)
 
 

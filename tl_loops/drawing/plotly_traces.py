@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from tl_loops.drawing.colours import ON_DARK, SCALES, ink_on
 from tl_loops.drawing.figure import Bars, Box, ColourScale, Figure, Heat, Line, Panel, Rule, Span
 from tl_loops.drawing.fit import CELL_SIZE
 
@@ -97,14 +96,13 @@ def written_cells(mark: Heat, colours: ColourScale | None, dark: bool) -> list[l
     Left to itself plotly writes in grey, which cannot be read on cells of medium lightness.
     """
     assert mark.text is not None and colours is not None, "a heatmap needs a colour scale"
-    stops, (low, high) = (ON_DARK if dark else SCALES)[colours.name], colours.limits
     rows = []
     for texts, values in zip(mark.text.tolist(), mark.values.tolist(), strict=True):
         row = []
         for text, value in zip(texts, values, strict=True):
             written = escape(text)
             if text and np.isfinite(value):
-                ink = ink_on(stops, (value - low) / ((high - low) or 1.0))
+                ink = colours.ink(value, dark)
                 written = f'<span style="color:{ink}">{written}</span>'
             row.append(written)
         rows.append(row)
