@@ -276,7 +276,7 @@ class CachedRun:
     def _branch_norm(self, site: Site) -> FrozenNorm | None:
         """The norm between a branch and the add, where there is one, with the share it adds."""
         cfg = self.model.cfg
-        if cfg.block_norm not in ("sandwich", "post_branch", "stream"):
+        if not cfg.norms_outputs:
             return None
         assert site.block is not None
         block, name = self.block(site.block), cfg.branch_norms[site.kind == "mlp"]

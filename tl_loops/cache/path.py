@@ -8,7 +8,7 @@ held at what they were in one run, all of these are linear.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.coordinate import BlockCoordinate
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model, norm_of_iterations
+from tl_loops.layout.names import Branch
 
 
 def working(x: Tensor) -> Tensor:
@@ -192,7 +193,6 @@ class Inject(NamedTuple):
     site: Site
 
 
-Branch = Literal["attn", "mlp"]
 Step = Read | Write | Map | BeginLoop | Inject
 Freeze = Callable[[str, Any], FrozenNorm]
 """Makes a frozen norm from the prefix of its hook names and its module."""
@@ -250,7 +250,7 @@ def path_steps(
     """
     cfg, blocks = model.cfg, model.physical_blocks()
     first = from_iteration or 0
-    norm_sum = cfg.block_norm in ("post_residual", "post_norm")
+    norm_sum = cfg.norms_sums
     carry: Mix = Mix()
     prepare: Mix | FrozenNorm = Mix()
     if cfg.injection is not None:
@@ -269,7 +269,7 @@ def path_steps(
 
     readout = cfg.readout.over(layout)
 
-    def find(branch: Branch, index: int, block: Any) -> Iterator[Step]:
+    def before_add(branch: Branch, index: int, block: Any) -> Iterator[Step]:
         """What a block makes of the stream before it adds a branch."""
         if cfg.block_norm == "stream":
             name = "ln1" if branch == "attn" else "ln2"
@@ -329,14 +329,14 @@ def path_steps(
             return
         block = blocks[physical]
         yield Read(index)
-        yield from find("attn", index, block)
+        yield from before_add("attn", index, block)
         yield Write(Site("attn", f"{label}_attn_out", index))
         if norm_sum:
             prefix = f"blocks.{index}.ln1_post"
             yield from normed(prefix, block.ln1_post, f"{label}_attn", t)
         if target.state_out is None and index == target.layer:
             return
-        yield from find("mlp", index, block)
+        yield from before_add("mlp", index, block)
         if not cfg.attn_only:
             yield Write(Site("mlp", f"{label}_mlp_out", index))
         if norm_sum:

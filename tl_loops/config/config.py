@@ -21,6 +21,7 @@ from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.segments import Segment
 from tl_loops.mechanisms import MECHANISMS, Mechanism
 from tl_loops.mechanisms.iteration_weights import check_rows
+from tl_loops.mechanisms.norm import OUTPUT_NORMED, SUM_NORMED
 from tl_loops.upstream import BaseConfig
 
 
@@ -198,6 +199,16 @@ class LoopedTransformerConfig(BaseConfig):
             if mechanism.own_keys is not None:
                 return f"excluded by {mechanism.name}: {mechanism.own_keys}"
         return None
+
+    @property
+    def norms_outputs(self) -> bool:
+        """Whether a norm stands between a branch and the add."""
+        return self.block_norm in OUTPUT_NORMED
+
+    @property
+    def norms_sums(self) -> bool:
+        """Whether a norm stands after each add, on the sum."""
+        return self.block_norm in SUM_NORMED
 
     @property
     def branch_norms(self) -> tuple[str, str]:

@@ -8,6 +8,8 @@ from tl_loops.errors import did_you_mean
 
 Place = Literal["block", "iteration", "run"]
 Moment = Literal["start", "loop", "before", "first", "after", "coda", "end"]
+Branch = Literal["attn", "mlp"]
+"""The two branches of a block."""
 
 _STREAM = ("batch", "pos", "d_model")
 _SCALE = ("batch", "pos", "one")

@@ -1,11 +1,11 @@
 """What a mechanism may do inside one call of a block or of its attention."""
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
-Branch: TypeAlias = Literal["attn", "mlp"]
+from tl_loops.layout.names import Branch
 
 Context: TypeAlias = Any
 """A :class:`tl_loops.nn.context.ForwardContext`, which stands above the mechanisms."""

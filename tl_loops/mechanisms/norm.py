@@ -11,6 +11,12 @@ from tl_loops.upstream import HookPoint
 
 Config = Any  # its class takes fields from the mechanisms
 
+OUTPUT_NORMED = ("sandwich", "post_branch", "stream")
+"""Values of ``block_norm`` with a norm between a branch and the add."""
+
+SUM_NORMED = ("post_residual", "post_norm")
+"""Those with a norm on the sum, after the add."""
+
 
 class Norm(nn.Module):
     """Normalisation over the last axis, in float32, as ``cfg.normalization_type`` says.

@@ -7,10 +7,9 @@ from torch import Tensor, nn
 from tl_loops.errors import ConfigError
 from tl_loops.mechanisms.block_parts import BlockPart, Branch, Context
 from tl_loops.mechanisms.mechanism import Config, Mechanism, Setting
+from tl_loops.mechanisms.norm import OUTPUT_NORMED
 from tl_loops.mechanisms.tensors import Scale, Tensors, vector
 from tl_loops.mechanisms.words import exactly
-
-_PLACEMENTS = ("sandwich", "post_branch", "stream")
 
 
 class _Move(BlockPart):
@@ -45,10 +44,10 @@ class _ResidualRate(Mechanism):
         return cfg.residual_rate is not None
 
     def check(self, cfg: Config) -> None:
-        if cfg.residual_rate is not None and cfg.block_norm not in _PLACEMENTS:
+        if cfg.residual_rate is not None and cfg.block_norm not in OUTPUT_NORMED:
             raise ConfigError(
                 f"residual_rate needs norms on what the branches write: block_norm must be one of "
-                f"{', '.join(map(repr, _PLACEMENTS))}, got {cfg.block_norm!r}"
+                f"{', '.join(map(repr, OUTPUT_NORMED))}, got {cfg.block_norm!r}"
             )
 
     def describe(self, cfg: Config) -> list[str]:

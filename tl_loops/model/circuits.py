@@ -80,8 +80,7 @@ def effective_weight(block: Any, part: str, weight: str, of_sum: bool = True) ->
     before, after = ("ln1", "ln1_post") if part == "attn" else ("ln2", "ln2_post")
     if weight in ("W_O", "W_out"):
         norm, added = getattr(block, after, None), working(raw)
-        on_sum = block.cfg.block_norm in ("post_residual", "post_norm")
-        if norm is not None and (of_sum or not on_sum):
+        if norm is not None and (of_sum or not block.cfg.norms_sums):
             added = FrozenNorm.of(norm, None, raw.device)(added)
         for mechanism in block.cfg.mechanisms:
             share = mechanism.added(block, "attn" if part == "attn" else "mlp")

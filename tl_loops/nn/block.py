@@ -42,7 +42,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.cfg = cfg
-        self.norm_sum = cfg.block_norm in ("post_residual", "post_norm")
+        self.norm_sum = cfg.norms_sums
         self.norm_stream = cfg.block_norm == "stream"
         self.norm_input = cfg.block_norm not in ("post_branch", "post_norm", "stream")
         weight = cfg.block_norm_weight
