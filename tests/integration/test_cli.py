@@ -125,7 +125,6 @@ def test_tables_fit_the_terminal(capsys, monkeypatch):
     ids=lambda arguments: " ".join(arguments[:1] + arguments[-1:]),
 )
 def test_everything_printed_fits_the_terminal(capsys, monkeypatch, arguments, width):
-    monkeypatch.delenv("COLUMNS", raising=False)
     whole = _printed(capsys, arguments)
     monkeypatch.setenv("COLUMNS", str(width))
     out = _printed(capsys, arguments)

@@ -238,7 +238,7 @@ def exit_curve(
 
 def _check_exits(cfg: Any) -> None:
     """Raise on loops whose states are not what fewer iterations would leave."""
-    if getattr(cfg, "time_conditioning", False) not in (False, "iteration"):
+    if getattr(cfg, "time_conditioning", False) is True:
         raise LoopedSemanticsError(
             "the blocks of this model know how many iterations there are, so a state on the way is "
             "not what fewer iterations leave: run the model with each n_iterations"
