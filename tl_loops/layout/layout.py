@@ -1,26 +1,21 @@
-"""Coordinates and names: which block is layer ``l`` at iteration ``t``, and its hooks' names."""
+"""The unrolled depth of a looped model: which block is layer ``l`` at iteration ``t``."""
 
-import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, SupportsIndex, TypeVar
 
-from tl_loops.arguments import argument, check_at_least, checked
+from tl_loops.arguments import check_at_least, checked
 from tl_loops.errors import LoopedSemanticsError
+from tl_loops.layout.block_names import BlockNames
 from tl_loops.layout.coordinate import PHASES, BlockCoordinate
-from tl_loops.layout.names import activation_name, iteration_spec
 from tl_loops.layout.segments import Segment, check_segments, loops_notation, segment_calls
 from tl_loops.layout.selection import one_index
 
 Values = TypeVar("Values")
 
-_ALIAS = re.compile(r"^(?:(prelude|coda)\.(\d+)|iter\.(\d+)\.(\d+))\.(.+)$")
-_ITERATION = re.compile(r"^iter\.(\d+)\.(.+)$")
-_BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)$")
 
-
-class LoopLayout:
+class LoopLayout(BlockNames):
     """The unrolled depth of a looped model: sizes, coordinates, names and labels. Never changes.
 
     With one loop, a core block at iteration ``t`` and layer ``l`` has index
@@ -75,7 +70,8 @@ class LoopLayout:
         Raises:
             ValueError: The segments are empty, overlap or leave a gap.
         """
-        check_segments(segments := tuple(segments))
+        segments = tuple(segments)
+        check_segments(segments)
         stacks = tuple(name for name, _ in segment_calls(segments))
         layout = object.__new__(cls)
         layout._set(segments, n_coda, stacks, False, segments)
@@ -90,9 +86,13 @@ class LoopLayout:
         segments: tuple[Segment, ...] | None,
         layer_repeats: int = 1,
     ) -> None:
-        self.n_prelude, self.n_coda = loops[0].start, n_coda
-        self.stacks, self.shared_stacks, self.segments = stacks, shared_stacks, segments
-        self.loops, self.layer_repeats = loops, layer_repeats
+        self.loops = loops
+        self.segments = segments
+        self.n_prelude = loops[0].start
+        self.n_coda = n_coda
+        self.stacks = stacks
+        self.shared_stacks = shared_stacks
+        self.layer_repeats = layer_repeats
         self._calls = tuple(segment for _, segment in segment_calls(loops))
         self.n_iterations = len(self._calls)
         lengths = [segment.n_layers for segment in self._calls]
@@ -101,8 +101,14 @@ class LoopLayout:
         self._firsts = tuple(accumulate(lengths, initial=self.n_prelude))
 
     def _key(self) -> tuple[Any, ...]:
-        one = self.loops, self.n_coda, self.stacks, self.shared_stacks, self.layer_repeats
-        return *one, self.segments
+        return (
+            self.loops,
+            self.segments,
+            self.n_coda,
+            self.stacks,
+            self.shared_stacks,
+            self.layer_repeats,
+        )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LoopLayout) and self._key() == other._key()
@@ -272,97 +278,6 @@ class LoopLayout:
         """Coordinates of all unrolled blocks in order."""
         return (self.coordinate(index) for index in range(self.n_layers))
 
-    def physical_name(self, index: int) -> str:
-        """Name of the physical layer of an unrolled block, e.g. ``"core.2"`` or ``"coda.0"``.
-
-        With several stacks the core is named by the stack: ``"core.L.2"``.
-        """
-        at = self.coordinate(index)
-        stack = f"{at.stack}." if at.stack is not None and not self.shared_stacks else ""
-        repeats = self.layer_repeats if at.phase == "core" else 1
-        layer = at.layer if repeats == 1 else at.layer % (self.n_core // repeats)
-        return f"{at.phase}.{stack}{layer}"
-
-    def physical_names(self) -> list[str]:
-        """Names of all physical layers, in the order of their first use."""
-        return list(dict.fromkeys(self.physical_name(index) for index in range(self.n_layers)))
-
-    @checked
-    def hook_name(
-        self,
-        name: str,
-        *,
-        iteration: SupportsIndex | None = None,
-        layer: SupportsIndex | None = None,
-        phase: str | None = None,
-    ) -> str:
-        """Canonical hook name of an activation at a coordinate.
-
-        Args:
-            name: TransformerLens shorthand (``"pattern"``, ``"resid_pre"``), or the full rest of
-                the name (``"ln1.hook_scale"``), or, without a layer, one of the hook points
-                between iterations (``"state_out"``, ``"injected"``).
-            iteration: Iteration of a core block.
-            layer: Layer inside the phase.
-            phase: As for :meth:`index`.
-
-        Returns:
-            For example ``"blocks.14.attn.hook_pattern"`` or ``"iter.3.hook_state_out"``.
-
-        Raises:
-            ValueError: Unknown activation name or incomplete coordinate.
-            IndexError: Coordinate out of range.
-        """
-        between = iteration_spec(name)
-        if layer is None and between is not None:
-            if iteration is None:
-                raise ValueError(f"{name!r} sits between iterations: give iteration=...")
-            return f"iter.{one_index('iteration', iteration, self.n_iterations)}.{between.name}"
-        if layer is None:
-            raise ValueError(f"{name!r} sits in a block: give layer=...")
-        index = self.index(iteration=iteration, layer=layer, phase=phase)
-        return f"blocks.{index}.{activation_name(name)}"
-
-    def canonical_name(self, name: str) -> str:
-        """Translate ``prelude.{l}.REST``, ``iter.{t}.{l}.REST`` and ``coda.{l}.REST``.
-
-        Any other name is returned as it is, so that canonical names stay valid.
-
-        Raises:
-            IndexError: The alias names a layer or an iteration that does not exist.
-        """
-        name = argument("name", name, str)
-        match, where = _ALIAS.match(name), f" in hook name {name!r}"
-        if match is None:
-            if (at_iteration := _ITERATION.match(name)) is not None:
-                one_index("iteration", int(at_iteration.group(1)), self.n_iterations, where)
-            return name
-        outer, outer_layer, iteration, layer, rest = match.groups()
-        if outer is not None:
-            size = self.n_prelude if outer == "prelude" else self.n_coda
-            first = 0 if outer == "prelude" else self.coda_start
-            block = first + one_index(f"layer of the {outer}", int(outer_layer), size, where)
-        else:
-            t = one_index("iteration", int(iteration), self.n_iterations, where)
-            blocks = self.iteration_blocks(t)
-            block = blocks[one_index(self._layer_of(t), int(layer), len(blocks), where)]
-        return f"blocks.{block}.{rest}"
-
-    def alias(self, name: str) -> str:
-        """The inverse of :meth:`canonical_name`: ``blocks.{i}.REST`` by its coordinate."""
-        match = _BLOCK.match(argument("name", name, str))
-        if match is None:
-            return name
-        return f"{self.coordinate(int(match.group(1))).alias}.{match.group(2)}"
-
-    def label(self, index: int) -> str:
-        """The label of an unrolled block; see :attr:`BlockCoordinate.label`."""
-        return self.coordinate(index).label
-
-    def labels(self) -> list[str]:
-        """Labels of all unrolled blocks."""
-        return list(map(self.label, range(self.n_layers)))
-
     def by_iteration(self, values: Values) -> Values:
         """Values ``[n_layers, ...]`` as one row per iteration; prelude and coda are left out.
 
@@ -394,7 +309,16 @@ class LoopLayout:
                 f"{self.notation(injected=False)} has several loops, so one number of iterations "
                 "does not say which: call tl_loops.loop(model, loops=...) again, at no copy"
             )
-        old, times = self.stacks, range(max(n_iterations, 0))
-        stacks = None if old is None else tuple(old[t % len(old)] for t in times)
-        sizes = self.n_prelude, self.n_core, self.n_coda, n_iterations
-        return LoopLayout(*sizes, stacks, self.shared_stacks, self.layer_repeats)
+        check_at_least(1, n_iterations=n_iterations)
+        stacks = None
+        if self.stacks is not None:
+            stacks = tuple(self.stacks[t % len(self.stacks)] for t in range(n_iterations))
+        return LoopLayout(
+            self.n_prelude,
+            self.n_core,
+            self.n_coda,
+            n_iterations,
+            stacks,
+            self.shared_stacks,
+            self.layer_repeats,
+        )

@@ -98,6 +98,11 @@ def test_out_of_range_is_refused(call):
         call()
 
 
+def test_a_hook_name_out_of_range_is_named():
+    with pytest.raises(IndexError, match=r"'iter.1.4.hook_z': there is no layer of the core 4: "):
+        HUGINN.canonical_name("iter.1.4.hook_z")
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
