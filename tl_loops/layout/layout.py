@@ -9,7 +9,13 @@ from tl_loops.arguments import check_at_least, checked
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.block_names import BlockNames
 from tl_loops.layout.coordinate import PHASES, BlockCoordinate
-from tl_loops.layout.segments import Segment, check_segments, loops_notation, segment_calls
+from tl_loops.layout.segments import (
+    Segment,
+    check_segments,
+    loop_notation,
+    segment_calls,
+    segments_notation,
+)
 from tl_loops.layout.selection import one_index
 
 Values = TypeVar("Values")
@@ -101,14 +107,8 @@ class LoopLayout(BlockNames):
         self._firsts = tuple(accumulate(lengths, initial=self.n_prelude))
 
     def _key(self) -> tuple[Any, ...]:
-        return (
-            self.loops,
-            self.segments,
-            self.n_coda,
-            self.stacks,
-            self.shared_stacks,
-            self.layer_repeats,
-        )
+        sizes = self.loops, self.segments, self.n_coda, self.layer_repeats
+        return *sizes, self.stacks, self.shared_stacks
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LoopLayout) and self._key() == other._key()
@@ -218,7 +218,10 @@ class LoopLayout(BlockNames):
         With several loops ``(2, 2⊗3, 1, 1⊗2, 4)``: a number alone is passed once.
         Source: 2604.11791, section 3.
         """
-        loops = loops_notation(self.loops, self.segments is not None, self.layer_repeats)
+        if self.segments is None:
+            loops = loop_notation(self.loops[0], self.layer_repeats)
+        else:
+            loops = segments_notation(self.segments)
         return f"({self.n_prelude}, {loops}, {self.n_coda})" + ("_I" if injected else "")
 
     def index(

@@ -53,17 +53,16 @@ def segment_calls(segments: tuple[Segment, ...]) -> list[tuple[str, Segment]]:
     return [call for call in named_segments(segments) for _ in range(call[1].n_iterations)]
 
 
-def loops_notation(loops: tuple[Segment, ...], several: bool, layer_repeats: int) -> str:
-    """For example ``4⊗8``.
+def loop_notation(loop: Segment, layer_repeats: int = 1) -> str:
+    """For example ``4⊗8``; ``(2⊗2)⊗8`` where an iteration runs two layers twice."""
+    n = loop.n_layers
+    core = str(n) if layer_repeats == 1 else f"({n // layer_repeats}⊗{layer_repeats})"
+    return f"{core}⊗{loop.n_iterations}"
 
-    ``(2⊗2)⊗8`` where an iteration runs two layers twice; of several loops ``2⊗3, 1, 1⊗2``, where a
-    number alone is passed once.
-    """
-    if not several:
-        one, n = loops[0].n_layers, loops[0].n_iterations
-        return (
-            f"{one}⊗{n}" if layer_repeats == 1 else f"({one // layer_repeats}⊗{layer_repeats})⊗{n}"
-        )
+
+def segments_notation(segments: tuple[Segment, ...]) -> str:
+    """For example ``2⊗3, 1, 1⊗2``: a number alone is passed once."""
     return ", ".join(
-        str(s.n_layers) if s.n_iterations == 1 else f"{s.n_layers}⊗{s.n_iterations}" for s in loops
+        str(segment.n_layers) if segment.n_iterations == 1 else loop_notation(segment)
+        for segment in segments
     )

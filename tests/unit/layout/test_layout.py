@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tl_loops import BlockCoordinate, LoopLayout
 from tl_loops.layout.names import activation_name
+from tl_loops.layout.segments import Segment
 
 HUGINN = LoopLayout(n_prelude=2, n_core=4, n_coda=2, n_iterations=8)
 
@@ -30,6 +31,15 @@ def test_the_contract_example():
     assert HUGINN.notation(injected=True) == "(2, 4⊗8, 2)_I"
     assert LoopLayout(0, 24, 0, 4).notation(injected=False) == "(0, 24⊗4, 0)"
     assert (HUGINN.n_layers, HUGINN.n_physical_layers) == (36, 8)
+
+
+def test_notation_of_repeated_layers_and_of_several_loops():
+    repeated = LoopLayout(0, 4, 1, n_iterations=8, layer_repeats=2)
+    assert repeated.notation(injected=False) == "(0, (2⊗2)⊗8, 1)"
+    assert LoopLayout(1, 2, 1, n_iterations=1).notation(injected=False) == "(1, 2⊗1, 1)"
+    segments = [Segment(2, 4, 3), Segment(4, 5), Segment(5, 6, 2)]
+    several = LoopLayout.of_segments(segments, n_coda=4)
+    assert several.notation(injected=True) == "(2, 2⊗3, 1, 1⊗2, 4)_I"
 
 
 @settings(deadline=None)
