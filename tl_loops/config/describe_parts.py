@@ -140,7 +140,7 @@ def _mlp(cfg: Config) -> str:
 
 def _sizes(cfg: Config) -> str:
     said = [f"d_model {cfg.d_model}", f"d_vocab {cfg.d_vocab}"]
-    if cfg.d_vocab_out not in (-1, cfg.d_vocab):
+    if cfg.d_vocab_out != cfg.d_vocab:
         said.append(f"d_vocab_out {cfg.d_vocab_out}")
     if cfg.padded_vocab is not None:
         said.append(f"tokens from {cfg.padded_vocab} on are padding")

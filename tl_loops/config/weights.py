@@ -22,7 +22,6 @@ def physical_tensors(cfg: Config) -> Tensors:
         elements add up to ``cfg.n_params``.
     """
     d = cfg.d_model
-    d_vocab_out = cfg.d_vocab if cfg.d_vocab_out == -1 else cfg.d_vocab_out
     active = [mechanism for mechanism in MECHANISMS if mechanism.active(cfg)]
     found = {"embed.W_E": PhysicalTensor((cfg.d_vocab, d))}
     if cfg.post_embedding_ln:
@@ -39,9 +38,9 @@ def physical_tensors(cfg: Config) -> Tensors:
     if cfg.final_norm:
         found |= norm_tensors(cfg, "ln_final", d)
     if not cfg.tie_word_embeddings:
-        found["unembed.W_U"] = matrix(d, d_vocab_out)
+        found["unembed.W_U"] = matrix(d, cfg.d_vocab_out)
     if cfg.unembed_bias:
-        found["unembed.b_U"] = vector(d_vocab_out)
+        found["unembed.b_U"] = vector(cfg.d_vocab_out)
     for mechanism in active:
         if mechanism.reads_out:
             found |= mechanism.weights(cfg)

@@ -91,7 +91,7 @@ class _Scales(Mechanism):
     def weights(self, cfg: Config) -> Tensors:
         if cfg.logit_scale is None:
             return {}
-        return {"unembed.w": vector(cfg.d_vocab if cfg.d_vocab_out == -1 else cfg.d_vocab_out)}
+        return {"unembed.w": vector(cfg.d_vocab_out)}
 
     def block_weights(self, cfg: Config, number: int) -> Tensors:
         found: Tensors = {}

@@ -1,6 +1,7 @@
 """The config holds together or says what does not."""
 
 import pytest
+import torch
 
 from tests.models import ARCHITECTURES, SIZES, tiny_config, tiny_model
 from tl_loops import ConfigError, LoopedTransformerConfig
@@ -21,6 +22,18 @@ def test_dictionary_round_trip(architecture: str):
 def test_weightless_norms_count_nothing():
     model = tiny_model("weightless", qk_norm="full")
     assert model.cfg.n_params == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("given", "width"), [(-1, SIZES["d_vocab"]), (7, 7)])
+def test_logits_are_as_wide_as_the_vocabulary_or_as_d_vocab_out(given, width):
+    for architecture in ("ouro", "sphere"):  # whose logits have trained scales
+        model = tiny_model(architecture, d_vocab_out=given)
+        assert model.cfg.d_vocab_out == width
+        weights = model.physical_state_dict()
+        assert weights["unembed.W_U"].shape == (model.cfg.d_model, width)
+        assert ("unembed.w" in weights) == (architecture == "sphere")
+        assert weights.get("unembed.w", model.unembed.b_U).shape == (width,)
+        assert model(torch.tensor([[1, 2]])).shape == (1, 2, width)
 
 
 def test_published_parameter_counts():
