@@ -14,8 +14,9 @@ from tl_loops.cache.path import (
     Site,
     Step,
     Target,
-    fresh_scale,
+    centred,
     path_steps,
+    scale_of,
     working,
 )
 from tl_loops.errors import LoopedSemanticsError
@@ -158,7 +159,8 @@ class CachedRun:
         return FrozenNorm.of(getattr(block, name), self._input_scale(target, name))
 
     def _scale(self, x: Tensor) -> Tensor:
-        return fresh_scale(x, self.model.ln_final)
+        norm = self.model.ln_final
+        return scale_of(centred(x, norm), norm)
 
     def _check_read(self, norm: FrozenNorm, last: Tensor, name: str) -> None:
         """Raise on a norm that did not read the last state, of a model without a coda."""

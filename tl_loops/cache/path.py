@@ -28,11 +28,16 @@ def working(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def fresh_scale(x: Float[Tensor, "*batch d_model"], norm: Any) -> Float[Tensor, "*batch 1"]:
-    """What a norm divides an input by."""
+def centred(x: Float[Tensor, "*batch d_model"], norm: Any) -> Float[Tensor, "*batch d_model"]:
+    """What a norm divides by its scale: its input, for LayerNorm without the mean."""
+    return x - x.mean(-1, keepdim=True) if norm.centred else x
+
+
+def scale_of(x: Float[Tensor, "*batch d_model"], norm: Any) -> Float[Tensor, "*batch 1"]:
+    """What a norm divides a (centred) input by."""
     if getattr(norm, "off", False):
         return torch.ones_like(x[..., :1])
-    squares = (x - x.mean(-1, keepdim=True) if norm.centred else x).pow(2)
+    squares = x.pow(2)
     sums = getattr(norm, "sums", False)  # the norms of TransformerLens do not
     power = squares.sum(-1, keepdim=True) if sums else squares.mean(-1, keepdim=True)
     return (power + norm.eps).sqrt()
@@ -67,7 +72,7 @@ class FrozenNorm:
         return cls(None if scale is None else working(scale), gain, bias, norm.centred)
 
     def __call__(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        x = centred(x, self)
         x = x if self.scale is None else x / self.scale
         return x if self.gain is None else x * self.gain
 
@@ -75,7 +80,7 @@ class FrozenNorm:
         """The transposed map: ``self(x) · g == x · self.adjoint(g)``."""
         g = g if self.gain is None else g * self.gain
         g = g if self.scale is None else g / self.scale
-        return g - g.mean(-1, keepdim=True) if self.centred else g
+        return centred(g, self)  # taking off the mean is its own transpose
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tl_loops.arguments import described
 from tl_loops.cache.cached_run import CachedRun
-from tl_loops.cache.path import FrozenNorm, Target, fresh_scale, working
+from tl_loops.cache.path import FrozenNorm, Target, centred, scale_of, working
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.layout.layout import LoopLayout
 from tl_loops.layout.model import Model
@@ -312,8 +312,8 @@ def freshly_normed(x: Tensor, norm: Any) -> Tensor:
     """A norm with fresh scales, without its hook points."""
     if getattr(norm, "off", False):
         return x
-    scale = fresh_scale(x, norm)
-    x = (x - x.mean(-1, keepdim=True) if norm.centred else x) / scale
+    x = centred(x, norm)
+    x = x / scale_of(x, norm)
     x = x if norm.w is None else x * working(norm.w).to(x)
     return x if norm.b is None else x + working(norm.b).to(x)
 
