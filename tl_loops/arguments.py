@@ -118,11 +118,7 @@ def check_at_least(least: float | int, /, **numbers: float | int | None) -> None
 
 def is_index(value: Any) -> bool:
     """Whether a value is one index: an integer of any type (numpy, 0-d tensor), but no bool."""
-    try:
-        as_index("index", value)
-    except TypeError:
-        return False
-    return True
+    return _index_of(value) is not None
 
 
 def as_index(what: str, value: Any) -> int:
@@ -135,15 +131,23 @@ def as_index(what: str, value: Any) -> int:
     Raises:
         TypeError: It is not an integer, or it is a bool.
     """
+    index = _index_of(value)
+    if index is None:
+        raise TypeError(f"{what} must be an integer, got {shortened(value)}")
+    return index
+
+
+def _index_of(value: Any) -> int | None:
+    """One integer, else ``None``: with no message, which would write out a whole tensor."""
     # A tensor of one element with axes would pass for an index, a bool tensor for 0 or 1.
     is_array = getattr(value, "ndim", 0) != 0
     is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
-    if not is_array and not is_bool:
-        try:
-            return operator.index(value)
-        except TypeError:
-            pass
-    raise TypeError(f"{what} must be an integer, got {shortened(value)}")
+    if is_array or is_bool:
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def _kinds_of(
@@ -256,10 +260,10 @@ def _choice(options: tuple[Any, ...]) -> Kind:
 
 
 def _integer(value: Any) -> int:
-    try:
-        return as_index("", value)
-    except TypeError:
-        raise _Wrong from None
+    index = _index_of(value)
+    if index is None:
+        raise _Wrong
+    return index
 
 
 def _number(value: Any) -> Any:

@@ -9,8 +9,7 @@ import numpy as np
 
 from tl_loops.drawing.figure import Figure, Heat
 from tl_loops.drawing.fit import fit
-from tl_loops.drawing.plotly_figure import colour_scale
-from tl_loops.drawing.plotly_figure import render as render_plotly
+from tl_loops.drawing.plotly_figure import colour_scale, laid_out
 from tl_loops.drawing.plotly_traces import written_cells
 
 WIDTHS = (310, 470, 900)
@@ -68,13 +67,12 @@ def render(figure: Figure) -> PageFigure:
     for width in WIDTHS:
         # Of the widest, whose cells have room for the most words.
         last = width == WIDTHS[-1]
-        drawn = render_plotly(figure, width, header=False, traces=last).to_plotly_json()
-        layout = drawn["layout"]
-        layout["meta"] = {"written": fit(figure, width).written}
-        for name in ("template", "title", "width"):
-            layout.pop(name, None)
+        sheet = laid_out(figure, width, header=False, traces=last)
+        layout = sheet.layout | {"meta": {"written": fit(figure, width).written}}
+        for name in ("title", "width"):
+            layout.pop(name)
         layouts[width] = compact(layout)
-        data = compact(drawn["data"]) if last else data
+        data = compact(sheet.data) if last else data
     content = {"data": data, "layouts": _different(layouts)}
     if figure.colours is not None:
         content["dark"] = colour_scale(figure.colours, dark=True)

@@ -6,7 +6,6 @@ from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from tl_loops.drawing.colours import MUTED, ON_DARK, SCALES
 from tl_loops.drawing.figure import Axis, ColourScale, Figure, Number, Panel
@@ -22,6 +21,7 @@ from tl_loops.drawing.fit import (
     wrapped,
 )
 from tl_loops.drawing.limits import whole_step
+from tl_loops.drawing.plotly_sheet import Place, Sheet
 from tl_loops.drawing.plotly_traces import add_shape, traces_of
 
 USUAL_WIDTH = 760
@@ -42,7 +42,6 @@ def render(
     height: float | int | None = None,
     dark: bool = False,
     header: bool = True,
-    traces: bool = True,
     **options: Any,
 ) -> go.Figure:
     """Draw a figure.
@@ -53,8 +52,31 @@ def render(
         height: In pixels.
         dark: Whether on a dark page.
         header: Whether title, subtitle and footnotes stand in the figure.
-        traces: Whether to draw the numbers, or only the layout.
         **options: Of ``update_layout``.
+    """
+    sheet = laid_out(figure, width, height, dark, header)
+    template = "plotly_dark" if dark else "plotly_white"
+    drawn = go.Figure(sheet.data, sheet.layout | {"template": template}, sheet.frames or None)
+    return drawn.set_subplots(**sheet.subplots).update_layout(**options)
+
+
+def laid_out(
+    figure: Figure,
+    width: float | int | None = None,
+    height: float | int | None = None,
+    dark: bool = False,
+    header: bool = True,
+    traces: bool = True,
+) -> Sheet:
+    """Traces and layout of a figure as plain data.
+
+    Args:
+        figure: What to draw.
+        width: In pixels; ``None``: that of the page.
+        height: In pixels.
+        dark: Whether on a dark page.
+        header: Whether title, subtitle and footnotes stand in the figure.
+        traces: Whether to draw the numbers, or only the layout.
     """
     moving = bool(figure.slider) and len(figure.panels) > 1
     whole, figure = figure, replace(figure, panels=figure.panels[:1]) if moving else figure
@@ -67,46 +89,42 @@ def render(
     inside = figure.rows * sizes.panel_height + (figure.rows - 1) * between
     across = sizes.columns * sizes.panel + (sizes.columns - 1) * sizes.gap
     gap = sizes.gap / across if sizes.columns > 1 else 0.0
-    drawn = make_subplots(
-        figure.rows,
-        sizes.columns,
-        specs=_specs(figure),
-        horizontal_spacing=min(gap, 0.9 / sizes.columns),
-        vertical_spacing=min(between / inside, 0.9 / figure.rows) if figure.rows > 1 else 0.0,
+    sheet = Sheet(
+        _in_space(figure),
+        across=min(gap, 0.9 / sizes.columns),
+        between=min(between / inside, 0.9 / figure.rows) if figure.rows > 1 else 0.0,
     )
     named: set[str] | None = set() if traces else None
-    for place, panel in enumerate(figure.panels):
-        row, column = divmod(place, sizes.columns)
-        at: dict[str, Any] = {"row": row + 1, "col": column + 1}
-        _draw_panel(drawn, panel, figure, sizes, at, named, dark)
-        if not figure.at_bottom(place) and not panel.note:
-            drawn.update_xaxes(showticklabels=False, title_text="", **at)
+    for number, (panel, place) in enumerate(zip(figure.panels, sheet.places, strict=True)):
+        row, column = divmod(number, sizes.columns)
+        _draw_panel(sheet, panel, figure, sizes, place, named, dark)
+        if not figure.at_bottom(number) and not panel.note and place.x:
+            axis = sheet.x_axis(place)
+            axis |= {"showticklabels": False, "title": axis.get("title", {}) | {"text": ""}}
         # Above the left edge of its own panel, whose share of the width is even.
         part = (1 - (sizes.columns - 1) * gap) / sizes.columns
         up = 1 - row * (sizes.panel_height + between) / inside
-        _heading(drawn, panel, sizes, column * (part + gap), up)
+        _heading(sheet, panel, sizes, column * (part + gap), up)
     height = inside + top + bottom if height is None else height
-    drawn.update_layout(
-        template="plotly_dark" if dark else "plotly_white",
-        font={"size": 12},
-        width=width,
-        height=height,
-        margin={"l": sizes.left, "r": sizes.right, "t": top, "b": bottom},
-        title=_title(title, small),
-        showlegend=figure.named,
-        legend=_legend(figure, sizes, height),
-        hovermode="closest",
-        barmode="group",
-        modebar={"remove": _FEWER_TOOLS, "bgcolor": "rgba(0,0,0,0)"},
-    )
+    sheet.layout |= {
+        "font": {"size": 12},
+        "width": width,
+        "height": height,
+        "margin": {"l": sizes.left, "r": sizes.right, "t": top, "b": bottom},
+        "title": _title(title, small),
+        "showlegend": figure.named,
+        "legend": _legend(figure, sizes, height),
+        "hovermode": "closest",
+        "barmode": "group",
+        "modebar": {"remove": _FEWER_TOOLS, "bgcolor": "rgba(0,0,0,0)"},
+    }
     if figure.colours is not None:
-        drawn.update_layout(coloraxis=_colour_axis(figure.colours, dark, height))
+        sheet.layout["coloraxis"] = _colour_axis(figure.colours, dark, height)
     if moving:
-        _animate(drawn, fitted(whole, sizes), sizes, dark)
+        _animate(sheet, fitted(whole, sizes), sizes, dark)
     if figure.colours is not None:
-        _write_unit(drawn, sizes, bottom)
-    drawn.update_layout(**options)
-    return drawn
+        _write_unit(sheet, sizes, bottom)
+    return sheet
 
 
 def _header(figure: Figure, width: int) -> tuple[list[str], list[str]]:
@@ -178,11 +196,11 @@ def _colour_axis(scale: ColourScale, dark: bool, height: float | int) -> dict[st
     }
 
 
-def _write_unit(drawn: go.Figure, sizes: Fit, bottom: int) -> None:
+def _write_unit(sheet: Sheet, sizes: Fit, bottom: int) -> None:
     """What the colours are, beside their bar: plotly's own title would run over it."""
     up = COLOUR_BAR - 10 if sizes.unit_above else COLOUR_BAR / 2  # the bar ends below its room
-    drawn.add_annotation(
-        text="<br>".join(map(escape, sizes.unit)),
+    sheet.annotate(
+        "<br>".join(map(escape, sizes.unit)),
         xref="paper",
         yref="paper",
         x=0,
@@ -192,7 +210,6 @@ def _write_unit(drawn: go.Figure, sizes: Fit, bottom: int) -> None:
         xshift=0 if sizes.unit_above else BAR_LENGTH + 16,
         yshift=_EDGE + up - bottom,
         align="left",
-        showarrow=False,
     )
 
 
@@ -201,21 +218,19 @@ def colour_scale(scale: ColourScale, dark: bool) -> list[list[Any]]:
     return [[place, colour] for place, colour in (ON_DARK if dark else SCALES)[scale.name]]
 
 
-def _specs(figure: Figure) -> list[list[Any]]:
-    kinds: list[Any] = [
-        {"type": "scene" if panel.z is not None and not panel.note else "xy"}
-        for panel in figure.panels
-    ]
+def _in_space(figure: Figure) -> list[list[bool | None]]:
+    """Which panels are in space, by row and column; ``None``: there is no panel."""
+    kinds: list[bool | None] = [panel.z is not None and not panel.note for panel in figure.panels]
     kinds += [None] * (figure.rows * figure.columns - len(kinds))
     columns = figure.columns
     return [kinds[row * columns : (row + 1) * columns] for row in range(figure.rows)]
 
 
-def _heading(drawn: go.Figure, panel: Panel, sizes: Fit, left: float, up: float) -> None:
+def _heading(sheet: Sheet, panel: Panel, sizes: Fit, left: float, up: float) -> None:
     """The panel's title above its left edge, over the labels of shaded ranges."""
     if panel.title:
-        drawn.add_annotation(
-            text="<br>".join(escape(line) for line in heading_lines(panel.title, sizes.panel)),
+        sheet.annotate(
+            "<br>".join(escape(line) for line in heading_lines(panel.title, sizes.panel)),
             x=left,
             y=up,
             xref="paper",
@@ -223,55 +238,49 @@ def _heading(drawn: go.Figure, panel: Panel, sizes: Fit, left: float, up: float)
             xanchor="left",
             yanchor="bottom",
             align="left",
-            showarrow=False,
             yshift=sizes.labels,
             font={"size": 13},
         )
 
 
 def _draw_panel(
-    drawn: go.Figure,
+    sheet: Sheet,
     panel: Panel,
     figure: Figure,
     sizes: Fit,
-    at: dict[str, Any],
+    place: Place,
     named: set[str] | None,
     dark: bool,
 ) -> None:
     if panel.note:
-        drawn.add_trace(go.Scatter(x=[], y=[], showlegend=False), **at)
-        drawn.add_annotation(
-            text="<br>".join(escape(line) for line in wrapped(panel.note, sizes.panel, 13)),
+        nothing = {"type": "scatter", "x": [], "y": [], "showlegend": False}
+        sheet.data.append(place.trace(nothing))
+        sheet.annotate(
+            "<br>".join(escape(line) for line in wrapped(panel.note, sizes.panel, 13)),
             x=0.5,
             y=0.5,
-            xref="x domain",
-            yref="y domain",
-            showarrow=False,
+            xref=f"{place.x} domain",
+            yref=f"{place.y} domain",
             font={"size": 13, "color": MUTED},
-            **at,
         )
-        drawn.update_xaxes(visible=False, **at)
-        drawn.update_yaxes(visible=False, **at)
+        for axis in (sheet.x_axis(place), sheet.y_axis(place)):
+            axis["visible"] = False
         return
-    for trace in [] if named is None else traces_of(panel, figure, named, dark):
-        drawn.add_trace(trace, **at)
+    if named is not None:
+        sheet.data += map(place.trace, traces_of(panel, figure, named, dark))
     for mark in panel.marks:
-        add_shape(drawn, mark, panel, at)
+        add_shape(sheet, mark, panel, place)
     if panel.z is not None:
         # Numbers along axes in space would cross each other; the hover tells them.
-        plain = {"showticklabels": False, "title_font_size": 11}
-        drawn.update_scenes(
-            xaxis={"title_text": escape(panel.x.label), **plain},
-            yaxis={"title_text": escape(panel.y.label), **plain},
-            zaxis={"title_text": escape(panel.z.label), **plain},
-            camera_eye={"x": 1.7, "y": 1.7, "z": 1.1},
-            aspectmode="cube",
-            **at,
-        )
+        for name, axis in zip("xyz", (panel.x, panel.y, panel.z), strict=True):
+            title = {"text": escape(axis.label), "font": {"size": 11}}
+            sheet.layout[place.scene][f"{name}axis"] = {"title": title, "showticklabels": False}
+        camera = {"eye": {"x": 1.7, "y": 1.7, "z": 1.1}}
+        sheet.layout[place.scene] |= {"camera": camera, "aspectmode": "cube"}
         return
     heat = is_heat(panel.marks)
-    drawn.update_xaxes(**_axis(panel.x, sizes.panel, heat, upright=False), **at)
-    drawn.update_yaxes(**_axis(panel.y, sizes.panel_height, heat, upright=True), **at)
+    sheet.x_axis(place).update(_axis(panel.x, sizes.panel, heat, upright=False))
+    sheet.y_axis(place).update(_axis(panel.y, sizes.panel_height, heat, upright=True))
 
 
 def _axis(axis: Axis, pixels: int, heat: bool, upright: bool) -> dict[str, Any]:
@@ -320,19 +329,19 @@ def _log_ticks(limits: tuple[Number, Number], pixels: int, apart: int) -> dict[s
     return powers | {"dtick": math.ceil(apart / decade), "tick0": 0}
 
 
-def _animate(drawn: go.Figure, figure: Figure, sizes: Fit, dark: bool) -> None:
+def _animate(sheet: Sheet, figure: Figure, sizes: Fit, dark: bool) -> None:
     """One frame a panel, a slider over them, and a button that plays them."""
     instant = {"frame": {"duration": 0, "redraw": True}, "mode": "immediate"}
     steps = []
-    drawn.frames = [
-        go.Frame(name=panel.title, data=traces_of(panel, figure, set(), dark))
+    sheet.frames = [
+        {"name": panel.title, "data": traces_of(panel, figure, set(), dark)}
         for panel in figure.panels
     ]
     for panel in figure.panels:
         steps.append({"label": panel.title, "method": "animate", "args": [[panel.title], instant]})
     play = {"frame": {"duration": 700, "redraw": True}, "fromcurrent": True}
-    drawn.update_layout(
-        sliders=[
+    sheet.layout |= {
+        "sliders": [
             {
                 "steps": steps,
                 "currentvalue": {"prefix": "", "font": {"size": 12, "color": MUTED}},
@@ -343,7 +352,7 @@ def _animate(drawn: go.Figure, figure: Figure, sizes: Fit, dark: bool) -> None:
                 "font": {"color": "rgba(0,0,0,0)", "size": 1},
             }
         ],
-        updatemenus=[
+        "updatemenus": [
             {
                 "type": "buttons",
                 "direction": "left",
@@ -359,5 +368,5 @@ def _animate(drawn: go.Figure, figure: Figure, sizes: Fit, dark: bool) -> None:
                 ],
             }
         ],
-    )
-    drawn.layout.annotations = ()
+        "annotations": [],
+    }

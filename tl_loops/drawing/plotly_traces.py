@@ -1,20 +1,20 @@
-"""The marks of a panel as traces and shapes of plotly."""
+"""The marks of a panel as traces and shapes of plotly, in plain data."""
 
 from html import escape
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 
 from tl_loops.drawing.figure import Bars, Box, ColourScale, Figure, Heat, Line, Panel, Rule, Span
 from tl_loops.drawing.fit import CELL_SIZE
+from tl_loops.drawing.plotly_sheet import Place, Sheet
 
 _SYMBOLS = {"circle": "circle", "diamond": "diamond", "square": "square"}
 
 
-def traces_of(panel: Panel, figure: Figure, named: set[str], dark: bool) -> list[Any]:
+def traces_of(panel: Panel, figure: Figure, named: set[str], dark: bool) -> list[dict[str, Any]]:
     """The traces of a panel of a figure; a name is in the legend once."""
-    traces: list[Any] = []
+    traces: list[dict[str, Any]] = []
     for mark in panel.marks:
         if isinstance(mark, Line):
             traces += _line(mark, panel, mark.in_legend and mark.name not in named)
@@ -22,15 +22,16 @@ def traces_of(panel: Panel, figure: Figure, named: set[str], dark: bool) -> list
                 named.add(mark.name)
         elif isinstance(mark, Bars):
             traces.append(
-                go.Bar(
-                    x=mark.x,
-                    y=mark.height,
-                    name=escape(mark.name),
-                    marker={"color": mark.colour},
-                    legendgroup=mark.name,
-                    showlegend=mark.name not in named,
+                {
+                    "type": "bar",
+                    "x": mark.x,
+                    "y": mark.height,
+                    "name": escape(mark.name),
+                    "marker": {"color": mark.colour},
+                    "legendgroup": mark.name,
+                    "showlegend": mark.name not in named,
                     **_hover(mark.hover, panel),
-                )
+                }
             )
             named.add(mark.name)
         elif isinstance(mark, Heat):
@@ -38,7 +39,7 @@ def traces_of(panel: Panel, figure: Figure, named: set[str], dark: bool) -> list
     return traces
 
 
-def _line(mark: Line, panel: Panel, in_legend: bool) -> list[Any]:
+def _line(mark: Line, panel: Panel, in_legend: bool) -> list[dict[str, Any]]:
     marker = mark.symbol is not None or _has_lonely_point(mark.y)
     settings: dict[str, Any] = {
         "x": mark.x,
@@ -57,27 +58,28 @@ def _line(mark: Line, panel: Panel, in_legend: bool) -> list[Any]:
     symbol = _SYMBOLS[mark.symbol or "circle"]
     if mark.z is not None:
         size = {"color": mark.colour, "size": 4, "symbol": symbol}
-        return [go.Scatter3d(z=mark.z, marker=size, **settings)]
-    traces: list[Any] = []
+        return [{"type": "scatter3d", "z": mark.z, "marker": size, **settings}]
+    traces: list[dict[str, Any]] = []
     if mark.spread is not None:
         real = np.isfinite(mark.y) & np.isfinite(mark.spread)
         x, low, high = (v[real] for v in (mark.x, mark.y - mark.spread, mark.y + mark.spread))
         red, green, blue = (int(mark.colour[i : i + 2], 16) for i in (1, 3, 5))
         traces.append(
-            go.Scatter(
-                x=np.concatenate([x, x[::-1]]),
-                y=np.concatenate([high, low[::-1]]),
-                fill="toself",
-                fillcolor=f"rgba({red},{green},{blue},0.15)",
-                line={"width": 0},
-                mode="lines",
-                hoverinfo="skip",
-                legendgroup=mark.name,
-                showlegend=False,
-            )
+            {
+                "type": "scatter",
+                "x": np.concatenate([x, x[::-1]]),
+                "y": np.concatenate([high, low[::-1]]),
+                "fill": "toself",
+                "fillcolor": f"rgba({red},{green},{blue},0.15)",
+                "line": {"width": 0},
+                "mode": "lines",
+                "hoverinfo": "skip",
+                "legendgroup": mark.name,
+                "showlegend": False,
+            }
         )
     marks = {"color": mark.colour, "size": 6, "symbol": symbol}
-    return [*traces, go.Scatter(marker=marks, **settings)]
+    return [*traces, {"type": "scatter", "marker": marks, **settings}]
 
 
 def _hover(texts: Any, panel: Panel) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def written_cells(mark: Heat, colours: ColourScale | None, dark: bool) -> list[l
     return rows
 
 
-def _heatmap(mark: Heat, colours: ColourScale | None, dark: bool) -> go.Heatmap:
+def _heatmap(mark: Heat, colours: ColourScale | None, dark: bool) -> dict[str, Any]:
     settings: dict[str, Any] = {"hovertemplate": "%{z:.4g}<extra></extra>"}
     if mark.hover is not None:
         texts = np.array([[escape(text) for text in row] for row in mark.hover.tolist()])
@@ -118,59 +120,68 @@ def _heatmap(mark: Heat, colours: ColourScale | None, dark: bool) -> go.Heatmap:
         written = written_cells(mark, colours, dark)
         settings |= {"text": written, "texttemplate": "%{text}", "textfont": {"size": CELL_SIZE}}
     values = mark.values.astype(np.float32)  # half the size of the page
-    return go.Heatmap(z=values, coloraxis="coloraxis", hoverongaps=False, **settings)
+    return {
+        "type": "heatmap", "z": values, "coloraxis": "coloraxis", "hoverongaps": False, **settings
+    }  # fmt: skip
 
 
-def add_shape(drawn: go.Figure, mark: Any, panel: Panel, at: dict[str, Any]) -> None:
+def add_shape(sheet: Sheet, mark: Any, panel: Panel, place: Place) -> None:
     """Add what is no trace: ranges, rules and boxes."""
-    everywhere = {"exclude_empty_subplots": False}  # a layout for another width has no traces
+    on_axes = {"xref": place.x, "yref": place.y}
     if isinstance(mark, Span):
-        drawn.add_vrect(
+        upright = {"xref": place.x, "yref": f"{place.y} domain"}  # over the whole height
+        sheet.shape(
+            "rect",
             x0=mark.start,
             x1=mark.stop,
+            y0=0,
+            y1=1,
             fillcolor=mark.colour,
             opacity=0.1,
-            line_width=0,
+            line={"width": 0},
             layer="below",
-            annotation={
-                "text": escape(mark.label),
-                "font": {"size": 11, "color": mark.colour},
-                "yanchor": "bottom",
-            },
-            annotation_position="top",
-            **everywhere,
-            **at,
+            **upright,
+        )
+        sheet.annotate(
+            escape(mark.label),
+            x=(mark.start + mark.stop) / 2,
+            y=1,
+            xanchor="center",
+            yanchor="bottom",
+            font={"size": 11, "color": mark.colour},
+            **upright,
         )
     elif isinstance(mark, Rule):
+        on, across = ("x", "y") if mark.axis == "x" else ("y", "x")
+        refs = on_axes | {f"{across}ref": f"{on_axes[f'{across}ref']} domain"}
         line = {"color": mark.colour, "width": 1, "dash": "dot" if mark.dashed else "solid"}
-        place = {"x": mark.at} if mark.axis == "x" else {"y": mark.at}
-        label = {"annotation_text": escape(mark.label)} if mark.label else {}
-        (drawn.add_vline if mark.axis == "x" else drawn.add_hline)(
-            **place, line=line, **label, **everywhere, **at
-        )
+        ends = {f"{on}0": mark.at, f"{on}1": mark.at, f"{across}0": 0, f"{across}1": 1}
+        sheet.shape("line", line=line, **ends, **refs)
+        if mark.label:
+            at = {on: mark.at, across: 1}
+            anchors = ("left", "top") if on == "x" else ("right", "bottom")
+            sheet.annotate(escape(mark.label), **at, xanchor=anchors[0], yanchor=anchors[1], **refs)
     elif isinstance(mark, Box):
-        drawn.add_shape(
-            type="rect",
+        sheet.shape(
+            "rect",
             x0=mark.x[0],
             x1=mark.x[1],
             y0=mark.y[0],
             y1=mark.y[1],
             line={"color": mark.colour, "width": 2},
-            **everywhere,
-            **at,
+            **on_axes,
         )
         if mark.label:
             low, high = panel.x.limits or (-np.inf, np.inf)
             late = mark.x[0] + mark.x[1] > low + high  # or it would end beyond the figure
-            drawn.add_annotation(
+            sheet.annotate(
+                escape(mark.label),
                 x=mark.x[1] if late else mark.x[0],
                 y=mark.y[0],
-                text=escape(mark.label),
-                showarrow=False,
                 xanchor="right" if late else "left",
                 yanchor="bottom",
                 font={"size": 11, "color": mark.colour},
-                **at,
+                **on_axes,
             )
 
 
