@@ -131,8 +131,7 @@ def as_index(what: str, value: Any) -> int:
     Raises:
         TypeError: It is not an integer, or it is a bool.
     """
-    index = _index_of(value)
-    if index is None:
+    if (index := _index_of(value)) is None:
         raise TypeError(f"{what} must be an integer, got {shortened(value)}")
     return index
 
@@ -140,9 +139,8 @@ def as_index(what: str, value: Any) -> int:
 def _index_of(value: Any) -> int | None:
     """One integer, else ``None``: with no message, which would write out a whole tensor."""
     # A tensor of one element with axes would pass for an index, a bool tensor for 0 or 1.
-    is_array = getattr(value, "ndim", 0) != 0
     is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
-    if is_array or is_bool:
+    if is_bool or getattr(value, "ndim", 0) != 0:
         return None
     try:
         return operator.index(value)
@@ -260,8 +258,7 @@ def _choice(options: tuple[Any, ...]) -> Kind:
 
 
 def _integer(value: Any) -> int:
-    index = _index_of(value)
-    if index is None:
+    if (index := _index_of(value)) is None:
         raise _Wrong
     return index
 
