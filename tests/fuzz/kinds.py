@@ -44,10 +44,10 @@ _MANY = {
     odd.positions: "logits_at",
     odd.axis_values: "x",
     inputs.single_prompts: "prompt",
-    inputs.lines: "corpus evaluation",
+    inputs.lines: "corpus evaluation data",
     odd.counts: "evaluation_iterations repeats loops",
-    odd.objects: "scores circuits graph settings run statistics entering leaving step function "
-    "autoencoder",
+    odd.objects: "batches scores circuits graph settings run statistics entering leaving step "
+    "function autoencoder",
 }
 KINDS = {name: kind for kind, names in _MANY.items() for name in names.split()}
 OWN_KINDS = {
@@ -78,6 +78,15 @@ OWN_KINDS = {
     ("steering.steering_effect", "scales"): odd.numbers,
     ("circuits.faithfulness_curve", "n_edges"): odd.counts,
     ("training.evaluate", "n_iterations"): odd.counts,
+    ("training.evaluate_batches", "n_iterations"): odd.counts,
+    ("training.train", "look"): odd.optional_objects,
+    ("training.Corpus", "tokens"): inputs.lines,
+    ("training.MixedIterations", "first"): odd.objects,
+    ("training.MixedIterations", "second"): odd.objects,
+    ("training.TrainingBatch", "targets"): inputs.tensors,
+    ("training.TrainingBatch", "tokens"): inputs.tensors,
+    ("training.TrainingBatch.next_tokens", "tokens"): inputs.tensors,
+    ("training.step_losses", "targets"): odd.optional_objects,
     ("training.TrainingSettings", "iterations"): odd.objects,
     ("training.TrainingSettings", "betas"): odd.limits,
     ("training.train", "model"): inputs.models_without_loop,

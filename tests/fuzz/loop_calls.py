@@ -13,7 +13,12 @@ from tl_loops.circuits import Circuit, EdgeGraph
 from tl_loops.dynamics import key_value_spectra
 from tl_loops.probes import PromptStates, task_probes
 from tl_loops.tasks import sample_pair
-from tl_loops.training import ConstantIterations, TrainingSettings, training_pass
+from tl_loops.training import (
+    ConstantIterations,
+    TrainingBatch,
+    TrainingSettings,
+    training_pass,
+)
 
 
 def score(logits: Tensor) -> Tensor:
@@ -39,6 +44,10 @@ def _one(w: World) -> dict[str, Any]:
 
 def _corpus(w: World) -> Tensor:
     return w.clean.flatten().repeat(20)
+
+
+def _batch(w: World) -> TrainingBatch:
+    return TrainingBatch.next_tokens(w.clean)
 
 
 def _settings(**fields: Any) -> TrainingSettings:
@@ -73,6 +82,9 @@ _DRAWS = {
     "UniformIterations": training.UniformIterations(1, 3),
     "PoissonIterations": training.PoissonIterations(2.0, 5),
     "LogNormalPoissonIterations": training.LogNormalPoissonIterations(2.0, 5),
+    "MixedIterations": training.MixedIterations(
+        training.ConstantIterations(1), training.ConstantIterations(2)
+    ),
 }
 
 
@@ -118,10 +130,29 @@ LOOP_CALLS: dict[str, Callable[[World], dict[str, Any]]] = {
     "training.UniformIterations": lambda w: dict(least=1, most=3),
     "training.PoissonIterations": lambda w: dict(mean=2.0, most=5),
     "training.LogNormalPoissonIterations": lambda w: dict(mean=2.0, most=5),
+    "training.MixedIterations": lambda w: dict(
+        first=training.ConstantIterations(1), second=training.ConstantIterations(2), share=0.5
+    ),
     "training.ConstantIterations.draw": lambda w: _draw("ConstantIterations"),
     "training.UniformIterations.draw": lambda w: _draw("UniformIterations"),
     "training.PoissonIterations.draw": lambda w: _draw("PoissonIterations"),
     "training.LogNormalPoissonIterations.draw": lambda w: _draw("LogNormalPoissonIterations"),
+    "training.MixedIterations.draw": lambda w: _draw("MixedIterations"),
+    "training.Corpus": lambda w: dict(tokens=_corpus(w), n_context=3),
+    "training.Corpus.draw": lambda w: dict(
+        self=training.Corpus(_corpus(w), 3), n=2, generator=_generator()
+    ),
+    "training.TrainingBatch": lambda w: dict(tokens=w.clean, targets=w.clean),
+    "training.TrainingBatch.next_tokens": lambda w: dict(tokens=w.clean),
+    "training.TrainingBatch.after": lambda w: dict(self=_batch(w), t=1),
+    "training.evaluate_batches": lambda w: dict(
+        model=w.gated, batches=[_batch(w)], n_iterations=[1, 2]
+    ),
+    "training.target_losses": lambda w: dict(
+        logits=_values(2, 3, 9), targets=torch.ones(2, 3).long()
+    ),
+    "training.state_radius": lambda w: dict(model=w.model),
+    "training.limit_state_radius": lambda w: dict(model=copy.deepcopy(w.model), most=0.5),
     "training.TrainingSettings": lambda w: dict(n_steps=3, batch_size=2, n_context=4),
     "training.TrainingSettings.learning_rate_at": lambda w: dict(self=_settings(), step=1),
     "training.TrainingLog.column": lambda w: dict(self=w.training_log, name="step"),
@@ -133,7 +164,7 @@ LOOP_CALLS: dict[str, Callable[[World], dict[str, Any]]] = {
         model=w.gated, corpus=_corpus(w), n_context=4, n_iterations=[1, 2], n_contexts=2
     ),
     "training.train": lambda w: dict(
-        model=copy.deepcopy(w.gated), corpus=_corpus(w), settings=_settings(), progress=False,
+        model=copy.deepcopy(w.gated), data=_corpus(w), settings=_settings(), progress=False,
         evaluation=_corpus(w), evaluation_iterations=[1, 2], n_evaluation=2,
     ),
     "training.training_pass": lambda w: dict(

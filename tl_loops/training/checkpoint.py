@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from tl_loops.errors import CheckpointError
 from tl_loops.layout.model import Model
 from tl_loops.runs import storage
 from tl_loops.runs.batch_file import RunDescription
-from tl_loops.runs.identity import identity_of, prompts_fingerprint
+from tl_loops.runs.identity import identity_of
+from tl_loops.training.data import AdaptiveData, TrainingData
 from tl_loops.training.log import TrainingLog
 from tl_loops.training.settings import TrainingSettings
 from tl_loops.writing import check_regular
@@ -29,22 +29,24 @@ class Progress:
     Attributes:
         n_done: Steps that are done.
         log: Of these steps.
+        data: What batches are drawn from; of adaptive data the state is kept.
     """
 
     n_done: int
     log: TrainingLog
+    data: TrainingData
 
 
 def run_identity(
     model: Model,
-    corpus: Int[Tensor, "token"],
+    data: TrainingData,
     settings: TrainingSettings,
     evaluation: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What decides the numbers of a run, its weights at the start among them."""
     return identity_of(
         model,
-        corpus=prompts_fingerprint([corpus]),
+        data={"kind": type(data).__name__, **data.identity()},
         training=settings.identity(),
         evaluation=dict(evaluation),
         state_seed=getattr(model.cfg, "state_seed", None),
@@ -77,7 +79,12 @@ def save_progress(
             tensors[f"optimiser.{key}.{name}"] = value
     for name, table in progress.log.tensors().items():
         tensors[f"log.{name}"] = table
-    about = {"identity": dict(identity), "n_done": progress.n_done}
+    about = {
+        "identity": dict(identity),
+        "n_done": progress.n_done,
+        "looks": progress.log.looks,
+        "data": dict(progress.data.state()) if isinstance(progress.data, AdaptiveData) else None,
+    }
     storage.save_artefact(Path(path), f"tl_loops {_KIND}", tensors, about)
 
 
@@ -87,8 +94,9 @@ def load_progress(
     parameters: Mapping[str, nn.Parameter],
     optimiser: torch.optim.Optimizer,
     n_steps: int,
+    data: TrainingData,
 ) -> Progress | None:
-    """Put weights and optimiser where the run was; nothing is changed if anything is wrong.
+    """Put weights, optimiser and data where the run was; nothing is changed if anything is wrong.
 
     Returns:
         How far the run is; ``None`` if there is no file.
@@ -125,8 +133,12 @@ def load_progress(
         log = TrainingLog.from_tensors(
             {key[4:]: value for key, value in tensors.items() if key.startswith("log.")}
         )
-    except (KeyError, ValueError) as error:
+        log.looks = [(int(step), found) for step, found in about["looks"]]
+        of_data = about["data"]
+    except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} holds no whole log of its run; delete it") from error
+    if isinstance(data, AdaptiveData):
+        data.load_state(of_data)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"weight.{name}"])
@@ -136,4 +148,4 @@ def load_progress(
                 key: value if key == "step" else value.to(parameter.device)
                 for key, value in values.items()
             }
-    return Progress(n_done, log)
+    return Progress(n_done, log, data)

@@ -1,10 +1,53 @@
 """Contexts of a corpus of tokens: drawn for training, cut side by side for evaluation."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_loops.arguments import check_at_least, checked
+from tl_loops.arguments import check_at_least, checked, checked_fields
+from tl_loops.runs.identity import prompts_fingerprint
+from tl_loops.training.data import TrainingBatch
+
+
+@checked_fields
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """A line of tokens as training data: contexts from random places predict their next tokens.
+
+    Attributes:
+        tokens: [token], at least one context of them.
+        n_context: Tokens per context, at least 2; the loss reads all but the first.
+        first_token: As in :func:`draw_contexts`.
+
+    Raises:
+        ValueError: The corpus is shorter than one context, or a number is out of its range.
+    """
+
+    tokens: Int[Tensor, "token"]
+    n_context: int
+    first_token: int | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least(2, n_context=self.n_context)
+        _check_context(self.tokens, self.n_context, self.first_token)
+        object.__setattr__(self, "tokens", self.tokens.cpu())
+
+    @checked
+    def draw(self, n: int, generator: torch.Generator) -> TrainingBatch:
+        """Contexts by :func:`draw_contexts`."""
+        contexts = draw_contexts(self.tokens, n, self.n_context, generator, self.first_token)
+        return TrainingBatch.next_tokens(contexts)
+
+    def identity(self) -> dict[str, Any]:
+        """Hash of the tokens, and how contexts are cut."""
+        return {
+            "corpus": prompts_fingerprint([self.tokens]),
+            "n_context": self.n_context,
+            "first_token": self.first_token,
+        }
 
 
 def check_corpus(corpus: Tensor, n_context: int, d_vocab: int, name: str = "corpus") -> None:

@@ -138,3 +138,37 @@ class LogNormalPoissonIterations:
         normal = torch.randn((), dtype=torch.float64, generator=generator)
         rate = torch.exp(math.log(self.mean) - self.sigma**2 / 2 + self.sigma * normal)
         return min(1 + int(torch.poisson(rate, generator=generator)), self.most)
+
+
+@checked_fields
+@dataclass(frozen=True)
+class MixedIterations:
+    """One of two draws, such as short runs that teach and long ones that hold what was taught.
+
+    Attributes:
+        first: A draw.
+        second: Another one.
+        share: Probability of the second one, from 0 to 1.
+
+    Raises:
+        ValueError: The share is out of its range.
+    """
+
+    first: IterationDraw
+    second: IterationDraw
+    share: float | int = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.share <= 1.0:
+            raise ValueError(f"share must be a probability, from 0 to 1, got {self.share}")
+
+    @checked
+    def draw(self, generator: torch.Generator) -> int:
+        """A draw."""
+        second = float(torch.rand((), dtype=torch.float64, generator=generator)) < self.share
+        return (self.second if second else self.first).draw(generator)
+
+    @property
+    def most(self) -> int:
+        """The larger of both."""
+        return max(self.first.most, self.second.most)

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tl_loops.arguments import checked
+from tl_loops.training.evaluation import Evaluation
 
 if TYPE_CHECKING:
     import pandas
@@ -17,6 +18,7 @@ COLUMNS = (
     "step",
     "n_iterations",
     "loss",
+    "accuracy",
     "growth",
     "settling",
     "jacobian",
@@ -24,6 +26,7 @@ COLUMNS = (
     "learning_rate",
     "tokens_per_second",
 )
+_EVALUATED = ("step", "n_iterations", "loss", "accuracy")
 
 
 @dataclass(eq=False)
@@ -32,16 +35,26 @@ class TrainingLog:
 
     Attributes:
         steps: One row per step: the columns of ``COLUMNS``. Losses are in nats, penalties with
-            their weights; NaN where a step had none.
+            their weights; NaN where a step had none. The accuracy is the share of the trained
+            positions whose likeliest token after the last iteration is the target.
         state_gradients: For each step, the norm of the loss's gradient with respect to the state
             that leaves each iteration [iteration], NaN at iterations without gradient.
-        evaluations: Pairs of the number of steps done and the loss of the evaluation's contexts
+        evaluations: Pairs of the number of steps done and the loss of the evaluation's batches
             by number of iterations.
+        accuracies: As ``evaluations``, of their accuracy, from 0 to 1.
+        looks: Pairs of the number of steps done and what ``look`` gave there, in JSON's types.
     """
 
     steps: list[tuple[float, ...]] = field(default_factory=list)
     state_gradients: list[list[float]] = field(default_factory=list)
     evaluations: list[tuple[int, dict[int, float]]] = field(default_factory=list)
+    accuracies: list[tuple[int, dict[int, float]]] = field(default_factory=list)
+    looks: list[tuple[int, Any]] = field(default_factory=list)
+
+    def add_evaluation(self, step: int, found: Mapping[int, Evaluation]) -> None:
+        """Add an evaluation, after so many steps."""
+        self.evaluations.append((step, {n: of.loss for n, of in found.items()}))
+        self.accuracies.append((step, {n: of.accuracy for n, of in found.items()}))
 
     def add(self, row: Mapping[str, float | int], state_gradients: Sequence[float]) -> None:
         """Add a step; columns that are missing become NaN."""
@@ -68,22 +81,31 @@ class TrainingLog:
         return table.astype({"step": int, "n_iterations": int})
 
     def evaluation_frame(self) -> "pandas.DataFrame":
-        """The evaluations as a table: step, n_iterations, loss."""
+        """The evaluations as a table: step, n_iterations, loss, accuracy."""
         import pandas
 
-        rows = [(step, n, loss) for step, by_n in self.evaluations for n, loss in by_n.items()]
-        return pandas.DataFrame(rows, columns=["step", "n_iterations", "loss"])
+        return pandas.DataFrame(self._evaluated(), columns=list(_EVALUATED)).astype(
+            {"step": int, "n_iterations": int}
+        )
 
     def tensors(self) -> dict[str, Tensor]:
-        """The log as float64 tensors, for a checkpoint."""
+        """The log without its looks as float64 tensors, for a checkpoint."""
         widest = max((len(row) for row in self.state_gradients), default=0)
         padded = [row + [math.nan] * (widest - len(row)) for row in self.state_gradients]
-        evaluated = [(step, n, loss) for step, by_n in self.evaluations for n, loss in by_n.items()]
         return {
             "steps": _table(self.steps, len(COLUMNS)),
             "state_gradients": _table(padded, widest),
-            "evaluations": _table(evaluated, 3),
+            "evaluations": _table(self._evaluated(), len(_EVALUATED)),
         }
+
+    def _evaluated(self) -> list[tuple[int | float, ...]]:
+        """A row for each evaluation and number of iterations."""
+        pairs = zip(self.evaluations, self.accuracies, strict=True)
+        return [
+            (step, n, loss, accuracy[n])
+            for (step, by_n), (_, accuracy) in pairs
+            for n, loss in by_n.items()
+        ]
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "TrainingLog":
@@ -94,10 +116,12 @@ class TrainingLog:
             row[: int(step[at])]
             for step, row in zip(steps, tensors["state_gradients"].tolist(), strict=True)
         ]
-        evaluations: dict[int, dict[int, float]] = {}
-        for step, n, loss in tensors["evaluations"].tolist():
-            evaluations.setdefault(int(step), {})[int(n)] = loss
-        return cls(steps, gradients, list(evaluations.items()))
+        losses: dict[int, dict[int, float]] = {}
+        accuracies: dict[int, dict[int, float]] = {}
+        for step, n, loss, accuracy in tensors["evaluations"].tolist():
+            losses.setdefault(int(step), {})[int(n)] = loss
+            accuracies.setdefault(int(step), {})[int(n)] = accuracy
+        return cls(steps, gradients, list(losses.items()), list(accuracies.items()))
 
 
 def _table(rows: Sequence[Sequence[float | int]], n_columns: int) -> Tensor:

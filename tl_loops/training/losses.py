@@ -1,11 +1,11 @@
-"""The loss of one training step: next tokens at the trained exits, plus the penalties."""
+"""The loss of one training step: targets at the trained exits, plus the penalties."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_loops.arguments import checked
@@ -15,6 +15,7 @@ from tl_loops.loop_losses import expected_exit_loss
 from tl_loops.metrics.exits import exit_distribution
 from tl_loops.metrics.jacobian import differentiable_attention
 from tl_loops.metrics.padding import statistic_dtype
+from tl_loops.training.data import UNTRAINED, TrainingBatch
 from tl_loops.training.penalties import growth_penalty, jacobian_penalty, settling_penalty
 from tl_loops.training.settings import TrainingSettings
 from tl_loops.training.trajectory import TrainingPass, exit_logits
@@ -34,9 +35,45 @@ def token_losses(
         raise IndexError(
             f"tokens holds {int(tokens[outside][0])}, but the logits are of {logits.shape[-1]} ids"
         )
-    wide = logits[:, :-1].to(statistic_dtype(logits))
-    loss = F.cross_entropy(wide.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-    return loss.view(tokens.shape[0], -1)
+    return target_losses(logits[:, :-1], tokens[:, 1:]).view(tokens.shape[0], -1)
+
+
+@checked
+def target_losses(
+    logits: Float[Tensor, "batch pos d_vocab"], targets: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "trained"]:
+    """Cross entropy at the trained positions, in nats, in float32 or better.
+
+    Args:
+        logits: Of all positions.
+        targets: ``UNTRAINED`` where none is trained.
+
+    Returns:
+        In the order of the rows, from left to right.
+
+    Raises:
+        IndexError: A target that the logits do not have.
+    """
+    rows = _trained(targets)
+    answers = targets.flatten()[rows]
+    outside = (answers < 0) | (answers >= logits.shape[-1])
+    if bool(outside.any()):
+        raise IndexError(
+            f"targets holds {int(answers[outside][0])}, but the logits are of {logits.shape[-1]} "
+            f"ids, and UNTRAINED is {UNTRAINED}"
+        )
+    read = logits.flatten(0, 1).index_select(0, rows)
+    return F.cross_entropy(read.to(statistic_dtype(logits)), answers, reduction="none")
+
+
+def right_answers(logits: Tensor, targets: Tensor) -> Bool[Tensor, "batch pos"]:
+    """Where the likeliest token is the target."""
+    return logits.detach().argmax(-1) == targets
+
+
+def _trained(targets: Tensor) -> Int[Tensor, "trained"]:
+    """The positions of all rows in one line that have a target."""
+    return (targets.flatten() != UNTRAINED).nonzero()[:, 0]
 
 
 def check_can_train(model: Model, settings: TrainingSettings) -> None:
@@ -62,6 +99,7 @@ def step_losses(
     run: TrainingPass,
     settings: TrainingSettings,
     generator: torch.Generator | None = None,
+    targets: Int[Tensor, "*iteration batch pos"] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """The parts of a step's loss, each times its weight; their sum is what is minimised.
 
@@ -71,12 +109,18 @@ def step_losses(
         run: What its pass left.
         settings: Of the training.
         generator: Of the directions of the Jacobian's penalty.
+        targets: As in :class:`TrainingBatch`; ``None``: every position predicts the next token.
 
     Returns:
-        ``"loss"``, the loss of the tokens, and the penalties that have a weight and a step
+        ``"loss"``, the mean loss of the targets, and the penalties that have a weight and a step
         between states.
+
+    Raises:
+        ValueError: No target is trained at the exits that are read; or with the expected loss the
+            exits train different positions.
     """
-    parts = {"loss": _TOKEN_LOSS[settings.exit_loss](model, tokens, run, settings)}
+    batch = TrainingBatch.next_tokens(tokens) if targets is None else TrainingBatch(tokens, targets)
+    parts = {"loss": _EXIT_LOSS[settings.exit_loss](model, batch, run, settings)}
     path = _path(run)
     for name, weight, penalty in (
         ("growth", settings.growth_weight, growth_penalty),
@@ -103,27 +147,52 @@ def _path(run: TrainingPass) -> Float[Tensor, "iteration batch pos d_model"]:
 
 
 def _last(
-    model: Model, tokens: Tensor, run: TrainingPass, settings: TrainingSettings
+    model: Model, batch: TrainingBatch, run: TrainingPass, settings: TrainingSettings
 ) -> Float[Tensor, ""]:
-    return token_losses(run.logits, tokens).mean()
+    last = run.first + len(run.states) - 1
+    return _some(target_losses(run.logits, batch.after(last)), f"iteration {last}").mean()
 
 
 def _mean(
-    model: Model, tokens: Tensor, run: TrainingPass, settings: TrainingSettings
+    model: Model, batch: TrainingBatch, run: TrainingPass, settings: TrainingSettings
 ) -> Float[Tensor, ""]:
-    return torch.stack(
-        [token_losses(each, tokens).mean() for each in exit_logits(model, tokens, run)]
-    ).mean()
+    of_exits = [losses.mean() for losses in _exit_losses(model, batch, run) if losses.numel()]
+    return torch.stack(of_exits).mean()
 
 
 def _expected(
-    model: Model, tokens: Tensor, run: TrainingPass, settings: TrainingSettings
+    model: Model, batch: TrainingBatch, run: TrainingPass, settings: TrainingSettings
 ) -> Float[Tensor, ""]:
-    losses = torch.stack([token_losses(each, tokens) for each in exit_logits(model, tokens, run)])
-    leaving = exit_distribution(torch.stack(run.gates).squeeze(-1))[..., :-1]
+    rows = _trained(batch.after(0))
+    for t in range(len(run.states)):
+        if not torch.equal(_trained(batch.after(t)), rows):
+            raise ValueError(
+                "exit_loss='expected' weights the losses of all exits at each position, but the "
+                f"targets after iteration {t} are at other positions than those after iteration 0: "
+                f"put UNTRAINED ({UNTRAINED}) at the same positions of every row"
+            )
+    losses = torch.stack(_exit_losses(model, batch, run))
+    leaving = exit_distribution(torch.stack(run.gates).squeeze(-1)).flatten(1)[:, rows]
     return expected_exit_loss(losses, leaving.to(losses), settings.entropy_weight)
 
 
-_TOKEN_LOSS: Mapping[
-    str, Callable[[Model, Tensor, TrainingPass, TrainingSettings], Float[Tensor, ""]]
+def _exit_losses(model: Model, batch: TrainingBatch, run: TrainingPass) -> list[Tensor]:
+    """The losses of each exit's trained positions, [trained]; some exit has one."""
+    read = enumerate(exit_logits(model, batch.tokens, run), run.first)
+    found = [target_losses(logits, batch.after(t)) for t, logits in read]
+    _some(torch.cat(found), f"iterations {run.first} to {run.first + len(found) - 1}")
+    return found
+
+
+def _some(losses: Tensor, read: str) -> Tensor:
+    if not losses.numel():
+        raise ValueError(
+            f"the loss reads the exits after {read} (counted from 0), where every target is "
+            f"UNTRAINED ({UNTRAINED}): give some of them a target"
+        )
+    return losses
+
+
+_EXIT_LOSS: Mapping[
+    str, Callable[[Model, TrainingBatch, TrainingPass, TrainingSettings], Float[Tensor, ""]]
 ] = {"last": _last, "mean": _mean, "expected": _expected}

@@ -1,9 +1,10 @@
-"""Training of a looped model on a corpus of tokens: one call, exact to resume."""
+"""Training of a looped model on a corpus or a task: one call, exact to resume."""
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -13,13 +14,22 @@ from tqdm.auto import tqdm
 from tl_loops.arguments import check_at_least, checked
 from tl_loops.layout.model import Model
 from tl_loops.layout.of_model import require_layout
-from tl_loops.runs.identity import prompts_fingerprint
 from tl_loops.training.checkpoint import Progress, load_progress, run_identity, save_progress
-from tl_loops.training.corpus import check_corpus, draw_contexts
-from tl_loops.training.evaluation import evaluate
+from tl_loops.training.data import (
+    UNTRAINED,
+    AdaptiveData,
+    TrainingBatch,
+    TrainingData,
+    check_repeatable,
+    draw_batch,
+)
+from tl_loops.training.evaluation import evaluate_batches
+from tl_loops.training.inputs import batches_identity, held_out_batches, training_data
 from tl_loops.training.log import TrainingLog
-from tl_loops.training.losses import attention_for, check_can_train, step_losses
+from tl_loops.training.looks import look_at
+from tl_loops.training.losses import attention_for, check_can_train, right_answers, step_losses
 from tl_loops.training.settings import TrainingSettings
+from tl_loops.training.state_radius import RadiusRule
 from tl_loops.training.trajectory import TrainingPass, training_pass
 from tl_loops.upstream import left_as_it_was
 from tl_loops.writing import check_writable, in_use
@@ -33,13 +43,14 @@ class NotFiniteError(FloatingPointError):
 @left_as_it_was
 def train(
     model: Model,
-    corpus: Int[Tensor, "token"],
+    data: Int[Tensor, "token"] | TrainingData,
     settings: TrainingSettings,
     *,
-    evaluation: Int[Tensor, "held_out"] | None = None,
+    evaluation: Int[Tensor, "held_out"] | TrainingData | None = None,
     evaluate_every: int | None = None,
     evaluation_iterations: Sequence[int] = (1, 2, 4, 8),
     n_evaluation: int = 32,
+    look: Callable[[int], Any] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 100,
     stop_after: int | None = None,
@@ -47,19 +58,24 @@ def train(
 ) -> TrainingLog:
     """Train a looped model in place.
 
-    Each step draws its contexts, its number of iterations and (with ``cfg.state_seed=None``) its
+    Each step draws its batch, its number of iterations and (with ``cfg.state_seed=None``) its
     initial states from the seed and the step's number alone, so that a run that was killed goes on
     from its checkpoint to the same weights, byte for byte, on the same machine with the same
     number of threads. Torch's own random state is left as it was.
 
     Args:
         model: The model, with weights that have gradients. It comes back in the mode it was in.
-        corpus: Token ids in one line.
+        data: Token ids in one line, for next-token prediction in contexts of
+            ``settings.n_context``; or :class:`TrainingData`, such as a task with its targets.
         settings: Of the run.
-        evaluation: Held-out tokens; ``None``: no evaluation.
+        evaluation: Held-out tokens, or data that held-out batches are drawn from, once; ``None``:
+            no evaluation.
         evaluate_every: Steps between evaluations; ``None``: at the end alone.
         evaluation_iterations: Numbers of iterations that are evaluated.
-        n_evaluation: Contexts of an evaluation at most.
+        n_evaluation: Contexts of an evaluation at most; of drawn data, rows.
+        look: Called after every step with the number of steps done. What it gives, in JSON's types,
+            is kept in the log and in the checkpoint; ``None`` is not. The model stands in eval
+            mode meanwhile, without gradients and with initial states as for seed 0.
         checkpoint: File of the run. If it is there the run goes on from it, else it begins; it
             stays when the run is done. Make the model as it was at the start: its weights tell
             whose the file is.
@@ -74,7 +90,9 @@ def train(
     Raises:
         NoLoopError: The model has no loop.
         LoopedSemanticsError: The settings train what the model lacks.
-        ValueError: The corpus is shorter than one context, or holds no tokens of the model.
+        ValueError: The corpus is shorter than one context; the data give no tokens of the model,
+            nothing that is trained, or with a checkpoint other batches for the same random numbers;
+            or the rule for the state's radius scales a weight that is not trained.
         NotFiniteError: A loss or gradient is NaN or infinite; the message says at which step and
             after which iteration.
         CheckpointError: The file belongs to another run or is damaged.
@@ -82,34 +100,34 @@ def train(
     """
     require_layout(model)
     check_can_train(model, settings)
-    n_context = settings.n_context
-    if n_context > model.cfg.n_ctx:
-        raise ValueError(f"n_context={n_context} is above the model's cfg.n_ctx={model.cfg.n_ctx}")
-    check_corpus(corpus, n_context, model.cfg.d_vocab)
-    if evaluation is not None:
-        check_corpus(evaluation, n_context, model.cfg.d_vocab, "evaluation")
     check_at_least(1, evaluate_every=evaluate_every, checkpoint_every=checkpoint_every)
     check_at_least(1, stop_after=stop_after, n_evaluation=n_evaluation)
+    drawn_from = training_data(data, settings, model)
+    held_out = held_out_batches(evaluation, settings, n_evaluation, model)
     parameters = _trained(model)
+    rule = RadiusRule(model, settings, parameters)
     optimiser = _optimiser(list(parameters.values()), settings)
     described = {
         "every": evaluate_every,
         "n_iterations": list(evaluation_iterations),
-        "n": n_evaluation,
-        "tokens": None if evaluation is None else prompts_fingerprint([evaluation.cpu()]),
+        "batches": batches_identity(held_out),
+        "look": look is not None,
     }
-    done = Progress(0, TrainingLog())
+    done = Progress(0, TrainingLog(), drawn_from)
     end = min(settings.n_steps, settings.n_steps if stop_after is None else stop_after)
     mode = model.training
     with ExitStack() as stack:
         stack.callback(model.train, mode)
         identity = {}
         if checkpoint is not None:
+            check_repeatable(drawn_from, settings.batch_size)
             check_writable(checkpoint)
             stack.enter_context(in_use(checkpoint))
             model.train()
-            identity = run_identity(model, corpus.cpu(), settings, described)
-            found = load_progress(checkpoint, identity, parameters, optimiser, settings.n_steps)
+            identity = run_identity(model, drawn_from, settings, described)
+            found = load_progress(
+                checkpoint, identity, parameters, optimiser, settings.n_steps, drawn_from
+            )
             done = found or done
         bar = stack.enter_context(
             tqdm(total=end, initial=done.n_done, desc="training", disable=not progress)
@@ -117,23 +135,18 @@ def train(
         stack.enter_context(torch.enable_grad())
         while done.n_done < end:
             model.train()
-            row = _step(model, corpus, parameters, optimiser, settings, done)
+            row = _step(model, parameters, optimiser, settings, rule, done)
             done.n_done += 1
             shown = f"{row['loss']:.4f}"
             bar.set_postfix(loss=shown, tokens_per_s=f"{row['tokens_per_second']:.0f}")
             bar.update()
             last = done.n_done == end
             due = evaluate_every is not None and done.n_done % evaluate_every == 0
-            if evaluation is not None and (due or last):
-                losses = evaluate(
-                    model,
-                    evaluation,
-                    n_context,
-                    evaluation_iterations,
-                    n_evaluation,
-                    first_token=settings.first_token,
-                )
-                done.log.evaluations.append((done.n_done, losses))
+            if held_out and (due or last):
+                evaluated = evaluate_batches(model, held_out, evaluation_iterations)
+                done.log.add_evaluation(done.n_done, evaluated)
+            if look is not None:
+                look_at(model, look, done.n_done, done.log)
             if checkpoint is not None and (last or done.n_done % checkpoint_every == 0):
                 save_progress(checkpoint, identity, parameters, optimiser, done)
     return done.log
@@ -141,10 +154,10 @@ def train(
 
 def _step(
     model: Model,
-    corpus: Tensor,
     parameters: dict[str, nn.Parameter],
     optimiser: torch.optim.Optimizer,
     settings: TrainingSettings,
+    rule: RadiusRule,
     done: Progress,
 ) -> dict[str, float | int]:
     """One step of the optimiser; returns its row of the log."""
@@ -152,10 +165,10 @@ def _step(
     device = next(iter(parameters.values())).device
     generator = torch.Generator().manual_seed(_mixed(settings.seed, step))
     n_iterations = settings.iterations.draw(generator)
-    tokens = draw_contexts(
-        corpus.cpu(), settings.batch_size, settings.n_context, generator, settings.first_token
-    )
-    tokens = tokens.to(device)
+    drawn = draw_batch(done.data, settings.batch_size, generator, model)
+    n_iterations, n_gradient = _iterations(drawn, settings, n_iterations)
+    batch = drawn.to(device)
+    tokens, targets = batch.tokens, batch.targets
     rate = settings.learning_rate_at(step)
     for group in optimiser.param_groups:
         group["lr"] = rate
@@ -166,10 +179,10 @@ def _step(
     with model.iterations(n_iterations), torch.random.fork_rng(devices), attention_for(settings):
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         with autocast:
-            run = training_pass(model, tokens, n_iterations, settings.n_gradient)
+            run = training_pass(model, tokens, n_iterations, n_gradient)
             for state in run.states:
                 state.retain_grad()
-            parts = step_losses(model, tokens, run, settings, generator)
+            parts = step_losses(model, tokens, run, settings, generator, targets)
         total = torch.stack(list(parts.values())).sum()
         if not bool(total.isfinite()):
             raise NotFiniteError(_where(step, settings, run, parts))
@@ -184,11 +197,17 @@ def _step(
             "gradients with n_gradient"
         )
     optimiser.step()
+    rule.hold(model, step)
+    answers = batch.after(n_iterations - 1)
+    right = right_answers(run.logits, answers)
+    if isinstance(done.data, AdaptiveData):
+        done.data.after_step(drawn, right.cpu())
     seconds = time.perf_counter() - began
     row: dict[str, float | int] = {
         "step": step + 1,
         "n_iterations": n_iterations,
         **{name: float(part.detach()) for name, part in parts.items()},
+        "accuracy": float(right.sum() / (answers != UNTRAINED).sum()),
         "gradient_norm": float(norm),
         "learning_rate": rate,
         "tokens_per_second": tokens.numel() / seconds,
@@ -197,6 +216,23 @@ def _step(
     norms = [float("nan") if s.grad is None else float(s.grad.float().norm()) for s in run.states]
     done.log.add(row, missing + norms)
     return row
+
+
+def _iterations(
+    batch: TrainingBatch, settings: TrainingSettings, drawn: int
+) -> tuple[int, int | None]:
+    """How many iterations a batch runs, and through how many of them gradients flow.
+
+    Raises:
+        ValueError: The batch cuts gradients under a loss that needs them all.
+    """
+    if batch.n_gradient is not None and settings.exit_loss == "expected":
+        raise ValueError(
+            "exit_loss='expected' weights the losses of all iterations, so gradients flow through "
+            f"all: leave n_gradient={batch.n_gradient} out of the batches"
+        )
+    n_gradient = settings.n_gradient if batch.n_gradient is None else batch.n_gradient
+    return drawn if batch.n_iterations is None else batch.n_iterations, n_gradient
 
 
 def _where(

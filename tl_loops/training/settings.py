@@ -13,7 +13,7 @@ from tl_loops.training.iteration_draws import ConstantIterations, IterationDraw
 
 _AUTOCAST: Mapping[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_ABOVE_ZERO = ("n_steps", "batch_size", "n_context", "learning_rate", "clip_norm")
+_ABOVE_ZERO = ("n_steps", "batch_size", "learning_rate", "clip_norm")
 _NOT_NEGATIVE = (
     "weight_decay",
     "warmup_steps",
@@ -22,6 +22,7 @@ _NOT_NEGATIVE = (
     "settling_weight",
     "jacobian_weight",
 )
+_SHARES = ("decay", "state_radius_share")
 
 
 @checked_fields
@@ -32,7 +33,8 @@ class TrainingSettings:
     Attributes:
         n_steps: Steps of the optimiser.
         batch_size: Contexts per step.
-        n_context: Tokens per context; the loss reads all but the first.
+        n_context: Tokens per context of a corpus, of which the loss reads all but the first;
+            ``None`` where the data are no corpus.
         iterations: How many iterations each step runs.
         n_gradient: Gradients flow through this many iterations, the last of the step (truncated
             backpropagation); ``None``: through all. Earlier ones run without a graph. The prelude
@@ -46,6 +48,11 @@ class TrainingSettings:
         growth_weight: Of :func:`growth_penalty` over the iterations with gradient.
         settling_weight: Of :func:`settling_penalty` over the iterations with gradient.
         jacobian_weight: Of :func:`jacobian_penalty` at the last iteration.
+        state_radius: After each step the part of the injection that reads the state is scaled so
+            that its spectral radius is at most this (:func:`limit_state_radius`): below 1 the state
+            cannot grow without bound (after Parcae, 2604.12946). ``None``: no bound.
+        state_radius_share: Share of the steps over which the bound falls, in a straight line, from
+            the radius at the start.
         learning_rate: Peak of AdamW's.
         warmup_steps: Steps of linear warm-up.
         decay: Share of the steps, at the end, over which the rate falls to zero.
@@ -57,7 +64,8 @@ class TrainingSettings:
             float32; ``None``: all in the weights' type. No loss scaling is done for float16.
         seed: Decides contexts, numbers of iterations, initial states and penalties' directions,
             each step's on its own.
-        first_token: Put before every context, such as the id of BOS; ``None``: nothing is.
+        first_token: Put before every context of a corpus, such as the id of BOS; ``None``: nothing
+            is.
 
     Raises:
         ValueError: A setting is out of its range; the message names it.
@@ -65,7 +73,7 @@ class TrainingSettings:
 
     n_steps: int
     batch_size: int
-    n_context: int
+    n_context: int | None = None
     iterations: IterationDraw = field(default_factory=lambda: ConstantIterations(4))
     n_gradient: int | None = None
     exit_loss: str = "last"
@@ -73,6 +81,8 @@ class TrainingSettings:
     growth_weight: float | int = 0.0
     settling_weight: float | int = 0.0
     jacobian_weight: float | int = 0.0
+    state_radius: float | int | None = None
+    state_radius_share: float | int = 0.6
     learning_rate: float | int = 1e-3
     warmup_steps: int = 100
     decay: float | int = 0.4
@@ -89,7 +99,9 @@ class TrainingSettings:
             self._check(name, above=True)
         for name in _NOT_NEGATIVE:
             self._check(name)
-        if self.n_context < 2:
+        if self.state_radius is not None:
+            self._check("state_radius", above=True)
+        if self.n_context is not None and self.n_context < 2:
             raise ValueError(
                 f"n_context must be at least 2, since every token but the first is predicted, got "
                 f"{self.n_context}"
@@ -99,8 +111,10 @@ class TrainingSettings:
         check_at_least(0, first_token=self.first_token)
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas are two numbers from 0 to below 1, got {self.betas}")
-        if not 0.0 <= self.decay <= 1.0:
-            raise ValueError(f"decay is a share of the steps, from 0 to 1, got {self.decay}")
+        for name in _SHARES:
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} is a share of the steps, from 0 to 1, got {value}")
         for name, known in (
             ("exit_loss", ("last", "mean", "expected")),
             ("decay_shape", ("linear", "cosine")),

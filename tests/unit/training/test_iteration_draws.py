@@ -7,6 +7,7 @@ from tl_loops.training import (
     ConstantIterations,
     IterationDraw,
     LogNormalPoissonIterations,
+    MixedIterations,
     PoissonIterations,
     UniformIterations,
 )
@@ -49,12 +50,23 @@ def test_log_normal_poisson_is_huginns():
     assert float(found.var()) == pytest.approx(variance, rel=0.2)
 
 
+def test_a_mixture_is_of_both_draws():
+    found = draws(MixedIterations(ConstantIterations(8), UniformIterations(9, 100), share=0.25))
+    long = found > 8
+    assert abs(float(long.double().mean()) - 0.25) < 4 * (0.25 * 0.75 / N) ** 0.5
+    assert within_error(found[long], 54.5) and found.max() > 95
+    assert set(
+        draws(MixedIterations(ConstantIterations(2), ConstantIterations(3), 1)).tolist()
+    ) == {3.0}
+
+
 @pytest.mark.parametrize(
     "of",
     [
         UniformIterations(1, 6),
         PoissonIterations(5.0, most=6),
         LogNormalPoissonIterations(5.0, most=6),
+        MixedIterations(UniformIterations(1, 6), ConstantIterations(2)),
     ],
     ids=lambda of: type(of).__name__,
 )
@@ -70,6 +82,7 @@ def test_bounds_are_checked():
         lambda: PoissonIterations(0.5, 4),
         lambda: LogNormalPoissonIterations(0.0, 4),
         lambda: LogNormalPoissonIterations(float("nan"), 4),
+        lambda: MixedIterations(ConstantIterations(1), ConstantIterations(2), 1.5),
     ):
         with pytest.raises(ValueError, match=r"must be"):
             make()

@@ -67,9 +67,10 @@ def test_it_learns_and_the_log_tells():
     assert (frame["tokens_per_second"] > 0).all() and frame["growth"].isna().all()
     assert [len(row) for row in log.state_gradients] == frame["n_iterations"].tolist()
     assert all(norm > 0 for row in log.state_gradients for norm in row)
-    assert log.evaluation_frame().shape == (4, 3)
+    assert log.evaluation_frame().shape == (4, 4)
+    assert log.accuracies[-1][1][3] == log.column("accuracy")[-1] == 1.0
     with pytest.raises(ValueError, match="known: step"):
-        log.column("accuracy")
+        log.column("perplexity")
 
 
 def test_the_state_gradients_are_those_of_the_loss():
