@@ -15,9 +15,9 @@ from tl_loops.training.iteration_draws import (
 from tl_loops.training.log import TrainingLog
 from tl_loops.training.losses import step_losses, target_losses, token_losses
 from tl_loops.training.penalties import growth_penalty, jacobian_penalty, settling_penalty
+from tl_loops.training.radius import limit_state_radius, state_radius
 from tl_loops.training.run import NotFiniteError, train
 from tl_loops.training.settings import TrainingSettings
-from tl_loops.training.state_radius import limit_state_radius, state_radius
 from tl_loops.training.trajectory import TrainingPass, exit_logits, training_pass
 
 __all__ = [

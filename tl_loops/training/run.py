@@ -28,8 +28,8 @@ from tl_loops.training.inputs import batches_identity, held_out_batches, trainin
 from tl_loops.training.log import TrainingLog
 from tl_loops.training.looks import look_at
 from tl_loops.training.losses import attention_for, check_can_train, right_answers, step_losses
+from tl_loops.training.radius import RadiusRule
 from tl_loops.training.settings import TrainingSettings
-from tl_loops.training.state_radius import RadiusRule
 from tl_loops.training.trajectory import TrainingPass, training_pass
 from tl_loops.upstream import left_as_it_was
 from tl_loops.writing import check_writable, in_use

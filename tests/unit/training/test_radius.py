@@ -6,7 +6,7 @@ import torch
 from tests.unit.training.small import counting_corpus, settings, small_model
 from tl_loops import LoopedSemanticsError
 from tl_loops.training import limit_state_radius, state_radius, train
-from tl_loops.training.state_radius import RadiusRule
+from tl_loops.training.radius import RadiusRule
 
 KINDS = ("concat", "concat_injection_first")
 
