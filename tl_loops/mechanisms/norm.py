@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_loops.mechanisms.tensors import Tensors, vector
-from tl_loops.upstream import HookPoint
+from tl_loops.upstream import HookPoint, Module
 
 Config = Any  # its class takes fields from the mechanisms
 
@@ -18,7 +18,7 @@ SUM_NORMED = ("post_residual", "post_norm")
 """Those with a norm on the sum, after the add."""
 
 
-class Norm(nn.Module):
+class Norm(Module):
     """Normalisation over the last axis, in float32, as ``cfg.normalization_type`` says.
 
     ``"RMS"``: x / sqrt(mean(x²) + eps) · w. ``"LN"``: the same on the centred input, plus b.
@@ -74,9 +74,10 @@ class Norm(nn.Module):
         scale = self.hook_scale(self.scale_of(x))
         # The weight multiplies after the cast, as in the released models' RMSNorm.
         normalized = self.hook_normalized(x / scale).to(dtype)
-        if self.w is None:
+        w, b = self.w, self.b
+        if w is None:
             return normalized
-        return normalized * self.w if self.b is None else normalized * self.w + self.b
+        return normalized * w if b is None else normalized * w + b
 
 
 def norm_tensors(cfg: Config, name: str, length: int) -> Tensors:

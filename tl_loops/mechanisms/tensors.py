@@ -130,6 +130,6 @@ def project_in(
     if x.ndim == 4:
         projected = torch.einsum("bphd,hde->bphe", x, W)
         return projected if b is None else projected + b
-    weight = W.transpose(1, 2).reshape(-1, W.shape[1])
-    bias = None if b is None else b.reshape(-1)
-    return F.linear(x, weight, bias).unflatten(-1, (W.shape[0], W.shape[2]))
+    heads, _, d_head = W.shape
+    bias = None if b is None else b.flatten()
+    return F.linear(x, W.mT.flatten(0, 1), bias).view(*x.shape[:-1], heads, d_head)

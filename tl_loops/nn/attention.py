@@ -18,10 +18,10 @@ from tl_loops.nn.block_modules import add_block_modules
 from tl_loops.nn.context import ForwardContext
 from tl_loops.nn.kv_cache import FarKeys
 from tl_loops.nn.rotary import apply_rotary
-from tl_loops.upstream import FactoredMatrix, HookPoint, KeyValueCacheEntry, has_hooks
+from tl_loops.upstream import FactoredMatrix, HookPoint, KeyValueCacheEntry, Module, has_hooks
 
 
-class Attention(nn.Module):
+class Attention(Module):
     """Attention with TransformerLens's weights, biases and hook points.
 
     Args:
@@ -161,7 +161,7 @@ class Attention(nn.Module):
         hooks: tuple[HookPoint, HookPoint],
     ) -> Tensor:
         """Fused, or explicit when somebody looks at scores or patterns (``hooks``)."""
-        if any(has_hooks(point) for point in hooks):
+        if any(map(has_hooks, hooks)):
             return self._explicit(q, k, v, context, *hooks)
         if torch.compiler.is_compiling():
             # Nothing can be looked at, so what is not finite makes all of it NaN.
@@ -296,8 +296,10 @@ def _fused_hides(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def _total(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """A number that is finite only if all of the three are, outside of the graph of gradients."""
-    sum_q, sum_k, sum_v = (x.detach().sum(dtype=torch.float32) for x in (q, k, v))
-    return sum_q + sum_k + sum_v
+    if q.requires_grad or k.requires_grad or v.requires_grad:
+        q, k, v = q.detach(), k.detach(), v.detach()
+    wide = torch.float32
+    return q.sum(dtype=wide) + k.sum(dtype=wide) + v.sum(dtype=wide)
 
 
 def _transformed() -> bool:

@@ -2,7 +2,7 @@
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.mechanisms.block_parts import BlockPart, Branch
@@ -11,10 +11,10 @@ from tl_loops.nn.attention import Attention, GroupedQueryAttention
 from tl_loops.nn.block_modules import add_block_modules
 from tl_loops.nn.context import ForwardContext
 from tl_loops.nn.mlp import MLP
-from tl_loops.upstream import HookPoint, KeyValueCacheEntry, unshared
+from tl_loops.upstream import HookPoint, KeyValueCacheEntry, Module, unshared
 
 
-class Block(nn.Module):
+class Block(Module):
     """A transformer block under TransformerLens's names.
 
     ``hook_attn_out`` and ``hook_mlp_out`` are what is added to the residual stream;

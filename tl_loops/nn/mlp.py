@@ -10,10 +10,10 @@ from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.config.weights import mlp_tensors
 from tl_loops.mechanisms.tensors import add_parameters
 from tl_loops.nn.block_modules import add_block_modules
-from tl_loops.upstream import HookPoint
+from tl_loops.upstream import HookPoint, Module
 
 
-class MLP(nn.Module):
+class MLP(Module):
     """``act(x W_in + b_in) W_out + b_out``, plain or gated.
 
     Gated: ``(act(x W_gate) · x W_in + b_in) W_out + b_out``.

@@ -28,16 +28,16 @@ def tied_copy(module: Module) -> Module:
     nn.Module.__init__(copy)
     copy.training = module.training
     for key, value in module.__dict__.items():
-        if key not in _BOOKKEEPING:
+        if key not in _BOOKKEEPING and key not in module._modules:
             object.__setattr__(copy, key, value)
     copy._parameters.update(module._parameters)
     copy._buffers.update(module._buffers)
     copy._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
     for name, child in module._modules.items():
         if isinstance(child, HookPoint):
-            copy._modules[name] = HookPoint()
+            copy.add_module(name, HookPoint())
         else:
-            copy._modules[name] = None if child is None else tied_copy(child)
+            copy.add_module(name, None if child is None else tied_copy(child))
     return copy
 
 

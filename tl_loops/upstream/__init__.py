@@ -12,7 +12,6 @@ from transformer_lens.cache.key_value_cache import (
 from transformer_lens.cache.key_value_cache_entry import (
     TransformerLensKeyValueCacheEntry as KeyValueCacheEntry,
 )
-from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import (
     SOFTCAP_DISABLED,
     SUPPORTED_ACTIVATIONS,
@@ -33,7 +32,13 @@ from tl_loops.upstream.classes import BaseConfig, HookedTransformer, Output, Tra
 from tl_loops.upstream.defaults import LocallyOverridenDefaults, given
 from tl_loops.upstream.from_pretrained import install_from_pretrained, uninstall_from_pretrained
 from tl_loops.upstream.guards import install_guards, uninstall_guards
-from tl_loops.upstream.hook_points import copy_hooks, has_editing_hooks, has_hooks, unshared
+from tl_loops.upstream.hook_points import (
+    HookPoint,
+    copy_hooks,
+    has_editing_hooks,
+    has_hooks,
+    unshared,
+)
 from tl_loops.upstream.inputs import (
     TRUNCATE_TEXT,
     ModelInput,
@@ -46,6 +51,7 @@ from tl_loops.upstream.inputs import (
 )
 from tl_loops.upstream.interrupts import CONTEXTS, left_as_it_was
 from tl_loops.upstream.made_caches import install_made_caches, uninstall_made_caches
+from tl_loops.upstream.module import Module
 from tl_loops.upstream.refusal import refuse_where_wrong
 from tl_loops.upstream.root import can_restart, complete_norm, init_root
 from tl_loops.upstream.slices import SliceLike, as_slice
@@ -73,6 +79,7 @@ __all__ = [
     "KeyValueCacheEntry",
     "LocallyOverridenDefaults",
     "ModelInput",
+    "Module",
     "Output",
     "Prompts",
     "PromptsShown",

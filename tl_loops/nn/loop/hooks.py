@@ -1,13 +1,11 @@
 """The hook points of one iteration."""
 
-from torch import nn
-
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.mechanisms.norm import Norm
-from tl_loops.upstream import HookPoint
+from tl_loops.upstream import HookPoint, Module
 
 
-class IterationHooks(nn.Module):
+class IterationHooks(Module):
     """Hook points of one iteration, and the norm that ends it where there is one.
 
     Hook points: ``hook_state_in`` (before injection), ``hook_injected`` (what enters the first
