@@ -96,8 +96,7 @@ class Attention(Module):
         context: ForwardContext,
         past: KeyValueCacheEntry | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        asked = (mechanism.attention_part(self, context) for mechanism in self._mechanisms)
-        parts = [part for part in asked if part is not None]
+        parts = [p for m in self._mechanisms if (p := m.attention_part(self, context)) is not None]
         q, k, v = self._queries_keys_values(query_input, key_input, value_input, context, parts)
         for part in parts:
             q = part.queries(q)

@@ -77,8 +77,7 @@ class Block(Module):
     ) -> Float[Tensor, "batch pos d_model"]:
         resid_pre = self.hook_resid_pre(unshared(resid_pre, self.hook_resid_pre))
 
-        asked = (mechanism.block_part(self, context) for mechanism in self._mechanisms)
-        parts = [part for part in asked if part is not None]
+        parts = [p for m in self._mechanisms if (p := m.block_part(self, context)) is not None]
         stream = self.ln1(resid_pre) if self.norm_stream else resid_pre
         inputs = self._attention_inputs(stream, parts)
         attn_out = self.attn(*inputs, context=context, past=past)

@@ -52,8 +52,7 @@ class MLP(Module):
         self.hook_post = HookPoint()  # [batch, pos, d_mlp], what W_out reads
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        asked = (mechanism.mlp_part(self) for mechanism in self._mechanisms)
-        parts = [part for part in asked if part is not None]
+        parts = [p for m in self._mechanisms if (p := m.mlp_part(self)) is not None]
         if self.gated:
             pre, linear = F.linear(x, self.W_gate.T), F.linear(x, self.W_in.T)
             for part in parts:

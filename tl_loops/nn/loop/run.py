@@ -8,7 +8,6 @@ from torch import Tensor
 
 from tl_loops.config.config import LoopedTransformerConfig
 from tl_loops.layout.layout import LoopLayout
-from tl_loops.mechanisms.mechanism import Part
 from tl_loops.nn.context import ForwardContext
 from tl_loops.upstream import KeyValueCache, unshared
 
@@ -79,8 +78,7 @@ class StackRun:
                 prelude gives.
         """
         out = self.out = Trajectory(x)
-        parts = (mechanism.part(self) for mechanism in self.cfg.mechanisms)
-        self._parts: list[Part] = [part for part in parts if part is not None]
+        self._parts = [p for m in self.cfg.mechanisms if (p := m.part(self)) is not None]
         self._readout = self.cfg.readout
         end = self.layout.n_layers if stop is None else stop
         for index in range(self.start, end):
