@@ -125,7 +125,7 @@ class _Inject(Part):
     def __init__(self, run: Run):
         super().__init__(run)
         self._normed = run.cfg.injection == "add_normed"
-        self._prepared = None if run.injection is None else self._prepare(run.injection)
+        self._prepared: Tensor | None = None
 
     def _prepare(self, e: Tensor) -> Tensor:
         model = self.run.model
@@ -139,13 +139,20 @@ class _Inject(Part):
         return x
 
     def enter(self, t: int, state: Tensor) -> Tensor:
-        cfg, stacks = self.run.cfg, self.run.layout.stacks
-        if stacks is not None and stacks[t] == stacks[-1] and not cfg.slow_injection:
-            return state  # Of two stacks, e enters the calls of the fast one alone.
-        assert self._prepared is not None
+        if not enters(self.run.cfg, t):
+            return state
+        if self._prepared is None:  # The run starts inside the loop.
+            self._prepared = self._prepare(self.run.injection)
         model = self.run.model
         norm = model.iter[t].ln_state if self._normed else None
         return model.injection(state, self._prepared, norm)
+
+
+def enters(cfg: Config, iteration: int) -> bool:
+    """Whether e enters an iteration: of two stacks, the calls of the fast one, unless of both."""
+    if cfg.stacks is None or cfg.slow_injection:
+        return True
+    return cfg.stacks[iteration % len(cfg.stacks)] != cfg.slow_stack
 
 
 def injection_in_words(cfg: Config, state: str = "s") -> str:
@@ -255,8 +262,9 @@ class _InjectionMechanism(Mechanism):
             found["ln_injection"] = Norm(cfg, weight=False)
         return found
 
-    def iteration_modules(self, cfg: Config) -> dict[str, nn.Module]:
-        return {"ln_state": Norm(cfg, weight=False)} if cfg.injection == "add_normed" else {}
+    def iteration_modules(self, cfg: Config, iteration: int) -> dict[str, nn.Module]:
+        normed = cfg.injection == "add_normed" and enters(cfg, iteration)
+        return {"ln_state": Norm(cfg, weight=False)} if normed else {}
 
     def part(self, run: Run) -> Part:
         return _Inject(run)

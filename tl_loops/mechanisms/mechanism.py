@@ -219,7 +219,7 @@ class Mechanism:
         """The modules of a physical layer, by name in the block: ``"attn.hook_gate"``."""
         return {}
 
-    def iteration_modules(self, cfg: Config) -> dict[str, nn.Module]:
+    def iteration_modules(self, cfg: Config, iteration: int) -> dict[str, nn.Module]:
         """Modules without weights of one iteration, by name in it."""
         return {}
 

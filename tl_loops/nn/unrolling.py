@@ -89,5 +89,6 @@ def iteration_hooks(cfg: LoopedTransformerConfig, ln_final: Norm) -> list[Iterat
         own = readout.own_norm_between_iterations
         return Norm(cfg, weight=False) if own else tied_copy(ln_final)
 
-    names = map(readout.iteration_norm, range(cfg.n_iterations))
-    return [IterationHooks(cfg, norm(name)) for name in names]
+    return [
+        IterationHooks(cfg, t, norm(readout.iteration_norm(t))) for t in range(cfg.n_iterations)
+    ]

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.closeness import assert_close
+from tests.equations import attend, causal, rms
 from tests.models import STACKS, tiny_config, tiny_model, tiny_tokens
 from tl_loops import ConfigError, LoopedSemanticsError, LoopProfile, exit_curve, lens, measure
 from tl_loops.model.check import check_model
@@ -13,6 +15,8 @@ from tl_loops.upstream import KeyValueCache
 
 TOKENS = tiny_tokens()
 CLOSE = dict(rtol=1e-4, atol=1e-5)
+OPTIONAL = ("attn.hook_result", "hook_mlp_in", "hook_attn_in", "_input")
+"""How the names of hook points end that fire when they are asked for."""
 
 
 @pytest.fixture(params=STACKS, scope="module")
@@ -74,6 +78,79 @@ def test_the_loop_is_the_published_one(model):
     assert_close(cache["state_in", 0], cache["hook_initial_state"])
     slow = stacks.index(model.cfg.slow_stack)
     assert_close(cache["state_in", slow], cache["hook_slow_initial_state"])
+
+
+@pytest.mark.parametrize("stacks", [("fast", "slow"), ("fast", "fast", "slow")])
+@pytest.mark.parametrize("slow_injection", [False, True])
+def test_the_sum_of_the_states_and_e_are_normed_by_hand(stacks, slow_injection):
+    model = tiny_model(
+        "injected",
+        injection="add_normed",
+        stacks=stacks,
+        n_iterations=3 * len(stacks),
+        slow_injection=slow_injection,
+        initial_state="learned",
+        positional_embedding_type="none",
+        n_key_value_heads=None,
+        initializer_range=0.3,
+        dtype=torch.float64,
+    )
+    w, eps = model.physical_state_dict(), model.cfg.eps
+    exact = dict(rtol=1e-12, atol=1e-12)
+
+    def block(x, name):
+        y = rms(x, w[f"{name}.ln1.w"], eps)
+        q, k, v = (torch.einsum("bpd,hde->bphe", y, w[f"{name}.attn.W_{n}"]) for n in "QKV")
+        z = attend(q, k, v, causal(x.shape[1]))
+        x = x + torch.einsum("bphe,hed->bpd", z, w[f"{name}.attn.W_O"])
+        y = rms(x, w[f"{name}.ln2.w"], eps)
+        inside = F.silu(y @ w[f"{name}.mlp.W_gate"]) * (y @ w[f"{name}.mlp.W_in"])
+        return x + inside @ w[f"{name}.mlp.W_out"]
+
+    logits, cache = model.run_with_cache(TOKENS)
+    e = block(w["embed.W_E"][TOKENS], "prelude.0")
+    fast, slow = (
+        w[f"{name}.state"].expand_as(e) for name in ("initial_state", "slow_initial_state")
+    )
+    normed = []
+    for t in range(model.cfg.n_iterations):
+        stack, x = stacks[t % len(stacks)], fast + slow
+        if stack == "fast" or slow_injection:
+            scale = (x.square().mean(-1, keepdim=True) + eps).sqrt()
+            assert_close(cache[f"iter.{t}.ln_state.hook_scale"], scale, **exact)
+            x = x / scale + rms(e, eps=eps)
+            normed.append(t)
+        assert_close(cache["injected", t], x, **exact)
+        for layer in range(2):
+            x = block(x, f"core.{stack}.{layer}")
+        fast, slow = (x, slow) if stack == "fast" else (fast, x)
+    expected = rms(block(slow, "coda.0"), w["ln_final.w"], eps) @ w["unembed.W_U"]
+    assert expected.std() > 0.1
+    assert_close(logits, expected, **exact)
+    # Where no norm acts there are no hook points of one.
+    assert [t for t, hooks in enumerate(model.iter) if hasattr(hooks, "ln_state")] == normed
+    assert model.hook_dict.keys() - cache.keys() == {
+        name for name in model.hook_dict if name.endswith(OPTIONAL)
+    }
+
+
+@pytest.mark.parametrize("start", [0, 1, 4, 6])
+def test_the_norm_of_a_given_e_fires_once(start):
+    model = tiny_model("injected", injection="add_normed")
+    _, cache = model.run_with_cache(TOKENS)
+    fired = []
+    hook = ("ln_injection.hook_normalized", lambda x, hook: fired.append(start))
+    at = model.layout.coordinate(start)
+    other = None if at.iteration is None else cache["other_in", at.iteration]
+    model.run_with_hooks(
+        model(TOKENS, stop_at_layer=start),
+        start_at_layer=start,
+        injection=cache["hook_injection"],
+        other_state=other,
+        fwd_hooks=[hook],
+    )
+    # Block 6 is in the third of four calls, the last of the fast stack, after its injection.
+    assert fired == ([] if start == 6 else [start])
 
 
 def test_coordinates_and_weights_name_the_stack(model):

@@ -84,9 +84,7 @@ class RepeatedTransformer(CoordinateHooks, BorrowedWeights):
                     complete_norm(getattr(block, norm))
         blocks = unroll(layout, physical)
         self.blocks = nn.ModuleList(blocks)
-        self.iter = nn.ModuleList(
-            IterationHooks(self.cfg, None) for _ in range(layout.n_iterations)
-        )
+        self.iter = nn.ModuleList(IterationHooks(self.cfg, t) for t in range(layout.n_iterations))
         for name in ("tokenizer_padding_side", "training"):
             if name in vars(original):
                 setattr(self, name, getattr(original, name))
@@ -287,4 +285,4 @@ class RepeatedTransformer(CoordinateHooks, BorrowedWeights):
     ) -> list[IterationHooks]:
         """Hook points for the iterations of ``cfg``; those of ``old`` are kept."""
         hooks: list[Any] = list(old)[: cfg.n_iterations]
-        return hooks + [IterationHooks(cfg, None) for _ in range(cfg.n_iterations - len(hooks))]
+        return hooks + [IterationHooks(cfg, t) for t in range(len(hooks), cfg.n_iterations)]
