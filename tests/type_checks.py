@@ -5,7 +5,7 @@ jaxtyping notes the axes of every call, also of one that names none; most calls 
 
 import inspect
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Literal, get_args, get_origin
 
 import jaxtyping
@@ -33,10 +33,23 @@ def check_annotations(packages: Iterable[str], rooms: str) -> None:
 def _checked(jaxtyped: Callable, /, *, typechecker: Callable) -> Callable:
     def check(made: Any) -> Any:
         if inspect.isfunction(made) and not any(map(_has_axes, made.__annotations__.values())):
-            return _BY_BEARTYPE(made)
+            return by_beartype(made)
         return jaxtyped(made, typechecker=typechecker)
 
     return check
+
+
+def by_beartype(function: Callable) -> Callable:
+    """Check a function that names no axes, as long as jaxtyping checks the others."""
+    checked = _BY_BEARTYPE(function)
+    if checked is function:  # its annotations say nothing
+        return function
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (function if jaxtyping.config.jaxtyping_disable else checked)(*args, **kwargs)
+
+    return call
 
 
 def _has_axes(annotation: Any) -> bool:

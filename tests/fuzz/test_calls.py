@@ -27,6 +27,7 @@ from tests.fuzz.public_names import (
 )
 from tests.fuzz.test_arguments import raised_here
 from tests.fuzz.world import World, world
+from tests.type_checks import by_beartype
 from tl_loops import patching, steering, training
 from tl_loops.drawing.views import CircuitsView
 from tl_loops.errors import LoopedSemanticsError
@@ -52,6 +53,17 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_no_annotation_is_checked_here():
+    @by_beartype
+    def twice(n: int) -> int:
+        return 2 * n
+
+    assert twice("a") == "aa"
+    jaxtyping.config.update("jaxtyping_disable", False)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        twice("a")
 
 
 def numbers(result: Any) -> Iterator[np.ndarray]:
