@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 By = Literal["means", "probe"]
 _KIND = "concept_directions"
-_TENSORS = ("vectors", "auc", "null_auc", "null_norm")
 _ROUNDING = 1e-6
 """A difference below this share of the states' size is rounding."""
 
@@ -95,7 +94,7 @@ class ConceptDirections:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file, whole or not at all."""
-        save_result(self, path, _KIND, _TENSORS)
+        save_result(self, path, _KIND)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ConceptDirections":
@@ -105,7 +104,7 @@ class ConceptDirections:
             FileNotFoundError: There is no such file.
             ValueError: The file is damaged or holds something else.
         """
-        return load_result(cls, path, _KIND, _TENSORS)
+        return load_result(cls, path, _KIND)
 
 
 @checked

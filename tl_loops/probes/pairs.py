@@ -1,5 +1,6 @@
 """Probes of pairs: is the difference of two states read where neither state alone is?"""
 
+import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from tl_loops.arguments import checked
 from tl_loops.metrics.precision import full_precision
 from tl_loops.metrics.residual import unit_vectors
 from tl_loops.printing import prints_short
+from tl_loops.probes.results import load_result, save_result
 from tl_loops.probes.states import PromptStates
 from tl_loops.probes.task import TaskProbes, task_probes
 
@@ -33,6 +35,20 @@ class FlipTest:
     flip_rate: Float[Tensor, "*place"]
     antisymmetry: Float[Tensor, "*place"]
     bias: Float[Tensor, "*place"]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to a safetensors file, whole or not at all."""
+        save_result(self, path, "flip_test")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "FlipTest":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged or holds something else.
+        """
+        return load_result(cls, path, "flip_test")
 
 
 @checked
@@ -91,6 +107,20 @@ class PairProbes:
         for name in ("flip_rate", "antisymmetry", "bias"):
             frame[name] = getattr(self.flips, name).flatten().tolist()
         return frame
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to a safetensors file, whole or not at all."""
+        save_result(self, path, "pair_probes")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "PairProbes":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged or holds something else.
+        """
+        return load_result(cls, path, "pair_probes")
 
 
 @checked

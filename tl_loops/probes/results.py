@@ -1,7 +1,8 @@
 """What results over iterations and layers share: their rows as a table, and their file."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxtyping import Float
@@ -37,32 +38,58 @@ def frame_by_place(
     )
 
 
-def save_result(
-    result: Any, path: str | os.PathLike[str], kind: str, tensors: Sequence[str]
-) -> None:
-    """Write the fields of a dataclass to a safetensors file, whole or not at all.
+def save_result(result: Any, path: str | os.PathLike[str], kind: str) -> None:
+    """Write a dataclass to a safetensors file, whole or not at all.
 
     Args:
-        result: The dataclass.
+        result: The dataclass; its fields are tensors, what JSON holds, or such dataclasses.
         path: The file.
         kind: What the file says that it holds.
-        tensors: The fields that are tensors; the others go into the metadata.
     """
-    fields = vars(result)
-    held = {name: fields[name] for name in tensors}
-    metadata = {name: value for name, value in fields.items() if name not in tensors}
-    save_artefact(os.fspath(path), kind, held, metadata)
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, Any] = {}
+    for name, value in _flat(result):
+        (tensors if isinstance(value, Tensor) else metadata)[name] = value
+    save_artefact(os.fspath(path), kind, tensors, metadata)
 
 
-def load_result(
-    cls: type[Result], path: str | os.PathLike[str], kind: str, tensors: Sequence[str]
-) -> Result:
+def load_result(cls: type[Result], path: str | os.PathLike[str], kind: str) -> Result:
     """Read what :func:`save_result` wrote; JSON's lists are the tuples that they were.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is damaged or holds something else.
     """
-    held, metadata = load_artefact(os.fspath(path), kind, tensors)
+    tensors, metadata = load_artefact(os.fspath(path), kind, _tensor_names(cls))
     others = {n: tuple(v) if isinstance(v, list) else v for n, v in metadata.items()}
-    return cls(**{name: held[name] for name in tensors}, **others)
+    return _made(cls, {**tensors, **others})
+
+
+def _flat(result: Any) -> Iterator[tuple[str, Any]]:
+    """The fields of a dataclass, those of a dataclass in it as ``part.field``."""
+    for name, value in vars(result).items():
+        if is_dataclass(value):
+            yield from ((f"{name}.{inner}", x) for inner, x in _flat(value))
+        else:
+            yield name, value
+
+
+def _parts(cls: Any) -> dict[str, Any]:
+    """The fields that are dataclasses themselves, and their classes."""
+    return {field.name: field.type for field in fields(cls) if is_dataclass(field.type)}
+
+
+def _tensor_names(cls: Any) -> list[str]:
+    own = [field.name for field in fields(cls) if hasattr(field.type, "dim_str")]
+    inner = [f"{part}.{name}" for part, of in _parts(cls).items() for name in _tensor_names(of)]
+    return own + inner
+
+
+def _made(cls: type[Result], flat: Mapping[str, Any]) -> Result:
+    """The dataclass of such fields."""
+    given = {name: value for name, value in flat.items() if "." not in name}
+    for part, of in _parts(cls).items():
+        start = f"{part}."
+        inner = {n.removeprefix(start): x for n, x in flat.items() if n.startswith(start)}
+        given[part] = _made(of, inner)
+    return cls(**given)

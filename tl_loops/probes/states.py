@@ -119,7 +119,7 @@ class PromptStates:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file, whole or not at all."""
-        save_result(self, path, _KIND, ["values"])
+        save_result(self, path, _KIND)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PromptStates":
@@ -129,7 +129,7 @@ class PromptStates:
             FileNotFoundError: There is no such file.
             ValueError: The file is damaged or holds something else.
         """
-        return load_result(cls, path, _KIND, ["values"])
+        return load_result(cls, path, _KIND)
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,6 @@ if TYPE_CHECKING:
     import pandas
 
 _KIND = "task_probes"
-_TENSORS = (
-    "weight",
-    "bias",
-    "held_out",
-    "labels",
-    "predictions",
-    "controls",
-    "train_accuracy",
-    "transfer",
-)
 
 
 @prints_short
@@ -159,7 +149,7 @@ class TaskProbes:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file, whole or not at all."""
-        save_result(self, path, _KIND, _TENSORS)
+        save_result(self, path, _KIND)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "TaskProbes":
@@ -169,7 +159,7 @@ class TaskProbes:
             FileNotFoundError: There is no such file.
             ValueError: The file is damaged or holds something else.
         """
-        return load_result(cls, path, _KIND, _TENSORS)
+        return load_result(cls, path, _KIND)
 
 
 @checked

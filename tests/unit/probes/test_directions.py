@@ -8,6 +8,8 @@ from tests.models import tiny_model, tiny_tokens
 from tl_loops import steering
 from tl_loops.probes import (
     ConceptDirections,
+    FlipTest,
+    PairProbes,
     PromptStates,
     concept_directions,
     flip_test,
@@ -153,6 +155,27 @@ def test_a_relation_is_read_from_differences_and_not_from_one_state():
     assert found.flips.flip_rate.min() > 0.95
     frame = found.to_frame()
     assert frame["flip_rate"].tolist() == found.flips.flip_rate.flatten().tolist()
+
+
+def test_pairs_and_flip_tests_are_saved(tmp_path):
+    found = pair_probes(*relational(), n_shuffles=2)
+    found.save(tmp_path / "pairs")
+    found.flips.save(tmp_path / "flips")
+    loaded, flips = PairProbes.load(tmp_path / "pairs"), FlipTest.load(tmp_path / "flips")
+    for part, expected in (
+        (loaded.probes, found.probes),
+        (loaded.flips, found.flips),
+        (flips, found.flips),
+    ):
+        for name, value in vars(expected).items():
+            again = getattr(part, name)
+            assert torch.equal(again, value) if isinstance(value, torch.Tensor) else again == value
+    assert loaded.to_frame().equals(found.to_frame())
+    alone = flip_test(torch.tensor([1.0, -2.0, 3.0]), torch.tensor([-1.0, 1.0, 2.0]))
+    alone.save(tmp_path / "flips")  # of one scorer: no axes
+    assert torch.equal(FlipTest.load(tmp_path / "flips").bias, alone.bias)
+    with pytest.raises(ValueError, match="holds 'flip_test', expected 'pair_probes'"):
+        PairProbes.load(tmp_path / "flips")
 
 
 def test_the_flip_test_of_scorers_that_are_known():
