@@ -125,6 +125,7 @@ LOOP_CALLS: dict[str, Callable[[World], dict[str, Any]]] = {
     "circuits.Circuit.without": lambda w: dict(self=Circuit.whole(w.circuit.graph)),
     "circuits.EdgeGraph.of": lambda w: dict(model=w.model),
     "circuits.EdgeGraph.node_of": lambda w: dict(self=w.circuit.graph, receiver=0),
+    "circuits.EdgeScores.top": lambda w: dict(self=w.scores, k=2),
     "circuits.PartEffects.top": lambda w: dict(self=w.effects, k=2),
     "training.ConstantIterations": lambda w: dict(n=3),
     "training.UniformIterations": lambda w: dict(least=1, most=3),

@@ -120,9 +120,11 @@ def _functions_of(name: str, value: object) -> dict[str, Callable]:
     if not inspect.isclass(value):
         callable_ = inspect.isroutine(value) or hasattr(value, "__wrapped__")
         return {name: value} if callable_ else {}  # pyright: ignore[reportReturnType]
+    ours = [base for base in value.__mro__ if base.__module__.startswith("tl_loops.")]
     methods = {
         f"{name}.{key}": getattr(value, key)
-        for key, method in vars(value).items()
+        for base in reversed(ours)
+        for key, method in vars(base).items()
         if key[0] != "_" and (inspect.isfunction(method) or isinstance(method, classmethod))
     }
     return methods | ({name: value} if name in MADE_BY_USERS else {})
@@ -162,6 +164,7 @@ _WHY: dict[str, tuple[str, ...]] = {
         "circuits.Circuit.save",
         "circuits.Circuit.to_json",
         "circuits.Circuit.to_networkx",
+        "circuits.EdgeScores.by_iteration",
         "dynamics.IterationJacobians.to_frame",
         "dynamics.KernelAlignment.to_frame",
         "lens.EntityTracks.mean_log_rank",

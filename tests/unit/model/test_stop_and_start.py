@@ -61,7 +61,7 @@ STACKED = st.fixed_dictionaries(
         n_prelude=st.integers(0, 1),
         n_core=st.integers(1, 2),
         n_coda=st.integers(0, 1),
-        n_iterations=st.sampled_from([6, 12]),
+        n_iterations=st.just(6),
         stacks=st.sampled_from([("fast", "slow"), ("L", "L", "H")]),
         shared_stacks=st.booleans(),
         injection=st.sampled_from(KINDS),
@@ -79,7 +79,7 @@ def test_every_hook_point_fires_in_one_half(sizes):
     halves_are_one_pass(tiny_model("ouro", exit_gate=not sizes["n_coda"], **sizes))
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(sizes=STACKED)
 def test_every_hook_point_of_two_stacks_fires_in_one_half(sizes):
     halves_are_one_pass(tiny_model("retrofitted", **sizes))
