@@ -14,18 +14,17 @@ import argparse
 import json
 import random
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
 
 from tl_loops import LoopedTransformer, LoopedTransformerConfig
 from tl_loops.tasks.fact_chain import (
@@ -37,6 +36,14 @@ from tl_loops.tasks.fact_chain import (
     score,
     vocabulary,
 )
+from tl_loops.training import (
+    UNTRAINED,
+    TrainingBatch,
+    TrainingSettings,
+    exit_logits,
+    train,
+    training_pass,
+)
 
 TASK = FactChainTask()
 WORDS = vocabulary(TASK)
@@ -46,6 +53,7 @@ N_ITERATIONS = 8  # the default of the saved model, and the most that gradients 
 OLDEST_STATE = 24  # iterations without gradient before a batch that teaches to hold
 MOST_HOLDING = 4  # iterations with gradient in such a batch
 MOST_QUESTIONS = 6
+N_STEPS_OF_A_STAGE = 30  # at least
 
 
 def make_config(seed: int) -> LoopedTransformerConfig:
@@ -119,37 +127,25 @@ class Stage:
         return None
 
 
-@dataclass
-class Batch:
-    """Contexts with several questions each.
-
-    Attributes:
-        tokens: [batch, pos]
-        asked_at: Positions that a person is predicted from, [question].
-        targets: Person after iterations 1 to T, [iteration, batch, question].
-    """
-
-    tokens: Int[Tensor, "batch pos"]
-    asked_at: Int[Tensor, "question"]
-    targets: Int[Tensor, "iteration batch question"]
-
-
-def make_batch(size: int, stage: Stage, iterations: range, rng: random.Random) -> Batch:
+def questions(size: int, stage: Stage, rng: random.Random) -> tuple[Tensor, Tensor]:
     """Training contexts: facts, 1 to 6 questions, and the answer of the last one.
 
-    The loss reads every question, so that one context teaches several lookups.
+    The loss reads every question, so that one context teaches several lookups, and the end.
 
     Args:
         size: Number of contexts.
         stage: Sets how many people and hops there are.
-        iterations: Those whose exits are trained, counted from 0.
         rng: Source of the draws.
+
+    Returns:
+        Tokens [batch, pos] and targets [iteration, batch, pos]: after t iterations the person
+        after min(t, k) hops.
     """
     n_people = max(stage.n_people - rng.randint(0, 2), 2)
     task = FactChainTask(n_people, min(TASK.max_hops, stage.n_iterations, n_people - 1))
     n_questions = rng.randint(1, min(MOST_QUESTIONS, n_people))
     prompts = fact_chain_prompts(size, seed=rng.getrandbits(64), split="train", task=task)
-    rows, targets = [], []
+    rows, answers = [], []
     for prompt in prompts:
         others = [who for who, _ in prompt.facts if who != prompt.start]
         asked = [(prompt.start, prompt.n_hops)]
@@ -158,50 +154,62 @@ def make_batch(size: int, stage: Stage, iterations: range, rng: random.Random) -
         paths = [follow(prompt.facts, start, k) for start, k in asked]
         more = " ".join(question(start, k) for start, k in asked[1:])
         rows.append(token_ids(f"{prompt.text} {more} {paths[-1][-1]}"))
-        targets.append([[ID[path[min(t, len(path) - 1)]] for path in paths] for t in iterations])
-    tokens = torch.tensor(rows)
-    asked_at = (tokens[0] == ID[":"]).nonzero()[:, 0]
-    return Batch(tokens, asked_at, torch.tensor(targets).transpose(0, 1))
-
-
-def exit_logits(
-    model: LoopedTransformer, tokens: Int[Tensor, "batch pos"], iterations: range
-) -> Float[Tensor, "iteration batch pos d_vocab"]:
-    """Logits of the exits after some successive iterations, each through the coda, from one run.
-
-    Iterations before the first of them run without gradient.
-    """
-    layout = model.layout
-    kept: dict[str, Tensor] = {}
-
-    def keep(activation: Tensor, hook: HookPoint) -> None:
-        kept[str(hook.name)] = activation
-
-    def run(*args: Tensor, last: int, **kwargs: object) -> None:
-        """Run to the end of an iteration (its state is kept by its hook)."""
-        model(
-            *args, stop_at_layer=layout.index(iteration=last, layer=layout.n_core - 1) + 1, **kwargs
+        answers.append(
+            [[ID[path[min(t, len(path) - 1)]] for path in paths] for t in range(task.max_hops)]
         )
+    tokens = torch.tensor(rows)
+    targets = torch.full((task.max_hops, *tokens.shape), UNTRAINED)
+    asked_at = (tokens[0] == ID[":"]).nonzero()[:, 0]
+    targets[:, :, asked_at] = torch.tensor(answers).transpose(0, 1)
+    targets[:, :, -1] = ID["<eos>"]
+    return tokens, targets
 
-    def state_out(t: int) -> str:
-        return f"iter.{t}.hook_state_out"
 
-    names = ["hook_injection", *(state_out(t) for t in range(iterations.stop))]
-    with model.hooks(fwd_hooks=[(name, keep) for name in names]):
-        if iterations.start == 0:
-            run(tokens, last=iterations[-1])
+@dataclass
+class Curriculum:
+    """Training data that get harder with success.
+
+    Attributes:
+        stage: How hard they are.
+        right: Running share of questions that are answered rightly.
+        n_steps: Of this stage.
+    """
+
+    stage: Stage = field(default_factory=Stage)
+    right: float = 0.0
+    n_steps: int = 0
+
+    def draw(self, n: int, generator: torch.Generator) -> TrainingBatch:
+        """Contexts of the stage; once the task is whole, about every other batch holds answers."""
+        rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
+        if self.stage.harder() is None and rng.random() < 0.5:
+            n_gradient = rng.randint(1, MOST_HOLDING)
+            n_iterations = rng.randint(1, OLDEST_STATE) + n_gradient
         else:
-            with torch.no_grad():
-                run(tokens, last=iterations.start - 1)
-            run(
-                kept[state_out(iterations.start - 1)],
-                last=iterations[-1],
-                start_at_iteration=iterations.start,
-                injection=kept["hook_injection"],
-            )
-    states = torch.cat([kept[state_out(t)] for t in iterations])
-    logits = model(states, start_at_layer=layout.coda_start)
-    return logits.unflatten(0, (len(iterations), -1))
+            n_iterations = n_gradient = rng.randint(1, self.stage.n_iterations)
+        return TrainingBatch(*questions(n, self.stage, rng), n_iterations, n_gradient)
+
+    def after_step(self, batch: TrainingBatch, right: Tensor) -> None:
+        """Go to the next stage after enough steps with more than 90 % right."""
+        share = float(right[batch.tokens == ID[":"]].float().mean())
+        self.right, self.n_steps = 0.9 * self.right + 0.1 * share, self.n_steps + 1
+        harder = self.stage.harder()
+        if self.right > 0.9 and self.n_steps > N_STEPS_OF_A_STAGE and harder is not None:
+            self.stage, self.right, self.n_steps = harder, 0.0, 0
+            print(harder, flush=True)
+
+    def identity(self) -> dict[str, Any]:
+        """The task."""
+        return {"task": "fact chains", "n_people": TASK.n_people, "max_hops": TASK.max_hops}
+
+    def state(self) -> dict[str, Any]:
+        """Stage and success."""
+        return asdict(self)
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go to a stage."""
+        self.stage = Stage(**state["stage"])
+        self.right, self.n_steps = state["right"], state["n_steps"]
 
 
 @torch.no_grad()
@@ -214,9 +222,9 @@ def answers_per_exit(
         for first in range(0, len(prompts), batch_size):
             texts = [prompt.text for prompt in prompts[first : first + batch_size]]
             tokens = torch.tensor([token_ids(text) for text in texts])
-            best = exit_logits(model, tokens, range(n_iterations))[:, :, -1].argmax(-1)
-            for answers, exit_best in zip(given, best.tolist(), strict=True):
-                answers += [WORDS[index] for index in exit_best]
+            run = training_pass(model, tokens, n_iterations)
+            for answers, logits in zip(given, exit_logits(model, tokens, run), strict=True):
+                answers += [WORDS[index] for index in logits[:, -1].argmax(-1).tolist()]
     return given
 
 
@@ -241,65 +249,37 @@ def accuracy_table(model: LoopedTransformer, n_prompts: int, most: int, seed: in
     return "\n".join(lines)
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Warm-up over 100 steps, constant until 60 %, then linear to zero."""
-    return peak * min(1.0, (step + 1) / 100, (steps - step) / (0.4 * steps))
-
-
-def train(model: LoopedTransformer, options: argparse.Namespace) -> None:
-    """Train in place; prints the loss, the stage and held-out accuracies."""
-    rng = random.Random(options.seed)
-    torch.manual_seed(options.seed)
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    gains = [p for p in model.parameters() if p.ndim == 1]
-    optimiser = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.01}, {"params": gains, "weight_decay": 0.0}],
-        lr=options.lr,
-        betas=(0.9, 0.98),
+def train_curriculum(model: LoopedTransformer, options: argparse.Namespace) -> None:
+    """Train in place; prints the stages and held-out accuracies."""
+    settings = TrainingSettings(
+        n_steps=options.steps,
+        batch_size=options.batch_size,
+        exit_loss="mean",
+        learning_rate=options.lr,
+        seed=options.seed,
     )
-    stage, running, since = Stage(), 0.0, 0
-    mean_loss, began = 0.0, time.monotonic()
-    for step in range(options.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, options.steps, options.lr)
-        hold = stage.harder() is None and step % 2 == 1
-        if hold:
-            first = rng.randint(1, OLDEST_STATE)
-            iterations = range(first, first + rng.randint(1, MOST_HOLDING))
-        else:
-            iterations = range(rng.randint(1, stage.n_iterations))
-        batch = make_batch(options.batch_size, stage, iterations, rng)
-        logits = exit_logits(model, batch.tokens, iterations)
-        people = logits[:, :, batch.asked_at]
-        ends = logits[:, :, -1]
-        n_questions = len(batch.asked_at)
-        loss = F.cross_entropy(people.flatten(0, 2), batch.targets.flatten())
-        end_loss = F.cross_entropy(
-            ends.flatten(0, 1), torch.full((ends[..., 0].numel(),), ID["<eos>"])
-        )
-        optimiser.zero_grad(set_to_none=True)
-        ((n_questions * loss + end_loss) / (n_questions + 1)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
 
-        right = (people[-1].argmax(-1) == batch.targets[-1]).float().mean().item()
-        running, since = 0.9 * running + 0.1 * right, since + 1
-        mean_loss = 0.98 * mean_loss + 0.02 * loss.item() if step else loss.item()
-        harder = stage.harder()
-        if running > 0.9 and since > 30 and harder is not None:
-            stage, running, since = harder, 0.0, 0
-            print(f"step {step + 1}: {stage}", flush=True)
-        if (step + 1) % 100 == 0:
-            seconds = time.monotonic() - began
-            print(f"step {step + 1} loss {mean_loss:.4f} {stage} {seconds:.0f} s", flush=True)
-        if (step + 1) % options.evaluate_every == 0:
+    def look(n_done: int) -> None:
+        if n_done % options.evaluate_every == 0:
             print(accuracy_table(model, 100, 2 * N_ITERATIONS, options.evaluation_seed), flush=True)
-    print(f"trained for {time.monotonic() - began:.0f} s")
+
+    began = time.monotonic()
+    train(
+        model,
+        Curriculum(),
+        settings,
+        look=look,
+        checkpoint=options.checkpoint,
+        stop_after=options.stop_after,
+    )
+    print(f"trained for {time.monotonic() - began:.0f} s in this process")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train tl-loops-tiny and save it.")
     parser.add_argument("--out", type=Path, required=True, help="directory to save into")
+    parser.add_argument("--checkpoint", type=Path, help="file to go on from")
+    parser.add_argument("--stop-after", type=int, help="steps that are done; without it all")
     parser.add_argument("--seed", type=int, default=0, help="weights, prompts, initial states")
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -315,8 +295,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = LoopedTransformer(make_config(options.seed))
     print(model.cfg.describe())
-    with model.iterations(OLDEST_STATE + MOST_HOLDING):
-        train(model, options)
+    train_curriculum(model, options)
 
     model.cfg.state_seed = 0  # from here on the state is a function of the position
     options.out.mkdir(parents=True, exist_ok=True)

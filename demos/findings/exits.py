@@ -6,24 +6,31 @@
 term, to give the answer after k hops at every exit. Nothing tells the gate how many hops a prompt
 asks for but the prompt itself. When do held-out prompts leave, by their number of hops? What does
 leaving early save at equal accuracy? Without the entropy term the gate should fall onto one
-iteration, which is measured as well.
+iteration, which is measured as well. Intervals are over three seeds of gate and training.
 """
 
-import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from finding import bootstrap
+from finding import bootstrap, merged
 from finding import main as run_finding
 from torch import Tensor
 
 from tl_loops import LoopedTransformer, LoopedTransformerConfig
-from tl_loops.loop_losses import expected_exit_loss
 from tl_loops.metrics import exit_distribution, exit_iteration, expected_exit_iteration
 from tl_loops.plots import plot_curves
 from tl_loops.tasks import FactChainTask, Prompt, fact_chain_prompts
-from tl_loops.training import exit_logits, training_pass
+from tl_loops.training import (
+    UNTRAINED,
+    ConstantIterations,
+    TrainingBatch,
+    TrainingSettings,
+    exit_logits,
+    train,
+    training_pass,
+)
 
 N_ITERATIONS = 8
 BATCH = 32
@@ -54,6 +61,29 @@ def asked(model: LoopedTransformer, prompts: list[Prompt]) -> tuple[Tensor, Tens
     return tokens, torch.tensor([model.to_single_token(prompt.answer) for prompt in prompts])
 
 
+@dataclass(frozen=True)
+class FactChains:
+    """Training prompts: at every exit the answer after all hops, at the last position.
+
+    Attributes:
+        model: Whose tokenizer reads them.
+    """
+
+    model: LoopedTransformer
+
+    def draw(self, n: int, generator: torch.Generator) -> TrainingBatch:
+        """Prompts of the training split."""
+        seed = int(torch.randint(2**62, (), generator=generator))
+        tokens, answers = asked(self.model, fact_chain_prompts(n, seed=seed, split="train"))
+        targets = torch.full_like(tokens, UNTRAINED)
+        targets[:, -1] = answers
+        return TrainingBatch(tokens, targets)
+
+    def identity(self) -> dict[str, Any]:
+        """The task."""
+        return {"task": "fact chains"}
+
+
 def at_the_end(model: LoopedTransformer, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Logits and gates of the last position after each iteration, [iteration, prompt, ...]."""
     run = training_pass(model, tokens, model.cfg.n_iterations)
@@ -61,34 +91,25 @@ def at_the_end(model: LoopedTransformer, tokens: Tensor) -> tuple[Tensor, Tensor
     return logits, torch.stack(run.gates)[:, :, -1, 0]
 
 
-def losses(logits: Tensor, answers: Tensor) -> Tensor:
-    """Loss of the answer at every exit, [iteration, prompt]."""
-    log_probs = logits.log_softmax(-1)
-    return -log_probs.gather(-1, answers.expand(len(logits), -1)[..., None])[..., 0]
-
-
-def train(model: LoopedTransformer, n_steps: int, entropy: float, seed: int) -> list[float]:
-    """Train all weights with Ouro's expected loss; returns the loss of each step."""
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
+def trained_on(n_steps: int, entropy: float, seed: int) -> tuple[LoopedTransformer, list[float]]:
+    """A model trained with Ouro's expected loss, all weights of it, and the loss of each step."""
+    model = with_gate(seed)
     model.cfg.state_seed = None  # a new initial state at every step
-    optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
-    found = []
-    for step in range(n_steps):
-        for group in optimiser.param_groups:
-            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 20, (n_steps - step) / n_steps * 2)
-        prompts = fact_chain_prompts(BATCH, seed=rng.getrandbits(64), split="train")
-        tokens, answers = asked(model, prompts)
-        logits, gates = at_the_end(model, tokens)
-        leaving = exit_distribution(gates)
-        loss = expected_exit_loss(losses(logits, answers), leaving, entropy)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        found.append(float(loss.detach()))
+    settings = TrainingSettings(
+        n_steps=n_steps,
+        batch_size=BATCH,
+        iterations=ConstantIterations(N_ITERATIONS),
+        exit_loss="expected",
+        entropy_weight=entropy,
+        learning_rate=LEARNING_RATE,
+        warmup_steps=20,
+        decay=0.5,
+        betas=(0.9, 0.999),
+        seed=seed,
+    )
+    log = train(model, FactChains(model), settings, progress=False)
     model.cfg.state_seed = 0
-    return found
+    return model, log.column("loss")
 
 
 @torch.no_grad()
@@ -141,20 +162,30 @@ def slope(x: Tensor, y: Tensor) -> Tensor:
     return (x * (y - y.mean())).sum() / x.square().sum()
 
 
+def measured(n_steps: int, n_prompts: int, entropy: float, seed: int) -> dict[str, Any]:
+    """Train one model, and look at held-out prompts."""
+    model, log = trained_on(n_steps, entropy, seed)
+    tenth = max(1, n_steps // 10)
+    return {
+        "loss_at_first": sum(log[:tenth]) / tenth,
+        "loss_at_last": sum(log[-tenth:]) / tenth,
+        **held_out(model, n_prompts, seed + 1),
+    }
+
+
 def measure(quick: bool, seed: int) -> dict[str, Any]:
-    """Train with and without the entropy term, and look at held-out prompts."""
-    n_steps, n_prompts = (2, 3) if quick else (250, 100)
-    found = {}
-    for entropy in ENTROPY[:1] if quick else ENTROPY:
-        model = with_gate(seed)
-        log = train(model, n_steps, entropy, seed)
-        tenth = max(1, n_steps // 10)
-        found[f"beta {entropy}"] = {
-            "loss_at_first": sum(log[:tenth]) / tenth,
-            "loss_at_last": sum(log[-tenth:]) / tenth,
-            **held_out(model, n_prompts, seed + 1),
-        }
-    return {"n_steps": n_steps, "n_prompts_per_hop": n_prompts, "trained": found}
+    """With and without the entropy term, for each seed."""
+    n_steps, n_prompts, n_seeds = (2, 3, 1) if quick else (250, 100, 3)
+    seeds = range(seed, seed + n_seeds)
+    return {
+        "n_steps": n_steps,
+        "n_prompts_per_hop": n_prompts,
+        "n_seeds": n_seeds,
+        "trained": {
+            f"beta {entropy}": merged([measured(n_steps, n_prompts, entropy, s) for s in seeds])
+            for entropy in (ENTROPY[:1] if quick else ENTROPY)
+        },
+    }
 
 
 def draw(results: dict[str, Any]) -> Any:

@@ -123,3 +123,22 @@ def over_seeds(values: Sequence[float]) -> dict[str, Any]:
     """Mean over seeds, with the least and the largest."""
     found = [float(v) for v in values]
     return {"mean": sum(found) / len(found), "low": min(found), "high": max(found)}
+
+
+def merged(runs: Sequence[Any]) -> Any:
+    """Results of one shape from several seeds, as one: intervals become those over the seeds.
+
+    Args:
+        runs: One for each seed. Of an interval (``mean``, ``low`` and ``high``) the mean counts.
+
+    Returns:
+        The mean over seeds of every number; of an interval also the least and the largest. Lists
+        and texts are those of the first seed.
+    """
+    first = runs[0]
+    if isinstance(first, dict) and set(first) == {"mean", "low", "high"}:
+        means = torch.stack([torch.as_tensor(run["mean"]).double() for run in runs])
+        return {"mean": means.mean(0), "low": means.amin(0), "high": means.amax(0)}
+    if isinstance(first, dict):
+        return {key: merged([run[key] for run in runs]) for key in first}
+    return sum(runs) / len(runs) if isinstance(first, float) else first

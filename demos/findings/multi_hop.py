@@ -21,15 +21,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from finding import bootstrap
+from finding import bootstrap, merged
 from finding import main as run_finding
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from tl_loops import LoopedTransformer, LoopedTransformerConfig
 from tl_loops.metrics import cosine_clustering, shuffled_cosine_clustering
 from tl_loops.plots import plot_curves
-from tl_loops.training import ConstantIterations, UniformIterations
+from tl_loops.training import (
+    UNTRAINED,
+    ConstantIterations,
+    TrainingBatch,
+    TrainingSettings,
+    UniformIterations,
+    train,
+)
 
 N_RELATIONS = 16
 ONE_IN = 10
@@ -46,6 +52,8 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
 PHASES = ("facts", "training", "in_distribution", "out_of_distribution")
 MIXED = ("first_fact_alone", "second_fact_alone")
 """Chains of one fact that stands in chains and one that does not."""
+MERGED = ("final", "by_iterations")
+"""What is also given over all seeds; intervals of a single run are over its chains."""
 
 
 @dataclass(frozen=True)
@@ -218,28 +226,40 @@ def clustering(model: LoopedTransformer, world: World) -> dict[str, list[float]]
     }
 
 
-def batch(
-    world: World, sets: Mapping[str, Chains], n: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A quarter facts, half two-hop chains, the rest three-hop chains.
+@dataclass(frozen=True)
+class Questions:
+    """Training data: a quarter facts, half two-hop chains, the rest three-hop chains.
 
-    Returns:
-        Tokens [question, 4], the position that answers, and the answers.
+    Attributes:
+        world: Where they lie.
+        sets: Its facts and chains, by phase.
+        seed: Of the world.
     """
-    long = draw_long(world, n // 2, 3, generator).cut(n // 4)  # about half break a rule
-    drawn = [long]
-    for name, size in (("facts", n // 4), ("training", n // 2)):
-        rows = torch.randint(len(sets[name].start), (size,), generator=generator)
-        of = sets[name]
-        drawn.append(Chains(of.start[rows], of.relations[rows], of.path[rows]))
-    return (
-        torch.cat([world.tokens(of.start, of.relations, 3) for of in drawn]),
-        torch.cat([torch.full_like(of.start, of.relations.shape[1]) for of in drawn]),
-        torch.cat([of.answers for of in drawn]),
-    )
+
+    world: World
+    sets: Mapping[str, Chains]
+    seed: int
+
+    def draw(self, n: int, generator: torch.Generator) -> TrainingBatch:
+        """Questions [question, 4], each with its answer at its last relation."""
+        long = draw_long(self.world, n // 2, 3, generator).cut(n // 4)  # about half break a rule
+        drawn = [long]
+        for name, size in (("facts", n // 4), ("training", n // 2)):
+            of = self.sets[name]
+            rows = torch.randint(len(of.start), (size,), generator=generator)
+            drawn.append(Chains(of.start[rows], of.relations[rows], of.path[rows]))
+        tokens = torch.cat([self.world.tokens(of.start, of.relations, 3) for of in drawn])
+        ends = torch.cat([torch.full_like(of.start, of.relations.shape[1]) for of in drawn])
+        targets = torch.full_like(tokens, UNTRAINED)
+        targets[torch.arange(len(tokens)), ends] = torch.cat([of.answers for of in drawn])
+        return TrainingBatch(tokens, targets)
+
+    def identity(self) -> dict[str, Any]:
+        """Size and seed of the world."""
+        return {"n_entities": self.world.n_entities, "seed": self.seed}
 
 
-def train(
+def train_on(
     model: LoopedTransformer,
     world: World,
     sets: Mapping[str, Chains],
@@ -254,29 +274,30 @@ def train(
     Returns:
         A row per look, about evenly spread over the logarithm of the step.
     """
-    generator = torch.Generator().manual_seed(seed)
-    draws = UniformIterations(3, 6) if model.cfg.n_iterations > 1 else ConstantIterations(1)
-    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
-    vectors = [weight for weight in model.parameters() if weight.ndim <= 1]
-    groups = [dict(params=matrices, weight_decay=0.6), dict(params=vectors, weight_decay=0.0)]
-    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    looped = model.cfg.n_iterations > 1
+    settings = TrainingSettings(
+        n_steps=n_steps,
+        batch_size=n_batch,
+        iterations=UniformIterations(3, 6) if looped else ConstantIterations(1),
+        learning_rate=3e-3,
+        decay=0.2,
+        weight_decay=0.6,
+        seed=seed,
+    )
     looks = {round(n_steps * 0.01 ** (1 - i / 20)) for i in range(21)}
-    rows = []
-    for step in range(1, n_steps + 1):
-        for group in optimiser.param_groups:
-            group["lr"] = 3e-3 * min(1.0, step / 100, 5 * (n_steps + 1 - step) / n_steps)
-        tokens, position, answers = batch(world, sets, n_batch, generator)
-        logits = model(tokens, n_iterations=draws.draw(generator))
-        loss = cross_entropy(logits[torch.arange(len(tokens)), position], answers)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        if step in looks:
-            accuracy = {name: right(model, world, of.cut(600)).mean() for name, of in sets.items()}
-            rows.append({"step": step, "loss": float(loss.detach()), "accuracy": accuracy,
-                         "clustering": clustering(model, world)})  # fmt: skip
-    return rows
+
+    def look(step: int) -> dict[str, Any] | None:
+        if step not in looks:
+            return None
+        accuracy = {name: right(model, world, of.cut(600)).mean() for name, of in sets.items()}
+        return {
+            "accuracy": {name: float(share) for name, share in accuracy.items()},
+            "clustering": clustering(model, world),
+        }
+
+    log = train(model, Questions(world, sets, seed), settings, look=look, progress=False)
+    losses = log.column("loss")
+    return [{"step": step, "loss": losses[step - 1], **row} for step, row in log.looks]
 
 
 def by_iterations(
@@ -303,7 +324,7 @@ def measured(
     sets = phases(world, seed)
     model = make(ARMS[name], world, seed, d_model)
     began = time.monotonic()
-    rows = train(model, world, sets, n_steps, n_batch, seed)
+    rows = train_on(model, world, sets, n_steps, n_batch, seed)
     found: dict[str, Any] = {
         "n_params": model.cfg.n_params,
         "seconds": time.monotonic() - began,
@@ -321,37 +342,45 @@ def measured(
 def measure(quick: bool, seed: int) -> dict[str, Any]:
     """All models, each seed in a world of its own."""
     n_entities, d_model, n_steps, n_batch, n_seeds = (
-        (8, 16, 3, 32, 1) if quick else (40, 64, 8000, 256, 1)
+        (8, 16, 3, 32, 1) if quick else (40, 64, 4000, 256, 3)
     )
     sizes = (n_entities, d_model, n_steps, n_batch)
+    models = {
+        name: [measured(name, *sizes, s) for s in range(seed, seed + n_seeds)] for name in ARMS
+    }
     return {
         "n_entities": n_entities,
         "n_relations": N_RELATIONS,
         "n_steps": n_steps,
+        "n_seeds": n_seeds,
         "batch": n_batch,
         "chance": 1 / n_entities,
-        "models": {
-            name: [measured(name, *sizes, s) for s in range(seed, seed + n_seeds)] for name in ARMS
+        "models": models,
+        "over_seeds": {
+            name: merged([{key: run[key] for key in MERGED if key in run} for run in runs])
+            for name, runs in models.items()
         },
     }
 
 
 def draw(results: dict[str, Any]) -> Any:
-    """Accuracy on two-hop chains over training, of the first seed."""
-    curves, steps = {}, []
+    """Accuracy on two-hop chains over training, mean and spread of the seeds."""
+    curves, bands, steps = {}, {}, []
     for name, runs in results["models"].items():
-        rows = runs[0]["training"]
-        steps = [float(row["step"]) for row in rows]
+        steps = [float(row["step"]) for row in runs[0]["training"]]
         looped = name.startswith("looped")
         for phase in (PHASES[2], MIXED[1], PHASES[3]) if looped else (PHASES[2], MIXED[1]):
             label = f"{name.split(' (')[0]}: {phase.replace('_', ' ')}"
-            curves[label] = torch.tensor([row["accuracy"][phase] for row in rows])
+            of = torch.tensor([[row["accuracy"][phase] for row in run["training"]] for run in runs])
+            curves[label] = of.mean(0)
+            bands[label] = (of.amax(0) - of.amin(0)) / 2
     return plot_curves(
         curves,
         "Held-out two-hop chains over training",
         x=steps,
         x_label="step",
         y_label="share answered rightly",
+        std=bands,
         bounds=(0, 1),
         backend="matplotlib",
     )
