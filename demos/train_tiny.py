@@ -261,7 +261,8 @@ def train_curriculum(model: LoopedTransformer, options: argparse.Namespace) -> N
 
     def look(n_done: int) -> None:
         if n_done % options.evaluate_every == 0:
-            print(accuracy_table(model, 100, 2 * N_ITERATIONS, options.evaluation_seed), flush=True)
+            n = min(100, options.n_evaluation)
+            print(accuracy_table(model, n, 2 * N_ITERATIONS, options.evaluation_seed), flush=True)
 
     began = time.monotonic()
     train(
