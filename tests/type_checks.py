@@ -1,6 +1,8 @@
 """Annotations that are checked while tests run: shapes by jaxtyping, the rest by beartype alone.
 
-jaxtyping notes the axes of every call, also of one that names none; most calls are of that kind.
+jaxtyping's own wrapper binds the arguments of every call, and has them checked once more with what
+the call returns. Here beartype checks each once, within one note of the axes; and within none where
+an annotation names no axes, as most do.
 """
 
 import inspect
@@ -32,9 +34,24 @@ def check_annotations(packages: Iterable[str], rooms: str) -> None:
 
 def _checked(jaxtyped: Callable, /, *, typechecker: Callable) -> Callable:
     def check(made: Any) -> Any:
-        if inspect.isfunction(made) and not any(map(_has_axes, made.__annotations__.values())):
+        hints = made.__annotations__.values() if inspect.isfunction(made) else ()
+        if inspect.isfunction(made) and not any(map(_has_axes, hints)):
             return by_beartype(made)
-        return jaxtyped(made, typechecker=typechecker)
+        # What a generator yields is read in the calls of others, whose axes are not its own.
+        if not inspect.isfunction(made) or inspect.isgeneratorfunction(inspect.unwrap(made)):
+            return jaxtyped(made, typechecker=typechecker)
+        if any(isinstance(hint, str) for hint in hints):
+            return jaxtyped(made, typechecker=typechecker)
+        checked = _BY_BEARTYPE(made)
+
+        @wraps(made)
+        def with_axes(*args: Any, **kwargs: Any) -> Any:
+            if jaxtyping.config.jaxtyping_disable:
+                return made(*args, **kwargs)
+            with jaxtyped("context"):  # in which an axis has one length
+                return checked(*args, **kwargs)
+
+        return with_axes
 
     return check
 
