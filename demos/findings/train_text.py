@@ -7,10 +7,11 @@ A looped language model of the shape (2, 4⊗4, 2)_I on the King James Bible of 
 in the public domain. Debian's package ``bible-kjv-text`` has the text, and ``bible-kjv`` prints it.
 Every twentieth chapter is held out.
 
-Each step draws its number of iterations as Huginn does (log-normal Poisson); gradients flow through
-the last four. The plan is 500 steps with a learning rate that falls from step 250 on; the model of
-the package stopped after 400 of them, for want of time. A run that is killed goes on from its
-checkpoint when it is called again.
+Two phases. In the first each step draws its number of iterations as Huginn does (log-normal
+Poisson). In the second it is at least three, so that the iterations share the work, and half of the
+contexts say one passage again and again: heads learn to copy from there, and rest on the first
+token where there is nothing to copy. Gradients flow through the last four iterations. A run that is
+killed goes on from its checkpoints when it is called again.
 """
 
 import argparse
@@ -18,8 +19,10 @@ import json
 import re
 import subprocess
 import time
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -30,12 +33,23 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
 from tl_loops import LoopedTransformer, LoopedTransformerConfig
-from tl_loops.training import LogNormalPoissonIterations, TrainingSettings, evaluate, train
+from tl_loops.training import (
+    Corpus,
+    LogNormalPoissonIterations,
+    TrainingBatch,
+    TrainingData,
+    TrainingSettings,
+    UniformIterations,
+    evaluate,
+    train,
+)
 
 HELD_OUT = 20  # one chapter in so many
 N_CONTEXT = 128
 VOCABULARY = 1024
 SPECIAL = ["<bos>", "<eos>", "<pad>"]
+N_FIRST = 7_450
+"""Steps of the first phase that are done, of the 10,000 over which its learning rate is planned."""
 
 
 def chapters() -> list[str]:
@@ -125,15 +139,54 @@ def make_config(seed: int, injection: str | None = "concat") -> LoopedTransforme
     )
 
 
+@dataclass(frozen=True, eq=False)
+class RepeatedPassages:
+    """Contexts of a corpus, half of which are one passage of 16 to 63 tokens, again and again.
+
+    Attributes:
+        corpus: Where contexts are drawn from; the first token of each stays.
+    """
+
+    corpus: Corpus
+
+    def draw(self, n: int, generator: torch.Generator) -> TrainingBatch:
+        """The first half of the batch repeats itself."""
+        tokens = self.corpus.draw(n, generator).tokens.clone()
+        lengths = torch.randint(16, 64, (n // 2,), generator=generator)
+        places = torch.arange(tokens.shape[1] - 1)
+        for row, length in zip(tokens, lengths, strict=False):
+            row[1:] = row[1:][places % length].clone()
+        return TrainingBatch.next_tokens(tokens)
+
+    def identity(self) -> dict[str, Any]:
+        """The corpus, and that passages are repeated."""
+        return {**self.corpus.identity(), "repeated": [16, 63]}
+
+
+def phases(seed: int, text: Corpus) -> list[tuple[TrainingData, TrainingSettings, int]]:
+    """Data and settings of each phase, and how many steps of its plan are done."""
+    both: dict[str, Any] = dict(
+        batch_size=8,
+        n_gradient=4,
+        growth_weight=0.05,
+        learning_rate=3e-3,
+        warmup_steps=100,
+        decay=0.5,
+        weight_decay=0.05,
+    )
+    drawn = LogNormalPoissonIterations(mean=3.5, most=12)
+    first = TrainingSettings(n_steps=10_000, iterations=drawn, seed=seed, **both)
+    shared = UniformIterations(3, 6)
+    second = TrainingSettings(n_steps=5_000, iterations=shared, seed=seed + 1, **both)
+    return [(text, first, N_FIRST), (RepeatedPassages(text), second, second.n_steps)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train tl-loops-text and save it.")
     parser.add_argument("--out", type=Path, required=True, help="directory to save into")
-    parser.add_argument("--checkpoint", type=Path, help="file to go on from")
+    parser.add_argument("--checkpoints", type=Path, help="directory to go on from")
     parser.add_argument("--seed", type=int, default=0, help="weights, contexts, initial states")
-    parser.add_argument("--steps", type=int, default=500, help="of the plan")
-    parser.add_argument("--stop-after", type=int, default=400, help="steps that are done")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--stop-after", type=int, help="at most so many steps of each phase")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
 
@@ -144,32 +197,21 @@ def main() -> None:
     print(f"{len(corpus)} tokens to train on, {len(held_out)} held out")
     model = LoopedTransformer(make_config(options.seed))
     print(model.cfg.describe())
-    settings = TrainingSettings(
-        n_steps=options.steps,
-        batch_size=options.batch_size,
-        n_context=N_CONTEXT,
-        first_token=0,
-        iterations=LogNormalPoissonIterations(mean=3.5, most=12),
-        n_gradient=4,
-        growth_weight=0.05,
-        learning_rate=options.lr,
-        warmup_steps=100,
-        decay=0.5,
-        weight_decay=0.05,
-        seed=options.seed,
-    )
     began = time.monotonic()
-    log = train(
-        model,
-        corpus,
-        settings,
-        evaluation=held_out,
-        evaluate_every=200,
-        checkpoint=options.checkpoint,
-        checkpoint_every=50,
-        stop_after=options.stop_after,
-    )
-    print(log.evaluation_frame().pivot(index="step", columns="n_iterations", values="loss"))
+    text, unseen = (Corpus(tokens, N_CONTEXT, first_token=0) for tokens in (corpus, held_out))
+    for number, (data, settings, n_steps) in enumerate(phases(options.seed, text), start=1):
+        checkpoint = options.checkpoints and options.checkpoints / f"phase{number}.ckpt"
+        log = train(
+            model,
+            data,
+            settings,
+            evaluation=unseen,
+            evaluate_every=1000,
+            checkpoint=checkpoint,
+            checkpoint_every=50,
+            stop_after=min(n_steps, options.stop_after or n_steps),
+        )
+        print(log.evaluation_frame().pivot(index="step", columns="n_iterations", values="loss"))
     print(f"trained for {time.monotonic() - began:.0f} s in this process")
 
     model.cfg.state_seed = 0  # from here on the state is a function of the position

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.closeness import assert_close
 from tl_loops import LoopedTransformer, LoopedTransformerConfig, loop
 from tl_loops.tasks.prompts import VERSES
+from tl_loops.training import Corpus
 
 ROOT = Path(__file__).parents[2]
 FINDINGS = ROOT / "demos" / "findings"
@@ -226,7 +227,7 @@ def test_tl_loops_text_is_trained_and_saved(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(FINDINGS))
     train_text = importlib.import_module("train_text")
     monkeypatch.setattr(train_text, "chapters", lambda: ["\n".join(VERSES)] * 20)
-    arguments = ["--steps", "2", "--stop-after", "1", "--batch-size", "2", "--out", str(tmp_path)]
+    arguments = ["--stop-after", "1", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["train_text.py", *arguments])
     train_text.main()
     model = LoopedTransformer.from_pretrained_no_processing(str(tmp_path))
@@ -279,6 +280,20 @@ def test_the_curriculum_of_tl_loops_tiny(monkeypatch):
                     person = facts[person] if t < n_hops else person
                     assert words[batch.after(t)[row, at]] == person
             assert words[batch.after(0)[row, -1]] == "<eos>"
+
+
+def test_half_of_the_contexts_repeat_a_passage(monkeypatch):
+    monkeypatch.syspath_prepend(str(FINDINGS))
+    train_text = importlib.import_module("train_text")
+    corpus = Corpus(torch.arange(1, 400), n_context=128, first_token=0)
+    generator = torch.Generator().manual_seed(0)
+    tokens = train_text.RepeatedPassages(corpus).draw(8, generator).tokens
+    assert tokens.shape == (8, 128) and (tokens[:, 0] == 0).all()
+    for row in tokens[:4, 1:]:
+        length = len(row.unique())
+        assert 16 <= length <= 63
+        assert (row[length:] == row[:-length]).all() and (row[:length].diff() == 1).all()
+    assert (tokens[4:, 1:].diff() == 1).all()
 
 
 def small_model():
