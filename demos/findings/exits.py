@@ -10,10 +10,10 @@ iteration, which is measured as well. Intervals are over three seeds of gate and
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from fact_chains import FactChains, asked
 from finding import bootstrap, merged
 from finding import main as run_finding
 from torch import Tensor
@@ -21,11 +21,9 @@ from torch import Tensor
 from tl_loops import LoopedTransformer, LoopedTransformerConfig
 from tl_loops.metrics import exit_distribution, exit_iteration, expected_exit_iteration
 from tl_loops.plots import plot_curves
-from tl_loops.tasks import FactChainTask, Prompt, fact_chain_prompts
+from tl_loops.tasks import FactChainTask, fact_chain_prompts
 from tl_loops.training import (
-    UNTRAINED,
     ConstantIterations,
-    TrainingBatch,
     TrainingSettings,
     exit_logits,
     train,
@@ -55,35 +53,6 @@ def with_gate(seed: int) -> LoopedTransformer:
     return model
 
 
-def asked(model: LoopedTransformer, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
-    """Tokens [prompt, pos] and answers [prompt]; all prompts have one length."""
-    tokens = torch.cat([model.to_tokens(prompt.text) for prompt in prompts])
-    return tokens, torch.tensor([model.to_single_token(prompt.answer) for prompt in prompts])
-
-
-@dataclass(frozen=True)
-class FactChains:
-    """Training prompts: at every exit the answer after all hops, at the last position.
-
-    Attributes:
-        model: Whose tokenizer reads them.
-    """
-
-    model: LoopedTransformer
-
-    def draw(self, n: int, generator: torch.Generator) -> TrainingBatch:
-        """Prompts of the training split."""
-        seed = int(torch.randint(2**62, (), generator=generator))
-        tokens, answers = asked(self.model, fact_chain_prompts(n, seed=seed, split="train"))
-        targets = torch.full_like(tokens, UNTRAINED)
-        targets[:, -1] = answers
-        return TrainingBatch(tokens, targets)
-
-    def identity(self) -> dict[str, Any]:
-        """The task."""
-        return {"task": "fact chains"}
-
-
 def at_the_end(model: LoopedTransformer, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Logits and gates of the last position after each iteration, [iteration, prompt, ...]."""
     run = training_pass(model, tokens, model.cfg.n_iterations)
@@ -107,7 +76,7 @@ def trained_on(n_steps: int, entropy: float, seed: int) -> tuple[LoopedTransform
         betas=(0.9, 0.999),
         seed=seed,
     )
-    log = train(model, FactChains(model), settings, progress=False)
+    log = train(model, FactChains(model, hop_by_hop=False), settings, progress=False)
     model.cfg.state_seed = 0
     return model, log.column("loss")
 
