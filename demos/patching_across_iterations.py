@@ -237,7 +237,7 @@ for hop in range(4):
         *(f"{i}: {c:.2f}" for i, c in enumerate(correct[hop])),
     )
 for hop in range(1, 4):
-    assert correct[hop, hop] < 0.3 and (correct[hop].sum() - correct[hop, hop]) > 4.9
+    assert correct[hop, hop] < 0.5 and (correct[hop].sum() - correct[hop, hop]) > 4.9
 
 # %% [markdown]
 # **Change the person in the middle of the chain.** A donor prompt has the same facts and asks

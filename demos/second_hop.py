@@ -19,7 +19,7 @@
 # model will say. The model is the embedded `tl-loops-tiny`: two layers, run eight times. A prompt
 # lists facts and asks for the person two hops away. Its counterpart differs in the second fact.
 #
-# Two hops, six prompts, seed 4, the hundred edges and the thresholds below were chosen after trial
+# Two hops, six prompts, seed 4, the number of edges and the thresholds below were chosen after trial
 # runs, so this shows how to work and is no test on fresh prompts. Not all of it carries over: with
 # three hops (seed 4, the second fact changed), heads 1 and 2 alone already bring back 0.94 of the
 # answer.
@@ -106,7 +106,7 @@ for some in sets:
     print(f"heads {some}: {together[-1]:.2f}")
 assert sum(together[:4]) < 0.6 < together[4] and together[-1] > 0.95
 full_stops = [p.hop_positions[1] + 2 for p in prompts]
-assert (clean["pattern", 1, 0][rows, :, -1, full_stops].mean(0) > 0.4).all()
+assert (clean["pattern", 1, 0][rows, :, -1, full_stops].mean(0) > 0.35).all()
 
 # %% [markdown]
 # No head takes the hop alone. All four look at the end of the same fact, and two of them together
@@ -114,14 +114,15 @@ assert (clean["pattern", 1, 0][rows, :, -1, full_stops].mean(0) > 0.4).all()
 #
 # ## Circuit: what else does it need?
 #
-# Every edge between heads and MLPs of all iterations is scored by its gradient. The best hundred of
-# four thousand are run alone; all others carry what their sender makes of the counterpart.
+# Every edge between heads and MLPs of all iterations is scored by its gradient. The best five
+# hundred of four thousand are run alone; all others carry what their sender makes of the
+# counterpart.
 
 # %%
 scores = circuits.score(
     model, tokens, metric, "paired", other, by="gradient", heads=True, progress=False
 )
-circuit = circuits.prune(scores, 100)
+circuit = circuits.prune(scores, 500)
 variants = [circuit, *(circuit.without(iterations=t) for t in range(3))]
 kept = circuits.faithfulness(model, tokens, metric, variants, "paired", other, progress=False)
 print(circuit, [round(value, 2) for value in kept.values.tolist()])
@@ -130,7 +131,8 @@ assert {"r1.1_mlp_out", *(f"r1.L0H{head}" for head in range(4))} <= set(circuit.
 plots.plot_circuit(circuit, model=model, prompts=6, backend="matplotlib")
 
 # %% [markdown]
-# With 2 percent of the edges the model still answers. Without iteration 0 nothing is lost: its hop
+# With an eighth of the edges the model still answers; with the best hundred it keeps a fifth, since
+# every later iteration must hold what this one found. Without iteration 0 nothing is lost: its hop
 # is the same in both prompts. Without iteration 1 the answer is gone, without iteration 2 most of
 # it stays. All four heads of layer 0 are in it, and the MLP of layer 1, through which they reach
 # the logits.

@@ -342,7 +342,7 @@ def measured(
 def measure(quick: bool, seed: int) -> dict[str, Any]:
     """All models, each seed in a world of its own."""
     n_entities, d_model, n_steps, n_batch, n_seeds = (
-        (8, 16, 3, 32, 1) if quick else (40, 64, 4000, 256, 3)
+        (8, 16, 3, 32, 1) if quick else (40, 64, 8000, 256, 3)
     )
     sizes = (n_entities, d_model, n_steps, n_batch)
     models = {

@@ -204,6 +204,8 @@ _WHY: dict[str, tuple[str, ...]] = {
     ),
     "called by train with what it has made: tests/unit/training": (
         "training.AdaptiveData.after_step",
+        "training.AdaptiveData.draw",
+        "training.AdaptiveData.identity",
         "training.AdaptiveData.load_state",
         "training.AdaptiveData.state",
         "training.Corpus.identity",

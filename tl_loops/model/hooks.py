@@ -18,7 +18,7 @@ from tl_loops.model.checks import block_index
 from tl_loops.model.iterations import IterationsContext, at_iterations, set_iterations
 from tl_loops.model.start import real_tokens
 from tl_loops.upstream import (
-    HookPoint,
+    AnyHookPoint,
     Slice,
     TemporaryHooks,
     TransformerBase,
@@ -49,7 +49,7 @@ class CoordinateHooks(TransformerBase):
 
     cfg: LoopedTransformerConfig
     tokenizer: Any
-    hook_dict: dict[str, HookPoint]
+    hook_dict: dict[str, AnyHookPoint]
 
     @property
     def layout(self) -> LoopLayout:
@@ -121,7 +121,7 @@ class CoordinateHooks(TransformerBase):
 
     def check_hooks_to_add(
         self,
-        hook_point: HookPoint,
+        hook_point: AnyHookPoint,
         hook_point_name: str,
         hook: Callable,
         dir: str = "fwd",

@@ -14,7 +14,7 @@ from torch import nn
 
 from tl_loops.config.checks import whole_iterations
 from tl_loops.nn.unrolling import tied_copy, unroll
-from tl_loops.upstream import CONTEXTS, HookPoint, copy_hooks
+from tl_loops.upstream import CONTEXTS, AnyHookPoint, copy_hooks
 
 
 @dataclass
@@ -135,7 +135,7 @@ def _with_hooks(block: nn.Module) -> nn.Module:
     """A copy of a block over its weights, with the hooks that the block has."""
     twin = tied_copy(block)
     for point, other in zip(block.modules(), twin.modules(), strict=True):
-        if isinstance(point, HookPoint) and isinstance(other, HookPoint):
+        if isinstance(point, AnyHookPoint) and isinstance(other, AnyHookPoint):
             copy_hooks(point, other)
     return twin
 

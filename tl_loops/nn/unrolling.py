@@ -11,7 +11,7 @@ from tl_loops.layout.layout import LoopLayout
 from tl_loops.mechanisms.norm import Norm
 from tl_loops.nn.block import Block
 from tl_loops.nn.loop.hooks import IterationHooks
-from tl_loops.upstream import HookPoint
+from tl_loops.upstream import AnyHookPoint, HookPoint
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -34,7 +34,7 @@ def tied_copy(module: Module) -> Module:
     copy._buffers.update(module._buffers)
     copy._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
     for name, child in module._modules.items():
-        if isinstance(child, HookPoint):
+        if isinstance(child, AnyHookPoint):
             copy.add_module(name, HookPoint())
         else:
             copy.add_module(name, None if child is None else tied_copy(child))

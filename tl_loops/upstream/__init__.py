@@ -33,6 +33,7 @@ from tl_loops.upstream.defaults import LocallyOverridenDefaults, given
 from tl_loops.upstream.from_pretrained import install_from_pretrained, uninstall_from_pretrained
 from tl_loops.upstream.guards import install_guards, uninstall_guards
 from tl_loops.upstream.hook_points import (
+    AnyHookPoint,
     HookPoint,
     copy_hooks,
     has_editing_hooks,
@@ -69,6 +70,7 @@ __all__ = [
     "TRUNCATE_TEXT",
     "USE_DEFAULT_VALUE",
     "ActivationCache",
+    "AnyHookPoint",
     "BaseConfig",
     "Cache",
     "FactoredMatrix",

@@ -2,15 +2,16 @@
 
 from typing import Literal
 
-import transformer_lens.hook_points as upstream
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
+from transformer_lens.hook_points import HookPoint as AnyHookPoint
 
 
-class HookPoint(upstream.HookPoint):
+class HookPoint(AnyHookPoint):
     """TransformerLens's hook point, at a third of its cost where nothing listens.
 
-    A block has some twenty of them, and few runs listen at any.
+    A block has some twenty of them, and few runs listen at any. Models of TransformerLens have its
+    own, so that what is asked of a hook point is asked of ``AnyHookPoint``.
     """
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -19,7 +20,7 @@ class HookPoint(upstream.HookPoint):
         return self.forward(x)
 
 
-def has_hooks(point: upstream.HookPoint) -> bool:
+def has_hooks(point: AnyHookPoint) -> bool:
     """Whether anything listens at a hook point, be it added by TransformerLens or by torch."""
     return bool(
         point._forward_hooks
@@ -29,7 +30,7 @@ def has_hooks(point: upstream.HookPoint) -> bool:
     )
 
 
-def copy_hooks(source: upstream.HookPoint, target: upstream.HookPoint) -> None:
+def copy_hooks(source: AnyHookPoint, target: AnyHookPoint) -> None:
     """Add the hooks of one hook point to another, where they see the other's name.
 
     Hooks that were registered by torch's own methods come along as they are.
@@ -50,14 +51,14 @@ def copy_hooks(source: upstream.HookPoint, target: upstream.HookPoint) -> None:
                 target._is_full_backward_hook = source._is_full_backward_hook
 
 
-def has_editing_hooks(point: upstream.HookPoint) -> bool:
+def has_editing_hooks(point: AnyHookPoint) -> bool:
     """Whether a hook listens that may change its tensor: any but TransformerLens's caching ones."""
     hooks = (getattr(handle.user_hook, "func", None) for handle in point.fwd_hooks)
     caching = sum(getattr(hook, "__qualname__", "").endswith(".save_hook") for hook in hooks)
     return len(point._forward_hooks) > caching
 
 
-def unshared(x: Tensor, point: upstream.HookPoint) -> Tensor:
+def unshared(x: Tensor, point: AnyHookPoint) -> Tensor:
     """``x``, or a copy of it where a hook on ``point`` could edit it in place.
 
     Neighbouring hook points often hold one and the same tensor (``resid_post`` of a block is

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tl_loops.errors import LoopedSemanticsError
 from tl_loops.model.bridged.taps import Reading, ReadOnly, Tap
-from tl_loops.upstream import HookPoint, has_hooks, unshared
+from tl_loops.upstream import AnyHookPoint, has_hooks, unshared
 
 Fire = Callable[[Tensor], Tensor]
 Stop = tuple[str, bool]
@@ -33,7 +33,7 @@ class Run:
         routes: The taps that are listened to.
     """
 
-    points: Mapping[str, HookPoint]
+    points: Mapping[str, AnyHookPoint]
     wanted: frozenset[str] = frozenset()
     stop: Stop | None = None
     kept: dict[str, Tensor] = field(default_factory=dict)
@@ -109,7 +109,7 @@ class Route:
 @contextmanager
 def routed(
     taps: Iterable[Tap],
-    points: Mapping[str, HookPoint],
+    points: Mapping[str, AnyHookPoint],
     source: Callable[[str], Any],
     stop: Stop | None = None,
 ) -> Iterator[Run]:
@@ -144,7 +144,7 @@ def routed(
 
 def _install(route: Route, source: Any) -> Callable[[], None]:
     """Start a route; gives what ends it."""
-    if isinstance(source, HookPoint):
+    if isinstance(source, AnyHookPoint):
         source.add_hook(_hook(route.fire))
         handle = source.fwd_hooks[-1]
 
@@ -163,7 +163,7 @@ def _install(route: Route, source: Any) -> Callable[[], None]:
 
 
 def _hook(fire: Fire) -> Callable[..., Tensor | None]:
-    def hook(tensor: Tensor, hook: HookPoint) -> Tensor | None:
+    def hook(tensor: Tensor, hook: AnyHookPoint) -> Tensor | None:
         value = fire(tensor)
         # The bridge takes identity for "nothing was edited", and then runs the original norm.
         return None if value is tensor else value

@@ -22,7 +22,7 @@ from tl_loops.model.looped import LoopedTransformer
 from tl_loops.model.start import read_tokens
 from tl_loops.upstream import (
     USE_DEFAULT_VALUE,
-    HookPoint,
+    AnyHookPoint,
     LocallyOverridenDefaults,
     left_as_it_was,
     shown_too_late,
@@ -58,7 +58,7 @@ class UnrolledBridge(LoopedTransformer):
     _family: Family
     _bridged: BridgedFamily
     _taps: list[Tap]
-    _sources: dict[str, HookPoint]
+    _sources: dict[str, AnyHookPoint]
 
     def __init__(
         self, bridge: Any, family: Family, bridged: BridgedFamily, cfg: LoopedTransformerConfig
@@ -123,7 +123,7 @@ class UnrolledBridge(LoopedTransformer):
         return super().hook_name(name)
 
     def check_hooks_to_add(
-        self, hook_point: HookPoint, hook_point_name: str, *args: Any, **kwargs: Any
+        self, hook_point: AnyHookPoint, hook_point_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """Accept every hook point that there is: none depends on a flag."""
 
@@ -253,7 +253,7 @@ class UnrolledBridge(LoopedTransformer):
         """What a run sets in the Hugging Face model for a time: objects and attributes."""
         return self._bridged.counts(self.bridge)
 
-    def _source(self, name: str) -> HookPoint | nn.Module:
+    def _source(self, name: str) -> AnyHookPoint | nn.Module:
         """The hook point of the bridge, or the module behind an ``@``, that a tap listens at."""
         if not name.startswith("@"):
             return self._sources[name]

@@ -28,6 +28,7 @@ from tl_loops.nn.loop.hooks import IterationHooks
 from tl_loops.nn.unrolling import tied_copy, unroll
 from tl_loops.upstream import (
     USE_DEFAULT_VALUE,
+    AnyHookPoint,
     HookedTransformer,
     HookPoint,
     KeyValueCache,
@@ -92,7 +93,7 @@ class RepeatedTransformer(CoordinateHooks, BorrowedWeights):
 
     def _own(self, module: nn.Module) -> Any:
         """A module with hook points and flags of this model, over the original's parameters."""
-        if isinstance(module, HookPoint):
+        if isinstance(module, AnyHookPoint):
             return HookPoint()
         own = tied_copy(module)
         for part in own.modules():
