@@ -19,10 +19,10 @@
 # model will say. The model is the embedded `tl-loops-tiny`: two layers, run eight times. A prompt
 # lists facts and asks for the person two hops away. Its counterpart differs in the second fact.
 #
-# Two hops, six prompts, seed 4, the number of edges and the thresholds below were chosen after trial
-# runs, so this shows how to work and is no test on fresh prompts. Not all of it carries over: with
-# three hops (seed 4, the second fact changed), heads 1 and 2 alone already bring back 0.94 of the
-# answer.
+# Two hops, six prompts, seed 4, the number of edges and the thresholds below were chosen after
+# trial runs, so this shows how to work and is no test on fresh prompts. Not all of it carries over:
+# with three hops (seed 4, the second fact changed), heads 1 and 2 alone already bring back 0.88 of
+# the answer.
 
 # %%
 import importlib.util
