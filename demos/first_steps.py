@@ -28,6 +28,8 @@ if importlib.util.find_spec("tl_loops") is None:  # as in Colab
     subprocess.run(install, check=True)
 
 # %%
+import torch
+
 import tl_loops
 from tl_loops import LoopedTransformer, plots, tasks
 
@@ -106,16 +108,19 @@ print("chain:", " -> ".join([prompt.start, *prompt.hops]))
 # ## Hooks
 #
 # A hook acts in one iteration alone. Here attention of layer 0 is switched off in one iteration
-# at a time; its heads are needed as long as hops are left.
+# at a time, for 64 questions of three hops; its heads are needed as long as hops are left.
 
 # %%
+questions = tasks.fact_chain_prompts(64, n_hops=3, seed=5)
+tokens = model.to_tokens([question.text for question in questions])
+answers = [model.to_single_token(question.answer) for question in questions]
 for iteration in range(6):
     logits = model.run_with_hooks(
-        prompt.text, fwd_hooks=[(f"iter.{iteration}.0.hook_attn_out", lambda out, hook: out * 0)]
+        tokens, fwd_hooks=[(f"iter.{iteration}.0.hook_attn_out", lambda out, hook: out * 0)]
     )
-    print(
-        f"no attention in iteration {iteration}, layer 0:", model.to_string(logits[0, -1].argmax())
-    )
+    right = (logits[:, -1].argmax(-1) == torch.tensor(answers)).float().mean()
+    print(f"no attention in iteration {iteration}, layer 0: {right:.2f} of the answers are right")
+    assert right < 0.3 if iteration < 3 else right == 1
 
 # %% [markdown]
 # ## Attention, iteration by iteration

@@ -16,8 +16,8 @@
 #
 # As the loop goes on, where does the state go? It may settle at a fixed point, circle in an
 # orbit, or keep sliding in one direction (arXiv 2604.11791, arXiv 2502.05171). This notebook
-# measures which, for the embedded model and for two models with random weights that settle and
-# that do not.
+# measures which, for the embedded model and for three models with random weights, of which one
+# settles.
 
 # %%
 import importlib.util
@@ -115,13 +115,18 @@ def spectral_radius(model, cache):
     return metrics.loop_spectrum(one_iteration, state, tolerance=1e-2).spectral_radius
 
 
-print(f"spectral radius {spectral_radius(model, cache):.2f}")
+with model.iterations(128):
+    _, late = model.run_with_cache(prompts[0])
+    radius_late = spectral_radius(model, late)
+radius = spectral_radius(model, cache)
+print(f"spectral radius {radius:.3f} after 8 iterations, {radius_late:.3f} after 128")
+assert radius_late < 1
 growth = (norms[127] / norms[63]) ** (1 / 64)
 print(f"growth of the length {growth:.4f} per iteration")
 
 # %% [markdown]
 # After eight iterations it is about 1: small differences neither grow nor die out there. At the
-# fixed point itself it must be below 1, or the state would not have come to it.
+# fixed point itself it is below 1: what is left of the way shrinks by that factor per iteration.
 #
 # ## Models that settle, and models that do not
 #
