@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM: one line and exit code 130, at whatever moment they come."""
 
 import _thread
+import inspect
 import os
 import signal
 import sys
@@ -86,7 +87,8 @@ class Interrupts:
 
     def _in_hook(self, frame: FrameType | None) -> bool:
         """Whether ``frame`` runs within ``_again``, whose errors are lost as well."""
-        while frame is not None and frame.f_code is not Interrupts._again.__code__:
+        again = inspect.unwrap(Interrupts._again).__code__  # without checks of annotations
+        while frame is not None and frame.f_code is not again:
             frame = frame.f_back
         return frame is not None
 
