@@ -53,6 +53,8 @@ def copy_hooks(source: AnyHookPoint, target: AnyHookPoint) -> None:
 
 def has_editing_hooks(point: AnyHookPoint) -> bool:
     """Whether a hook listens that may change its tensor: any but TransformerLens's caching ones."""
+    if not point._forward_hooks:  # as at most points of most runs
+        return False
     hooks = (getattr(handle.user_hook, "func", None) for handle in point.fwd_hooks)
     caching = sum(getattr(hook, "__qualname__", "").endswith(".save_hook") for hook in hooks)
     return len(point._forward_hooks) > caching
@@ -65,4 +67,4 @@ def unshared(x: Tensor, point: AnyHookPoint) -> Tensor:
     ``resid_pre`` of the next). Caches keep references, so an edit in place would change what was
     cached earlier. Where only caching hooks listen nothing is copied.
     """
-    return x.clone() if point._forward_hooks and has_editing_hooks(point) else x
+    return x.clone() if has_editing_hooks(point) else x
