@@ -1,6 +1,5 @@
 """Concept directions: what parts two sets of prompts, at each iteration and layer, with a null."""
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -14,7 +13,7 @@ from tl_loops.metrics.precision import full_precision
 from tl_loops.metrics.states import direction_cosine
 from tl_loops.printing import prints_short
 from tl_loops.probes.labels import LabelSplit, check_fit, split_labels
-from tl_loops.probes.results import frame_by_place, load_result, save_result
+from tl_loops.probes.results import SavedResult, frame_by_place
 from tl_loops.probes.states import PromptStates
 from tl_loops.probes.task import check_finite
 
@@ -22,14 +21,13 @@ if TYPE_CHECKING:
     import pandas
 
 By = Literal["means", "probe"]
-_KIND = "concept_directions"
 _ROUNDING = 1e-6
 """A difference below this share of the states' size is rounding."""
 
 
 @prints_short
 @dataclass(frozen=True, eq=False)
-class ConceptDirections:
+class ConceptDirections(SavedResult):
     """A direction from the negative to the positive prompts at each iteration and layer.
 
     Attributes:
@@ -47,6 +45,8 @@ class ConceptDirections:
         layers: Number of each layer.
         points: Short label of each place, iteration by iteration.
     """
+
+    _kind = "concept_directions"
 
     vectors: Float[Tensor, "iteration layer width"]
     auc: Float[Tensor, "iteration layer"]
@@ -91,20 +91,6 @@ class ConceptDirections:
             "p_value": self.p_value,
         }
         return frame_by_place(self, columns)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to a safetensors file, whole or not at all."""
-        save_result(self, path, _KIND)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "ConceptDirections":
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: The file is damaged or holds something else.
-        """
-        return load_result(cls, path, _KIND)
 
 
 @checked

@@ -1,6 +1,5 @@
 """Probes of pairs: is the difference of two states read where neither state alone is?"""
 
-import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from tl_loops.arguments import checked
 from tl_loops.metrics.precision import full_precision
 from tl_loops.metrics.residual import unit_vectors
 from tl_loops.printing import prints_short
-from tl_loops.probes.results import load_result, save_result
+from tl_loops.probes.results import SavedResult
 from tl_loops.probes.states import PromptStates
 from tl_loops.probes.task import TaskProbes, task_probes
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 @prints_short
 @dataclass(frozen=True, eq=False)
-class FlipTest:
+class FlipTest(SavedResult):
     """What a scorer of pairs gives when the two change places: s(a, b) against s(b, a).
 
     Attributes:
@@ -32,23 +31,11 @@ class FlipTest:
         bias: Mean of (s(a, b) + s(b, a)) / 2, the part that the order does not change.
     """
 
+    _kind = "flip_test"
+
     flip_rate: Float[Tensor, "*place"]
     antisymmetry: Float[Tensor, "*place"]
     bias: Float[Tensor, "*place"]
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to a safetensors file, whole or not at all."""
-        save_result(self, path, "flip_test")
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "FlipTest":
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: The file is damaged or holds something else.
-        """
-        return load_result(cls, path, "flip_test")
 
 
 @checked
@@ -85,13 +72,15 @@ def flip_test(given: Float[Tensor, "*place pair"], swapped: Float[Tensor, "..."]
 
 @prints_short
 @dataclass(frozen=True, eq=False)
-class PairProbes:
+class PairProbes(SavedResult):
     """Linear probes of the difference of two states, that say which of the two is preferred.
 
     Attributes:
         probes: The probes of the differences a - b; their label is whether a is preferred.
         flips: The flip test on held-out pairs, [iteration, layer].
     """
+
+    _kind = "pair_probes"
 
     probes: TaskProbes
     flips: FlipTest
@@ -107,20 +96,6 @@ class PairProbes:
         for name in ("flip_rate", "antisymmetry", "bias"):
             frame[name] = getattr(self.flips, name).flatten().tolist()
         return frame
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to a safetensors file, whole or not at all."""
-        save_result(self, path, "pair_probes")
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "PairProbes":
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: The file is damaged or holds something else.
-        """
-        return load_result(cls, path, "pair_probes")
 
 
 @checked

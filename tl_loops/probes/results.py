@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -13,7 +13,7 @@ from tl_loops.runs.storage import load_artefact, save_artefact
 if TYPE_CHECKING:
     import pandas
 
-Result = TypeVar("Result")
+Result = TypeVar("Result", bound="SavedResult")
 
 
 def frame_by_place(
@@ -38,31 +38,32 @@ def frame_by_place(
     )
 
 
-def save_result(result: Any, path: str | os.PathLike[str], kind: str) -> None:
-    """Write a dataclass to a safetensors file, whole or not at all.
+class SavedResult:
+    """A dataclass that has a file; its fields are tensors, what JSON holds, or such dataclasses."""
 
-    Args:
-        result: The dataclass; its fields are tensors, what JSON holds, or such dataclasses.
-        path: The file.
-        kind: What the file says that it holds.
-    """
-    tensors: dict[str, Tensor] = {}
-    metadata: dict[str, Any] = {}
-    for name, value in _flat(result):
-        (tensors if isinstance(value, Tensor) else metadata)[name] = value
-    save_artefact(os.fspath(path), kind, tensors, metadata)
+    _kind: ClassVar[str]
+    """What the file says that it holds."""
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to a safetensors file, whole or not at all."""
+        tensors: dict[str, Tensor] = {}
+        metadata: dict[str, Any] = {}
+        for name, value in _flat(self):
+            (tensors if isinstance(value, Tensor) else metadata)[name] = value
+        save_artefact(os.fspath(path), self._kind, tensors, metadata)
 
-def load_result(cls: type[Result], path: str | os.PathLike[str], kind: str) -> Result:
-    """Read what :func:`save_result` wrote; JSON's lists are the tuples that they were.
+    @classmethod
+    def load(cls: type[Result], path: str | os.PathLike[str]) -> Result:
+        """Read what :meth:`save` wrote.
 
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is damaged or holds something else.
-    """
-    tensors, metadata = load_artefact(os.fspath(path), kind, _tensor_names(cls))
-    others = {n: tuple(v) if isinstance(v, list) else v for n, v in metadata.items()}
-    return _made(cls, {**tensors, **others})
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged or holds something else.
+        """
+        tensors, metadata = load_artefact(os.fspath(path), cls._kind, _tensor_names(cls))
+        # JSON's lists are the tuples that they were.
+        others = {n: tuple(v) if isinstance(v, list) else v for n, v in metadata.items()}
+        return _made(cls, {**tensors, **others})
 
 
 def _flat(result: Any) -> Iterator[tuple[str, Any]]:

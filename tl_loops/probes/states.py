@@ -16,7 +16,7 @@ from tl_loops.layout.of_model import layout_of, with_iterations
 from tl_loops.layout.selection import Selection, distinct_indices, one_index
 from tl_loops.metrics.padding import statistic_dtype
 from tl_loops.printing import prints_short
-from tl_loops.probes.results import load_result, save_result
+from tl_loops.probes.results import SavedResult
 from tl_loops.runs.activations import find_activation
 from tl_loops.runs.batches import check_batch_size, equal_batches, token_prompts
 from tl_loops.runs.cells import hooked, named_hooks
@@ -26,12 +26,11 @@ from tl_loops.runs.shards import Shards
 from tl_loops.upstream import Prompts, left_as_it_was
 
 Phase = Literal["prelude", "core", "coda", "all"]
-_KIND = "prompt_states"
 
 
 @prints_short
 @dataclass(frozen=True, eq=False)
-class PromptStates:
+class PromptStates(SavedResult):
     """One activation at one position of each prompt, at every place of a grid.
 
     Attributes:
@@ -46,6 +45,8 @@ class PromptStates:
     Raises:
         ValueError: The shapes do not agree.
     """
+
+    _kind = "prompt_states"
 
     values: Float[Tensor, "iteration layer prompt width"]
     activation: str
@@ -116,20 +117,6 @@ class PromptStates:
                 f"{names[0]} is {self.values.shape[-1]} wide, but {names[1]} "
                 f"{other.values.shape[-1]}"
             )
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to a safetensors file, whole or not at all."""
-        save_result(self, path, _KIND)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "PromptStates":
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: The file is damaged or holds something else.
-        """
-        return load_result(cls, path, _KIND)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Task probes: what a linear probe reads of a label, at each iteration and layer, with controls."""
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +12,16 @@ from tl_loops.metrics.linear_probes import Fit, fit_linear_probes, wilson_interv
 from tl_loops.metrics.precision import full_precision
 from tl_loops.printing import prints_short
 from tl_loops.probes.labels import Label, LabelSplit, check_fit, split_labels
-from tl_loops.probes.results import frame_by_place, load_result, save_result
+from tl_loops.probes.results import SavedResult, frame_by_place
 from tl_loops.probes.states import PromptStates
 
 if TYPE_CHECKING:
     import pandas
 
-_KIND = "task_probes"
-
 
 @prints_short
 @dataclass(frozen=True, eq=False)
-class TaskProbes:
+class TaskProbes(SavedResult):
     """A linear probe for a label at each iteration and layer, and how it does on other prompts.
 
     ``iteration`` and ``layer`` count along :attr:`iterations` and :attr:`layers`.
@@ -51,6 +48,8 @@ class TaskProbes:
         fit: ``"ridge"`` or ``"logistic"``.
         ridge: The penalty.
     """
+
+    _kind = "task_probes"
 
     weight: Float[Tensor, "iteration layer class width"]
     bias: Float[Tensor, "iteration layer class"]
@@ -146,20 +145,6 @@ class TaskProbes:
             for k, layer in enumerate(self.layers)
         ]
         return pandas.DataFrame(rows, columns=["fitted", "tested", "layer", "accuracy"])
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to a safetensors file, whole or not at all."""
-        save_result(self, path, _KIND)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "TaskProbes":
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: The file is damaged or holds something else.
-        """
-        return load_result(cls, path, _KIND)
 
 
 @checked
